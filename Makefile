@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Real data is used where it lies beside the checkout; tests that need it are skipped, loudly, where it does not.
+export INNERMAX_DATA ?= $(realpath ../shared/data)
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint types unit bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/innermax train digits --run-dir runs/digits --overwrite
+
+test: lint types unit
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+unit: $(VENV)/installed
+	$(BIN)/pytest -rs
+
+bench: $(VENV)/installed
+	$(BIN)/python bench/training_step.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

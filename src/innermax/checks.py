@@ -1,0 +1,41 @@
+"""What every door of the library checks, and the sentences it answers with."""
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not among the known ones; suggests the nearest."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
+
+
+def check_inputs(x: Tensor, name: str = "x") -> None:
+    """Raises unless x is a non-empty finite float tensor (B, *features)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, came {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a float tensor, came {x.dtype}; scale uint8 images to [0, 1] first")
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"{name} must have shape (B, *features) with B ≥ 1, came {tuple(x.shape)}")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def check_labels(labels: Tensor, batch: int, classes: int | None = None, name: str = "y") -> None:
+    """Raises unless labels are int64 (B,) in 0…classes − 1."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor, came {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, came {labels.dtype}")
+    if labels.shape != (batch,):
+        raise ValueError(f"{name} must have shape ({batch},), came {tuple(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (classes is not None and high >= classes):
+        allowed = "≥ 0" if classes is None else f"in 0…{classes - 1}"
+        raise ValueError(f"{name} must be {allowed}, came values from {low} to {high}")
