@@ -1,0 +1,388 @@
+"""Threat models: which inputs X(x) the adversary may choose around a clean input x.
+
+X(x) = {x' : ‖x' − x‖_p ≤ ε} ∩ [low, high]^d. A threat model is a short value; `threat.around(x)` is the set X(x) itself for
+a batch, with the operations an attack needs. The mathematics of each norm is written in terms of the perturbation
+u = x' − x, flattened to (B, d), with one interval [floor, ceiling] ∋ 0 a coordinate: what the bounds leave it, within
+[−ε, ε], which every p-norm ball implies.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from innermax import randomness
+from innermax.checks import check_inputs
+
+Bounds = tuple[float | Tensor, float | Tensor] | None
+Flat = Float[Tensor, "b d"]
+Column = Float[Tensor, "b 1"]
+
+
+@dataclass(frozen=True)
+class Threat(ABC):
+    """A norm ball of radius `eps` around each input, cut by pixel `bounds`.
+
+    Args:
+        eps: radius ε > 0, in the units of the input.
+        bounds: (low, high), floats or tensors that broadcast to one input; None for inputs without bounds.
+
+    Raises:
+        ValueError: ε is not a positive finite number or exceeds what the bounds allow; low ≥ high somewhere.
+    """
+
+    eps: float
+    bounds: Bounds = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
+            raise TypeError(f"eps must be a number, came {type(self.eps).__name__}")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise ValueError(f"eps must be a positive finite number, came {self.eps}")
+        if self.bounds is None:
+            return
+        low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in self.bounds)
+        if not bool((low < high).all()) or not bool(torch.isfinite(high - low).all()):
+            raise ValueError(f"bounds must be finite with low < high, came {self.bounds}")
+
+    def around(self, x: Float[Tensor, "b ..."]) -> "FeasibleSet":
+        """The set X(x) for a batch of clean inputs. Raises ValueError where x is not finite or outside the bounds."""
+        check_inputs(x)
+        flat = x.detach().flatten(1)
+        if self.bounds is None:
+            ceiling = torch.full_like(flat, self.eps)
+            return FeasibleSet(self, x.detach(), -ceiling, ceiling)
+        low, high = (_expand(bound, x) for bound in self.bounds)
+        if bool(((flat < low) | (flat > high)).any()):
+            raise ValueError(f"x must lie within the bounds, came values from {float(x.min()):g} to {float(x.max()):g}")
+        largest = float(self.norm(high - low).max())
+        if self.eps > largest:
+            raise ValueError(f"eps must be at most {largest:g}, the size of the bounds, came {self.eps:g}")
+        floor, ceiling = (low - flat).clamp(min=-self.eps), (high - flat).clamp(max=self.eps)
+        return FeasibleSet(self, x.detach(), floor, ceiling)
+
+    def project(self, x_adv: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """The point of X(x) nearest to x_adv in Euclidean distance."""
+        return self.around(x).project(x_adv)
+
+    def contains(
+        self, x_adv: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."], atol: float = 1e-6
+    ) -> Bool[Tensor, " b"]:
+        """Whether each x_adv lies in X(x), within `atol` in norm and bounds. NaN never does."""
+        return self.around(x).contains(x_adv, atol)
+
+    def sample(
+        self, x: Float[Tensor, "b ..."], seed: int = 0, index: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b ..."]:
+        """A random start in X(x): uniform in the ball, then projected; a function of (seed, index) alone.
+
+        Args:
+            x: (B, *features) clean inputs.
+            seed: any integer.
+            index: (B,) int64 example numbers; 0…B − 1 unless told.
+        """
+        index = torch.arange(len(x), device=x.device) if index is None else index
+        return self.around(x).sample(randomness.keys(seed, index))
+
+    def maximizer(self, gradient: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """argmax over x' ∈ X(x) of ⟨x', gradient⟩: the vertex behind the gap; coordinates without gradient stay."""
+        return self.around(x).maximizer(gradient)
+
+    def step(
+        self,
+        x_adv: Float[Tensor, "b ..."],
+        gradient: Float[Tensor, "b ..."],
+        step_size: float,
+        x: Float[Tensor, "b ..."],
+    ) -> Float[Tensor, "b ..."]:
+        """One projected steepest-ascent step of length `step_size` in this norm; math.inf lands on the maximizer."""
+        return self.around(x).step(x_adv, gradient, step_size)
+
+    def gap(
+        self,
+        gradient: Float[Tensor, "b ..."],
+        x_adv: Float[Tensor, "b ..."],
+        x: Float[Tensor, "b ..."],
+        *,
+        bounded: bool = True,
+        relative: bool = False,
+    ) -> Float[Tensor, " b"]:
+        """FOSC, max over x' ∈ X(x) of ⟨x' − x_adv, gradient⟩ ≥ 0 (Wang et al. 2019, Eq. 4), at x_adv ∈ X(x).
+
+        Args:
+            gradient: (B, *features) loss gradient at x_adv.
+            x_adv: (B, *features) points of X(x).
+            x: (B, *features) clean inputs.
+            bounded: False gives the paper's closed form, which ignores the bounds.
+            relative: divide by the width of the linear model on X(x): in [0, 1], NaN where the gradient is 0.
+        """
+        threat = self if bounded else replace(self, bounds=None)
+        return threat.around(x).gap(gradient, x_adv, relative=relative)
+
+    @abstractmethod
+    def norm(self, u: Flat) -> Float[Tensor, " b"]:
+        """‖u‖_p of each row."""
+
+    @abstractmethod
+    def _draw(self, key: Int[Tensor, " b"], d: int) -> Flat:
+        """Uniform in the unit ball."""
+
+    @abstractmethod
+    def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        """Euclidean projection of u onto ball ∩ [floor, ceiling]."""
+
+    @abstractmethod
+    def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        """argmax of ⟨u, gradient⟩ over ball ∩ [floor, ceiling]."""
+
+    @abstractmethod
+    def _ascend(self, u: Flat, gradient: Flat, step_size: float, floor: Flat, ceiling: Flat) -> Flat:
+        """One step of steepest ascent from u, projected."""
+
+    @abstractmethod
+    def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
+        """max of ⟨u' − u, gradient⟩ over ball ∩ [floor, ceiling], as a sum of terms that are each ≥ 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeasibleSet:
+    """X(x) for a batch: clean inputs, and the interval [floor, ceiling] of each flat coordinate of x' − x."""
+
+    threat: Threat
+    x: Float[Tensor, "b ..."]
+    floor: Flat
+    ceiling: Flat
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        """The same set for some of the examples."""
+        return replace(self, x=self.x[rows], floor=self.floor[rows], ceiling=self.ceiling[rows])
+
+    def project(self, x_adv: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """The point of X(x) nearest to x_adv."""
+        u = self._perturbation(x_adv)
+        return self._at(self.threat._nearest(u, self.floor, self.ceiling))
+
+    def contains(self, x_adv: Float[Tensor, "b ..."], atol: float = 1e-6) -> Bool[Tensor, " b"]:
+        """Whether each x_adv lies in X(x) within atol."""
+        u = self._perturbation(x_adv)
+        inside = ((u >= self.floor - atol) & (u <= self.ceiling + atol)).all(1)
+        return inside & (self.threat.norm(u) <= self.threat.eps + atol)
+
+    def sample(self, key: Int[Tensor, " b"]) -> Float[Tensor, "b ..."]:
+        """A random start in X(x) for each key."""
+        u = self.threat.eps * self.threat._draw(key, self.floor.shape[1]).to(self.x.dtype)
+        return self._at(self.threat._nearest(u, self.floor, self.ceiling))
+
+    def maximizer(self, gradient: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """argmax over X(x) of ⟨x', gradient⟩."""
+        return self._at(self.threat._vertex(self._flat(gradient), self.floor, self.ceiling))
+
+    def step(
+        self, x_adv: Float[Tensor, "b ..."], gradient: Float[Tensor, "b ..."], step_size: float
+    ) -> Float[Tensor, "b ..."]:
+        """One projected steepest-ascent step."""
+        if step_size == math.inf:
+            return self.maximizer(gradient)
+        u, gradient = self._perturbation(x_adv), self._flat(gradient)
+        return self._at(self.threat._ascend(u, gradient, step_size, self.floor, self.ceiling))
+
+    def gap(
+        self, gradient: Float[Tensor, "b ..."], x_adv: Float[Tensor, "b ..."], *, relative: bool = False
+    ) -> Float[Tensor, " b"]:
+        """FOSC of each x_adv ∈ X(x); relative: over the width of the linear model on X(x)."""
+        gradient = self._flat(gradient)
+        if relative:  # free of the gradient's scale, so take the scale away before it can underflow
+            gradient = _scaled(gradient)
+        gap = self.threat._gap(gradient, self._perturbation(x_adv), self.floor, self.ceiling)
+        if not relative:
+            return gap
+        lowest = self.threat._vertex(-gradient, self.floor, self.ceiling)
+        width = self.threat._gap(gradient, lowest, self.floor, self.ceiling)
+        return torch.where((gradient != 0).any(1), (gap / width).clamp(max=1.0), math.nan)
+
+    def _flat(self, values: Tensor) -> Flat:
+        if values.shape != self.x.shape:
+            raise ValueError(f"must have the shape of x {tuple(self.x.shape)}, came {tuple(values.shape)}")
+        return values.flatten(1)
+
+    def _perturbation(self, x_adv: Tensor) -> Flat:
+        return self._flat(x_adv) - self.x.flatten(1)
+
+    def _at(self, u: Flat) -> Float[Tensor, "b ..."]:
+        """x + u, not one rounding beyond the bounds."""
+        point = (self.x.flatten(1) + u).reshape(self.x.shape)
+        if self.threat.bounds is None:
+            return point
+        low, high = (bound.to(point) if isinstance(bound, Tensor) else bound for bound in self.threat.bounds)
+        return point.clamp(min=low).clamp(max=high)
+
+
+class Linf(Threat):
+    """‖x' − x‖_∞ ≤ ε: every coordinate may move by ε, so [floor, ceiling] is all there is to X(x)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bounds is not None and self.eps > (width := float(torch.as_tensor(self.bounds[1] - self.bounds[0]).max())):
+            raise ValueError(f"eps must be at most {width:g}, the width of the bounds, came {self.eps:g}")
+
+    def norm(self, u: Flat) -> Float[Tensor, " b"]:
+        """Largest |u_i|."""
+        return u.abs().amax(1)
+
+    def _draw(self, key: Int[Tensor, " b"], d: int) -> Flat:
+        return 2 * randomness.uniform(key, d) - 1
+
+    def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        return u.clamp(floor, ceiling)
+
+    def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        return (self.eps * gradient.sign()).clamp(floor, ceiling)
+
+    def _ascend(self, u: Flat, gradient: Flat, step_size: float, floor: Flat, ceiling: Flat) -> Flat:
+        return torch.add(u, gradient.sign(), alpha=step_size).clamp(floor, ceiling)
+
+    def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
+        return torch.maximum(gradient * (ceiling - u), gradient * (floor - u)).clamp(min=0).sum(1)
+
+
+class L2(Threat):
+    """‖x' − x‖_2 ≤ ε.
+
+    Projection and maximizer share one shape: clip(s·v, floor, ceiling), with the scale s ≥ 0 at which its norm is ε (the
+    multiplier of the ball, in the KKT conditions).
+    """
+
+    def norm(self, u: Flat) -> Float[Tensor, " b"]:
+        """Euclidean length."""
+        return torch.linalg.vector_norm(u, dim=1)
+
+    def _draw(self, key: Int[Tensor, " b"], d: int) -> Flat:
+        angle, radius = randomness.uniform(key, 2 * d + 1).split([d, d + 1], dim=1)
+        normal = torch.sqrt(-2 * radius[:, :d].log()) * torch.cos(2 * math.pi * angle)  # Box & Muller 1958
+        return normal / self.norm(normal)[:, None] * radius[:, d:] ** (1 / d)
+
+    def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        return (self._scale(u, floor, ceiling).clamp(max=1.0) * u).clamp(floor, ceiling)
+
+    def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        direction = _scaled(gradient)
+        return self._along(direction, self._scale(direction, floor, ceiling), floor, ceiling)
+
+    def _ascend(self, u: Flat, gradient: Flat, step_size: float, floor: Flat, ceiling: Flat) -> Flat:
+        direction = _scaled(gradient)
+        unit = direction / self.norm(direction)[:, None].clamp(min=1e-12)
+        return self._nearest(u + step_size * unit, floor, ceiling)
+
+    def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
+        size = gradient.abs().amax(1)
+        direction = _scaled(gradient)
+        scale = self._scale(direction, floor, ceiling)
+        best = self._along(direction, scale, floor, ceiling)
+        multiplier = 1 / scale  # 0 where the ball does not bind
+        terms = (best - u) * (direction - multiplier * (best + u) / 2)
+        slack = (self.eps**2 - u.square().sum(1)).clamp(min=0)
+        return size * (terms.clamp(min=0).sum(1) + multiplier[:, 0] / 2 * slack)
+
+    @staticmethod
+    def _along(direction: Flat, scale: Column, floor: Flat, ceiling: Flat) -> Flat:
+        """clip(s·direction) for s up to infinity, where a coordinate without direction stays at 0."""
+        return torch.where(direction == 0, 0.0, scale * direction).clamp(floor, ceiling)
+
+    def _scale(self, v: Flat, floor: Flat, ceiling: Flat) -> Column:
+        """The s with ‖clip(s·v, floor, ceiling)‖ = ε; infinite where no s reaches ε.
+
+        In t = s² the squared norm Σ min(t·v², room²) is concave and piecewise linear, so Newton's method from the left
+        climbs to the root in finitely many steps, each of which finds further coordinates at their bounds.
+        """
+        room = torch.where(v > 0, ceiling, -floor).square()
+        square = v.square()
+        t = torch.zeros_like(square[:, :1])
+        while True:
+            free = t * square < room
+            left = self.eps**2 - torch.where(free, 0.0, room).sum(1, keepdim=True)
+            slope = torch.where(free, square, 0.0).sum(1, keepdim=True)
+            further = torch.where(slope > 0, left.clamp(min=0) / slope, math.inf)
+            if not bool((further > t * (1 + 4 * torch.finfo(t.dtype).eps)).any()):
+                return t.sqrt()
+            t = torch.maximum(t, further)
+
+
+class L1(Threat):
+    """‖x' − x‖_1 ≤ ε: few coordinates move far, so the bounds bind often."""
+
+    def norm(self, u: Flat) -> Float[Tensor, " b"]:
+        """Σ |u_i|."""
+        return u.abs().sum(1)
+
+    def _draw(self, key: Int[Tensor, " b"], d: int) -> Flat:
+        signed, size = randomness.uniform(key, 2 * d + 1).split([d, d + 1], dim=1)
+        exponential = -size.log()  # d of d + 1 exponentials over their sum: uniform in the simplex
+        return (signed - 0.5).sign() * exponential[:, :d] / exponential.sum(1, keepdim=True)
+
+    def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        """sign(u)·clip(|u| − λ, 0, room) with the λ ≥ 0 at which its norm is ε; λ by a sweep over the sorted knots."""
+        size, room = u.abs(), torch.where(u > 0, ceiling, -floor)
+        knots, order = torch.cat([size, (size - room).clamp(min=0)], dim=1).sort(dim=1, descending=True)
+        # From λ = ∞ downwards the norm grows by one a unit for each coordinate between its two knots.
+        turn = torch.where(order < size.shape[1], 1.0, -1.0).to(u.dtype)
+        slope = turn.cumsum(1)
+        mass = torch.nn.functional.pad((slope[:, :-1] * (knots[:, :-1] - knots[:, 1:])).cumsum(1), (1, 0))
+        level = knots.gather(1, (mass <= self.eps).sum(1, keepdim=True) - 1)  # below it the norm grows past ε
+        full = size - room >= level
+        moving = (size >= level) & ~full
+        held = torch.where(full, room, torch.where(moving, size, 0.0)).sum(1, keepdim=True)
+        threshold = ((held - self.eps) / moving.sum(1, keepdim=True)).minimum(level).clamp(min=0)
+        inside = size.minimum(room).sum(1, keepdim=True) <= self.eps
+        return u.sign() * (size - torch.where(inside, 0.0, threshold)).clamp(min=0).minimum(room)
+
+    def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        room = torch.where(gradient > 0, ceiling, -floor) * (gradient != 0)
+        return gradient.sign() * _fill(gradient.abs(), room, self.eps)
+
+    def _ascend(self, u: Flat, gradient: Flat, step_size: float, floor: Flat, ceiling: Flat) -> Flat:
+        """Moves mass `step_size` from where it serves least to the largest coordinates with room left.
+
+        A step on the single largest coordinate stalls once that one is at its bound, and a projection takes from every
+        coordinate alike; this exchange stays in the ball by itself and rests at the maximizer of a linear loss.
+        """
+        excess = (self.norm(u) + step_size - self.eps).clamp(min=0)[:, None]
+        u = u - u.sign() * _fill(-gradient * u.sign(), u.abs(), excess)
+        room = torch.where(gradient > 0, ceiling - u, u - floor) * (gradient != 0)
+        return self._nearest(u + gradient.sign() * _fill(gradient.abs(), room, step_size), floor, ceiling)
+
+    def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
+        best = self._vertex(gradient, floor, ceiling)
+        size = gradient.abs()
+        room = torch.where(gradient > 0, ceiling, -floor)
+        # The ball's multiplier is the largest gradient that found no full room; 0 where everything fitted.
+        multiplier = torch.where(best.abs() < room, size, 0.0).amax(1, keepdim=True)
+        gain = (size - multiplier).clamp(min=0) * room
+        terms = gain - (gradient * u - multiplier * u.abs())
+        return terms.clamp(min=0).sum(1) + multiplier[:, 0] * (self.eps - self.norm(u)).clamp(min=0)
+
+
+def _fill(worth: Flat, room: Flat, amount: float | Column) -> Flat:
+    """How much of `amount` each coordinate takes when the worthiest are filled to their room first."""
+    order = worth.argsort(dim=1, descending=True, stable=True)
+    room = room.clamp(max=amount).gather(1, order)
+    taken = torch.minimum(room, (amount - (room.cumsum(1) - room)).clamp(min=0))
+    return torch.zeros_like(taken).scatter(1, order, taken)
+
+
+def _scaled(values: Flat) -> Flat:
+    """Each row over its largest magnitude, so that squares neither under- nor overflow; zero rows stay."""
+    size = values.abs().amax(1, keepdim=True)
+    return torch.where(size > 0, values / size, 0.0)
+
+
+def _expand(bound: float | Tensor, x: Tensor) -> Tensor:
+    """A bound for every coordinate of x, flat. Raises ValueError where its shape does not fit one input."""
+    bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+    try:
+        return bound.expand(x.shape[1:]).flatten()[None].expand(len(x), -1)
+    except RuntimeError:
+        raise ValueError(f"bounds of shape {tuple(bound.shape)} do not fit inputs {tuple(x.shape[1:])}") from None
