@@ -20,8 +20,9 @@ def _mix(z: Tensor) -> Tensor:
 def keys(seed: int, index: Int[Tensor, " b"], *streams: int) -> Int[Tensor, " b"]:
     """One 64-bit key an example: the hash of seed, example number and any further stream numbers."""
     key = torch.full_like(index, _wrap(seed))
-    for part in (index, *streams):
-        value = part if isinstance(part, Tensor) else torch.full_like(index, _wrap(part))
+    parts: tuple[Tensor | int, ...] = (index, *streams)
+    for part in parts:
+        value = torch.full_like(index, _wrap(part)) if isinstance(part, int) else part
         key = _mix(key + _mix(value + _GOLDEN))
     return key
 

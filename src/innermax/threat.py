@@ -1,7 +1,7 @@
 """Threat models: which inputs X(x) the adversary may choose around a clean input x.
 
-X(x) = {x' : ‖x' − x‖_p ≤ ε} ∩ [low, high]^d. A threat model is a short value; `threat.around(x)` is the set X(x) itself for
-a batch, with the operations an attack needs. The mathematics of each norm is written in terms of the perturbation
+X(x) = {x' : ‖x' − x‖_p ≤ ε} ∩ [low, high]^d. A threat model is a short value; `threat.around(x)` is the set X(x) itself
+for a batch, with the operations an attack needs. The mathematics of each norm is written in terms of the perturbation
 u = x' − x, flattened to (B, d), with one interval [floor, ceiling] ∋ 0 a coordinate: what the bounds leave it, within
 [−ε, ε], which every p-norm ball implies.
 """
@@ -9,7 +9,6 @@ u = x' − x, flattened to (B, d), with one interval [floor, ceiling] ∋ 0 a co
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -120,8 +119,14 @@ class Threat(ABC):
             bounded: False gives the paper's closed form, which ignores the bounds.
             relative: divide by the width of the linear model on X(x): in [0, 1], NaN where the gradient is 0.
         """
-        threat = self if bounded else replace(self, bounds=None)
-        return threat.around(x).gap(gradient, x_adv, relative=relative)
+        feasible = self.around(x) if bounded else self.around(x).without_bounds()
+        return feasible.gap(gradient, x_adv, relative=relative)
+
+    def _inside(self, point: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """The point, drawn towards x where the roundings of many coordinates add up to a norm beyond ε."""
+        length = self.norm((point.double() - x.double()).flatten(1))
+        back = torch.where(length > self.eps, self.eps / length * (1 - 8 * torch.finfo(x.dtype).eps), 1.0)
+        return x + (point - x) * back.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
     @abstractmethod
     def norm(self, u: Flat) -> Float[Tensor, " b"]:
@@ -157,9 +162,14 @@ class FeasibleSet:
     floor: Flat
     ceiling: Flat
 
-    def __getitem__(self, rows: Tensor) -> Self:
+    def __getitem__(self, rows: Tensor) -> "FeasibleSet":
         """The same set for some of the examples."""
         return replace(self, x=self.x[rows], floor=self.floor[rows], ceiling=self.ceiling[rows])
+
+    def without_bounds(self) -> "FeasibleSet":
+        """The ball alone."""
+        ceiling = torch.full_like(self.ceiling, self.threat.eps)
+        return replace(self, threat=replace(self.threat, bounds=None), floor=-ceiling, ceiling=ceiling)
 
     def project(self, x_adv: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """The point of X(x) nearest to x_adv."""
@@ -168,7 +178,7 @@ class FeasibleSet:
 
     def contains(self, x_adv: Float[Tensor, "b ..."], atol: float = 1e-6) -> Bool[Tensor, " b"]:
         """Whether each x_adv lies in X(x) within atol."""
-        u = self._perturbation(x_adv)
+        u = self._flat(x_adv).double() - self.x.flatten(1).double()
         inside = ((u >= self.floor - atol) & (u <= self.ceiling + atol)).all(1)
         return inside & (self.threat.norm(u) <= self.threat.eps + atol)
 
@@ -213,12 +223,12 @@ class FeasibleSet:
         return self._flat(x_adv) - self.x.flatten(1)
 
     def _at(self, u: Flat) -> Float[Tensor, "b ..."]:
-        """x + u, not one rounding beyond the bounds."""
+        """x + u, not one rounding beyond the bounds or out of the ball."""
         point = (self.x.flatten(1) + u).reshape(self.x.shape)
-        if self.threat.bounds is None:
-            return point
-        low, high = (bound.to(point) if isinstance(bound, Tensor) else bound for bound in self.threat.bounds)
-        return point.clamp(min=low).clamp(max=high)
+        if self.threat.bounds is not None:
+            low, high = (bound.to(point) if isinstance(bound, Tensor) else bound for bound in self.threat.bounds)
+            point = point.clamp(min=low).clamp(max=high)
+        return self.threat._inside(point, self.x)
 
 
 class Linf(Threat):
@@ -226,7 +236,9 @@ class Linf(Threat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bounds is not None and self.eps > (width := float(torch.as_tensor(self.bounds[1] - self.bounds[0]).max())):
+        if self.bounds is not None and self.eps > (
+            width := float(torch.as_tensor(self.bounds[1] - self.bounds[0]).max())
+        ):
             raise ValueError(f"eps must be at most {width:g}, the width of the bounds, came {self.eps:g}")
 
     def norm(self, u: Flat) -> Float[Tensor, " b"]:
@@ -235,6 +247,9 @@ class Linf(Threat):
 
     def _draw(self, key: Int[Tensor, " b"], d: int) -> Flat:
         return 2 * randomness.uniform(key, d) - 1
+
+    def _inside(self, point: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        return point
 
     def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
         return u.clamp(floor, ceiling)
@@ -252,18 +267,19 @@ class Linf(Threat):
 class L2(Threat):
     """‖x' − x‖_2 ≤ ε.
 
-    Projection and maximizer share one shape: clip(s·v, floor, ceiling), with the scale s ≥ 0 at which its norm is ε (the
-    multiplier of the ball, in the KKT conditions).
+    Projection and maximizer share one shape: clip(s·v, floor, ceiling), with the scale s ≥ 0 at which its norm is ε (by
+    the KKT conditions, s is made of the ball's multiplier).
     """
 
     def norm(self, u: Flat) -> Float[Tensor, " b"]:
         """Euclidean length."""
-        return torch.linalg.vector_norm(u, dim=1)
+        length: Tensor = torch.linalg.vector_norm(u, dim=1)
+        return length
 
     def _draw(self, key: Int[Tensor, " b"], d: int) -> Flat:
-        angle, radius = randomness.uniform(key, 2 * d + 1).split([d, d + 1], dim=1)
-        normal = torch.sqrt(-2 * radius[:, :d].log()) * torch.cos(2 * math.pi * angle)  # Box & Muller 1958
-        return normal / self.norm(normal)[:, None] * radius[:, d:] ** (1 / d)
+        draws = randomness.uniform(key, 2 * d + 1)
+        normal = torch.sqrt(-2 * draws[:, :d].log()) * torch.cos(2 * math.pi * draws[:, d:-1])  # Box & Muller 1958
+        return normal / self.norm(normal)[:, None] * draws[:, -1:].pow(1 / d)
 
     def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
         return (self._scale(u, floor, ceiling).clamp(max=1.0) * u).clamp(floor, ceiling)
@@ -319,9 +335,9 @@ class L1(Threat):
         return u.abs().sum(1)
 
     def _draw(self, key: Int[Tensor, " b"], d: int) -> Flat:
-        signed, size = randomness.uniform(key, 2 * d + 1).split([d, d + 1], dim=1)
-        exponential = -size.log()  # d of d + 1 exponentials over their sum: uniform in the simplex
-        return (signed - 0.5).sign() * exponential[:, :d] / exponential.sum(1, keepdim=True)
+        draws = randomness.uniform(key, 2 * d + 1)
+        exponential = -draws[:, d:].log()  # d of d + 1 exponentials over their sum: uniform in the simplex
+        return (draws[:, :d] - 0.5).sign() * exponential[:, :d] / exponential.sum(1, keepdim=True)
 
     def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
         """sign(u)·clip(|u| − λ, 0, room) with the λ ≥ 0 at which its norm is ε; λ by a sweep over the sorted knots."""

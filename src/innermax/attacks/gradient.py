@@ -1,0 +1,203 @@
+"""FGSM, PGD and C&W∞: a loss, step sizes and a stopping rule over the one search."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from innermax import randomness
+from innermax.attacks.search import AttackResult, Final, Gauge, better, search
+from innermax.checks import check_inputs, check_labels, unknown
+from innermax.losses import CappedMargin, Loss, find_loss, reaching
+from innermax.oracle import Oracle
+from innermax.threat import FeasibleSet, Threat
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected gradient descent (Madry et al. 2018): `steps` steepest-ascent steps on the loss, inside X(x).
+
+    Args:
+        threat: the threat model.
+        steps: K ≥ 1, at most.
+        step_size: length of a step in the threat's norm; None for ε/4 (Wang et al. 2019), a number > 0, a sequence of
+            one a step, or "annealed": ε for the first quarter of the steps, then half as long with every quarter.
+            math.inf jumps to the maximizer.
+        random_start: start from a random point of X(x) instead of x.
+        loss: "cross_entropy", "margin", "dlr" or a function (logits, label) → (B,).
+        restarts: searches from different random starts; the best is kept for each example.
+        stop_at: value of the gauge at or below which an example stops, after at least one step; None: never.
+        gauge: FOSC "exact" over X(x), over the "ball" alone (the paper's closed form), or "relative", in [0, 1].
+        stop_on_success: an example that has fallen leaves the search.
+
+    Raises:
+        ValueError, TypeError: an argument is outside what is said above.
+    """
+
+    threat: Threat
+    steps: int = 10
+    step_size: float | Sequence[float] | str | None = None
+    random_start: bool = True
+    loss: str | Loss = "cross_entropy"
+    restarts: int = 1
+    stop_at: float | None = None
+    gauge: Gauge = "exact"
+    stop_on_success: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, Threat):
+            raise TypeError(f"threat must be a threat model such as Linf(8 / 255), came {self.threat!r}")
+        for name in ("steps", "restarts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, came {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, came {value}")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError("restarts need random_start=True: without it every restart is the same search")
+        if self.gauge not in get_args(Gauge):
+            raise unknown("gauge", self.gauge, get_args(Gauge))
+        if self.stop_at is not None and not self.stop_at >= 0:
+            raise ValueError(f"stop_at must be ≥ 0 or None, came {self.stop_at}")
+        find_loss(self.loss)
+        self.step_sizes()
+
+    def step_sizes(self) -> tuple[float, ...]:
+        """The length of each step."""
+        if self.step_size is None:
+            return (self.threat.eps / 4,) * self.steps
+        if isinstance(self.step_size, str):
+            if self.step_size != "annealed":
+                raise unknown("step_size", self.step_size, ["annealed"])
+            return tuple(self.threat.eps * 0.5 ** (4 * step // self.steps) for step in range(self.steps))
+        sizes = (
+            tuple(float(size) for size in self.step_size)
+            if isinstance(self.step_size, Sequence)
+            else (float(self.step_size),) * self.steps
+        )
+        if len(sizes) != self.steps:
+            raise ValueError(f"step_size must hold one length a step ({self.steps}), came {len(sizes)}")
+        if not all(size > 0 for size in sizes):
+            raise ValueError(f"step_size must be > 0, came {self.step_size}")
+        return sizes
+
+    def __call__(
+        self,
+        model: nn.Module | Oracle,
+        x: Float[Tensor, "b ..."],
+        y: Int[Tensor, " b"],
+        *,
+        target: Int[Tensor, " b"] | None = None,
+        seed: int = 0,
+        index: Int[Tensor, " b"] | None = None,
+        final: Final = "gradient",
+    ) -> AttackResult:
+        """Attacks a batch.
+
+        Args:
+            model: any nn.Module with logits, in any mode, left exactly as found; or an Oracle of one.
+            x: (B, *features) clean inputs within the threat's bounds; half precision is attacked in float32.
+            y: (B,) int64 true labels.
+            target: (B,) int64 labels to reach instead of y to leave.
+            seed: any integer; with `index` it alone decides the random starts.
+            index: (B,) int64 example numbers; 0…B − 1 unless told.
+            final: what is computed where the steps end: "gradient" (loss, logits, FOSC), "loss" (loss, logits) or
+                "none".
+
+        Raises:
+            ValueError, TypeError: x, y, target or index do not fit, or the model's answer is not (B, classes) numbers.
+        """
+        if final not in get_args(Final):
+            raise unknown("final", final, get_args(Final))
+        check_inputs(x)
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        feasible = self.threat.around(x)
+        for name, label in (("y", y), ("target", y if target is None else target)):
+            check_labels(label, len(x), name=name)
+        index = torch.arange(len(x), device=x.device) if index is None else index
+        if index.dtype != torch.int64 or index.shape != y.shape:
+            raise ValueError(f"index must be int64 {tuple(y.shape)}, came {index.dtype} {tuple(index.shape)}")
+        oracle = Oracle.of(model)
+        with oracle.private_randomness(seed):
+            result = self._best(
+                oracle, feasible, y if target is None else target, target is not None, seed, index, final
+            )
+        return _inspected(result, y)
+
+    def _best(
+        self,
+        oracle: Oracle,
+        feasible: FeasibleSet,
+        label: Tensor,
+        reach: bool,
+        seed: int,
+        index: Tensor,
+        final: Final,
+    ) -> AttackResult:
+        """The best of the restarts; with stop_on_success only survivors start again."""
+        loss = find_loss(self.loss)
+        options: dict[str, Any] = {
+            "loss": reaching(loss) if reach else loss,
+            "step_sizes": self.step_sizes(),
+            "reach": reach,
+            "gauge": self.gauge,
+            "stop_at": self.stop_at,
+            "stop_on_success": self.stop_on_success,
+            "final": "loss" if final == "none" and self.restarts > 1 else final,
+        }
+
+        def once(rows: Tensor, restart: int) -> AttackResult:
+            chosen = feasible[rows]
+            start = chosen.sample(randomness.keys(seed, index[rows], restart)) if self.random_start else chosen.x
+            return search(oracle, chosen, start, label[rows], **options)
+
+        rows = torch.arange(len(label), device=label.device)
+        best = once(rows, 0)
+        for restart in range(1, self.restarts):
+            if self.stop_on_success:
+                rows = (~cast(Tensor, best.misclassified)).nonzero()[:, 0]
+            if len(rows) > 0:
+                best = best.updated(rows, better(best[rows], once(rows, restart)))
+        return best
+
+
+def FGSM(threat: Threat, loss: str | Loss = "cross_entropy") -> PGD:
+    """The fast gradient sign method (Goodfellow et al. 2015): one jump from x to the maximizer of the linear model."""
+    return PGD(threat, steps=1, step_size=math.inf, random_start=False, loss=loss)
+
+
+def CW(threat: Threat, steps: int = 30, confidence: float = 0.0) -> PGD:
+    """C&W∞: the margin, capped at `confidence` ≥ 0, maximised by PGD (Carlini & Wagner 2017; Wang et al. 2019, §5.1).
+
+    An example whose margin has reached the cap has a zero gradient: it has fallen, and stays where it is.
+    """
+    if not (math.isfinite(confidence) and confidence >= 0):
+        raise ValueError(f"confidence must be a finite number ≥ 0, came {confidence}")
+    return PGD(threat, steps=steps, loss=CappedMargin(confidence))
+
+
+def _inspected(result: AttackResult, y: Tensor) -> AttackResult:
+    """The result with its verdicts. Raises ValueError where the model answered NaN, warns of probabilities."""
+    if result.logits is None:
+        return result
+    classes = result.logits.shape[1]
+    check_labels(y, len(y), classes)
+    bad = int(torch.isnan(result.logits).any(1).sum())
+    if bad:
+        raise ValueError(f"the model returns NaN logits for {bad} of {len(y)} inputs")
+    if looks_like_probabilities(result.logits):
+        warnings.warn(
+            "the model seems to return probabilities; attacks and gauges need logits (leave the softmax out)",
+            stacklevel=3,
+        )
+    return replace(result, misclassified=result.logits.argmax(1) != y)
+
+
+def looks_like_probabilities(logits: Float[Tensor, "b classes"]) -> bool:
+    """Whether every row is non-negative and sums to one."""
+    return bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all())

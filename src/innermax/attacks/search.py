@@ -1,0 +1,208 @@
+"""The search behind every gradient attack: projected steepest ascent that knows how converged it is."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from innermax.losses import Loss
+from innermax.oracle import Answer, Oracle
+from innermax.threat import FeasibleSet
+
+Gauge = Literal["exact", "ball", "relative"]
+Final = Literal["gradient", "loss", "none"]
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found, a row an example; every value belongs to the returned `x_adv`.
+
+    Attributes:
+        x_adv: (B, *features) inputs inside X(x).
+        loss: (B,) the loss the attack maximised, at x_adv.
+        logits: (B, classes) at x_adv.
+        fosc: (B,) exact FOSC at x_adv, ≥ 0.
+        relative_fosc: (B,) FOSC over the width of the linear model on X(x), in [0, 1]; NaN where the gradient is 0.
+        zero_gradient: (B,) bool, the gradient at x_adv is 0: nothing to follow, which is not convergence.
+        misclassified: (B,) bool, the predicted class is not y.
+        steps: (B,) int64 steps that lead to x_adv from its start.
+        gradient_calls: (B,) int64 gradients each example cost, over all restarts.
+        forward_calls: (B,) int64 forward passes without a gradient each example cost.
+
+    What was not computed (see `final`) is None.
+    """
+
+    x_adv: Float[Tensor, "b ..."]
+    loss: Float[Tensor, " b"] | None
+    logits: Float[Tensor, "b classes"] | None
+    fosc: Float[Tensor, " b"] | None
+    relative_fosc: Float[Tensor, " b"] | None
+    zero_gradient: Bool[Tensor, " b"] | None
+    misclassified: Bool[Tensor, " b"] | None
+    steps: Int[Tensor, " b"]
+    gradient_calls: Int[Tensor, " b"]
+    forward_calls: Int[Tensor, " b"]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The result with `change` applied to every value that was computed."""
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if value is not None})
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        """Some of the examples."""
+        return self.map(lambda value: value[rows])
+
+    def updated(self, rows: Int[Tensor, " k"], part: Self) -> Self:
+        """The result with some examples replaced by those of `part`."""
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: value.index_copy(0, rows, getattr(part, name)) for name, value in values.items()})
+
+
+def search(
+    oracle: Oracle,
+    feasible: FeasibleSet,
+    start: Float[Tensor, "b ..."],
+    label: Int[Tensor, " b"],
+    loss: Loss,
+    step_sizes: Sequence[float],
+    *,
+    reach: bool = False,
+    gauge: Gauge = "exact",
+    stop_at: float | None = None,
+    stop_on_success: bool = False,
+    final: Final = "gradient",
+) -> AttackResult:
+    """Climbs the loss from `start` over X(x), one step size after the other.
+
+    Finished examples leave the batch that is sent through the network. The gradient that gauged an iterate is the one
+    its next step follows, so an example that stops at its k-th iterate has cost k + 1 gradients.
+
+    In the result `misclassified` says where the adversary has what it wants.
+
+    Args:
+        oracle: what answers for the network.
+        feasible: X(x).
+        start: (B, *features) points of X(x).
+        label: (B,) the label to leave, or to reach.
+        loss: (logits, label) → (B,), maximised.
+        step_sizes: one a step, in the threat's norm.
+        reach: the adversary wants the label predicted, not left.
+        gauge: how far from stationary an iterate is: FOSC "exact" over X(x), over the "ball" alone, or "relative".
+        stop_at: an example stops at its first iterate after a step whose gauge is ≤ this, unless its gradient is 0.
+        stop_on_success: an example stops where the adversary has what it wants.
+        final: what is computed where the steps end: "gradient" (loss, logits, FOSC), "loss" (loss, logits) or "none".
+    """
+    rows, x_adv = torch.arange(len(start), device=start.device), start
+    pieces: list[tuple[Tensor, AttackResult]] = []
+    for step, step_size in enumerate(step_sizes):
+        answer = oracle.gradient(x_adv, label, loss)
+        gradient = answer.gradient
+        stopping = torch.zeros_like(label, dtype=torch.bool)
+        if stop_at is not None and step > 0:
+            stopping |= _converged(feasible, gradient, x_adv, gauge, stop_at)
+        if stop_on_success:
+            stopping |= _won(answer.logits, label, reach)
+        if (stop_at is not None or stop_on_success) and bool(stopping.any()):
+            done, going = stopping.nonzero()[:, 0], (~stopping).nonzero()[:, 0]
+            pieces.append((rows[done], _measured(feasible[done], x_adv[done], answer[done], label[done], reach, step)))
+            if len(going) == 0:
+                break
+            rows, x_adv, label = rows[going], x_adv[going], label[going]
+            feasible, gradient = feasible[going], gradient[going]
+        x_adv = feasible.step(x_adv, gradient, step_size)
+    else:
+        pieces.append((rows, _last(oracle, feasible, x_adv, label, loss, reach, len(step_sizes), final)))
+    return _joined(pieces)
+
+
+def measure(
+    feasible: FeasibleSet, gradient: Float[Tensor, "b ..."], x_adv: Float[Tensor, "b ..."], gauge: Gauge
+) -> Float[Tensor, " b"]:
+    """The gauge of each iterate: FOSC "exact" over X(x), over the "ball" alone (the paper's), or "relative"."""
+    if gauge == "ball":
+        return feasible.without_bounds().gap(gradient, x_adv)
+    return feasible.gap(gradient, x_adv, relative=gauge == "relative")
+
+
+def better(one: AttackResult, other: AttackResult) -> AttackResult:
+    """Of two searches the better for each example: the one that made it fall, then the higher loss; costs add up."""
+    if one.loss is None or other.loss is None or one.misclassified is None or other.misclassified is None:
+        raise ValueError("searches are compared by their loss: final must be 'gradient' or 'loss'")
+    same = one.misclassified == other.misclassified
+    take = torch.where(same, other.loss > one.loss, other.misclassified)
+    chosen = {
+        name: torch.where(take.reshape(-1, *[1] * (value.ndim - 1)), getattr(other, name), value)
+        for name, value in vars(one).items()
+        if value is not None
+    }
+    chosen["gradient_calls"] = one.gradient_calls + other.gradient_calls
+    chosen["forward_calls"] = one.forward_calls + other.forward_calls
+    return replace(one, **chosen)
+
+
+def _converged(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor, gauge: Gauge, stop_at: float) -> Tensor:
+    """Whose gauge is at or below the threshold; a zero gradient is nothing to follow, not convergence."""
+    return (measure(feasible, gradient, x_adv, gauge) <= stop_at) & _nonzero(gradient)
+
+
+def _won(logits: Tensor, label: Tensor, reach: bool) -> Tensor:
+    """Where the adversary has what it wants."""
+    predicted = logits.argmax(1)
+    return predicted == label if reach else predicted != label
+
+
+def _last(
+    oracle: Oracle,
+    feasible: FeasibleSet,
+    x_adv: Tensor,
+    label: Tensor,
+    loss: Loss,
+    reach: bool,
+    steps: int,
+    final: Final,
+) -> AttackResult:
+    """The piece of those that took every step."""
+    if final == "gradient":
+        return _measured(feasible, x_adv, oracle.gradient(x_adv, label, loss), label, reach, steps)
+    count, nothing = torch.full_like(label, steps), torch.zeros_like(label)
+    if final == "none":
+        return AttackResult(x_adv, None, None, None, None, None, None, count, count, nothing)
+    logits = oracle.logits(x_adv)
+    won = _won(logits, label, reach)
+    return AttackResult(x_adv, loss(logits, label), logits, None, None, None, won, count, count, nothing + 1)
+
+
+def _measured(
+    feasible: FeasibleSet, x_adv: Tensor, answer: Answer, label: Tensor, reach: bool, steps: int
+) -> AttackResult:
+    """The piece of examples that end at an iterate whose gradient is known."""
+    count = torch.full_like(label, steps)
+    return AttackResult(
+        x_adv=x_adv,
+        loss=answer.loss,
+        logits=answer.logits,
+        fosc=feasible.gap(answer.gradient, x_adv),
+        relative_fosc=feasible.gap(answer.gradient, x_adv, relative=True),
+        zero_gradient=~_nonzero(answer.gradient),
+        misclassified=_won(answer.logits, label, reach),
+        steps=count,
+        gradient_calls=count + 1,
+        forward_calls=torch.zeros_like(count),
+    )
+
+
+def _nonzero(gradient: Tensor) -> Tensor:
+    return (gradient != 0).flatten(1).any(1)
+
+
+def _joined(pieces: list[tuple[Tensor, AttackResult]]) -> AttackResult:
+    """The pieces in the batch's order; what one piece lacks, the whole lacks."""
+    rows, results = zip(*pieces, strict=True)
+    order = torch.cat(rows).argsort()
+    values = {field.name: [getattr(result, field.name) for result in results] for field in fields(AttackResult)}
+    lacking = {name: None for name, parts in values.items() if any(part is None for part in parts)}
+    joined = {name: torch.cat(parts)[order] for name, parts in values.items() if name not in lacking}
+    whole: AttackResult = replace(results[0], **joined, **lacking)
+    return whole

@@ -1,0 +1,72 @@
+"""Per-example losses an attack maximises: functions of (logits, label) that grow as the label is left behind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from innermax.checks import unknown
+
+Logits = Float[Tensor, "b classes"]
+Labels = Int[Tensor, " b"]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Logits, label: Labels) -> Float[Tensor, " b"]:
+    """−log softmax(logits)[label] ≥ 0."""
+    return F.cross_entropy(logits, label, reduction="none")
+
+
+def margin(logits: Logits, label: Labels) -> Float[Tensor, " b"]:
+    """Best other logit − the label's: positive exactly when the example is misclassified (Carlini & Wagner 2017)."""
+    own = logits.gather(1, label[:, None])[:, 0]
+    return _others(logits, label).amax(1) - own
+
+
+def dlr(logits: Logits, label: Labels) -> Float[Tensor, " b"]:
+    """Difference of logits ratio: the margin over (largest − third largest logit) (Croce & Hein 2020, Eq. 6)."""
+    if logits.shape[1] < 3:
+        raise ValueError(f"loss 'dlr' needs at least 3 classes, the model has {logits.shape[1]}")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, label) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+@dataclass(frozen=True)
+class CappedMargin:
+    """The margin, constant once it exceeds `confidence`: the objective of C&W∞ (Carlini & Wagner 2017, f₆)."""
+
+    confidence: float = 0.0
+
+    def __call__(self, logits: Logits, label: Labels) -> Float[Tensor, " b"]:
+        """min(best other logit − the label's, confidence)."""
+        return margin(logits, label).clamp(max=self.confidence)
+
+    def reach(self, logits: Logits, target: Labels) -> Float[Tensor, " b"]:
+        """min(the target's logit − best other, confidence)."""
+        return (-margin(logits, target)).clamp(max=self.confidence)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def find_loss(loss: str | Loss) -> Loss:
+    """A loss by its name, or the function itself. Raises ValueError for an unknown name."""
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise unknown("loss", loss, LOSSES)
+    return LOSSES[loss]
+
+
+def reaching(loss: Loss) -> Loss:
+    """What to maximise in order to reach a label instead of leaving it: the loss's own `reach`, or its negative."""
+    own: Loss | None = getattr(loss, "reach", None)
+    return own if own is not None else lambda logits, target: -loss(logits, target)
+
+
+def _others(logits: Tensor, label: Tensor) -> Tensor:
+    """The logits with the label's replaced by −∞."""
+    return logits.scatter(1, label[:, None], -inf)

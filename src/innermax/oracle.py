@@ -1,0 +1,231 @@
+"""The network as the attacker sees it: frozen, in evaluation mode, and as fast as the machine allows.
+
+Attacks ask an oracle, never the model. The oracle holds a shadow of the model, so the learner's own flags, buffers and
+gradients are never touched and nothing has to be restored.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal, Self, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from innermax.folding import Folded, fold
+from innermax.losses import Loss
+
+Precision = Literal["auto", "float32", "bf16"]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the oracle says of a batch: (B, …) gradient of each example's own loss, (B,) loss, (B, classes) logits."""
+
+    gradient: Float[Tensor, "b ..."]
+    loss: Float[Tensor, " b"]
+    logits: Float[Tensor, "b classes"]
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        """Some of the examples."""
+        return replace(self, gradient=self.gradient[rows], loss=self.loss[rows], logits=self.logits[rows])
+
+
+class Oracle:
+    """Loss, logits and ∂loss/∂x of a frozen model, per example.
+
+    `Oracle(model)` computes exactly what the model computes, on the model's own parameters. `Oracle.fast(model, …)` is
+    compiled for attacking; call `refresh()` after the model has learned.
+
+    Args:
+        model: any nn.Module that returns logits, in any mode; left exactly as found.
+
+    Raises:
+        TypeError: the model is not an nn.Module or cannot be copied.
+        ValueError: it mixes the examples of a batch (BatchNorm without running statistics).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._source = unwrapped(model)
+        self._network: nn.Module = _shadow(self._source, share=True)
+        self._folded: Folded | None = None
+        self._memory_format = torch.preserve_format
+        self._dtype = next((p.dtype for p in self._source.parameters() if p.is_floating_point()), None)
+        self.plan = "as the model is"
+
+    @classmethod
+    def of(cls, model: "nn.Module | Oracle") -> "Oracle":
+        """The oracle itself, or the exact oracle of a model."""
+        return model if isinstance(model, Oracle) else cls(model)
+
+    @classmethod
+    def fast(cls, model: nn.Module, example: Float[Tensor, "b ..."], precision: Precision = "auto") -> Self:
+        """An oracle compiled for attacks: BatchNorm folded, channels last, bf16 where the hardware has it.
+
+        Args:
+            model: as for Oracle.
+            example: (B, *features) a few inputs, on which the compiled network is held against the model.
+            precision: "auto" takes bf16 where the processor computes in it.
+        """
+        oracle = cls(model)
+        truth = oracle.logits(example)
+        oracle._fold(example, truth)
+        if any(isinstance(module, nn.Conv2d) for module in oracle._network.modules()):
+            oracle._network = cast(nn.Module, oracle._network.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+            oracle._memory_format = torch.channels_last
+            oracle.plan += ", channels last"
+        if precision == "bf16" or (precision == "auto" and has_fast_bf16(example.device)):
+            oracle._lower(example, truth)
+        else:
+            oracle.plan += ", float32"
+        _log.info("attack network: %s", oracle.plan)
+        return oracle
+
+    def refresh(self) -> None:
+        """Takes over what the model has learned since."""
+        if self._folded is not None:
+            self._folded.refresh(self._source)
+            return
+        with torch.no_grad():
+            for mine, theirs in zip(_state(self._network), _state(self._source), strict=True):
+                if mine.data_ptr() != theirs.data_ptr():
+                    mine.copy_(theirs)
+
+    def logits(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
+        """(B, classes) float32 logits."""
+        with torch.no_grad():
+            return self._forward(self._placed(x), len(x))
+
+    def gradient(self, x: Float[Tensor, "b ..."], label: Int[Tensor, " b"], loss: Loss) -> Answer:
+        """The gradient of each example's loss in its own input, with loss and logits.
+
+        Non-finite entries of a gradient come back as 0: an attack cannot follow them.
+
+        Raises:
+            ValueError: the model does not take x, or does not return (B, classes); loss does not return (B,).
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            point = self._placed(x).requires_grad_()
+            logits = self._forward(point, len(x))
+            value = loss(logits, label)
+            if value.shape != (len(x),):
+                raise ValueError(f"loss must return one value an example ({len(x)},), came {tuple(value.shape)}")
+            # A sum, not a mean: no example's gradient may depend on how many others there are.
+            gradient = torch.autograd.grad(value.sum(), point, allow_unused=True)[0] if value.requires_grad else None
+        if gradient is None:
+            gradient = torch.zeros_like(x)
+        gradient = gradient.to(x.dtype, memory_format=torch.contiguous_format)
+        return Answer(gradient.nan_to_num_(0.0, 0.0, 0.0), value.detach(), logits.detach())
+
+    @contextmanager
+    def private_randomness(self, seed: int) -> Iterator[None]:
+        """Inside, a model that draws random numbers draws them from `seed`; the global random state is left alone."""
+        devices = {p.device for p in self._network.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+            yield
+
+    def _placed(self, x: Tensor) -> Tensor:
+        """A detached copy of x in the network's precision and memory format."""
+        memory_format = self._memory_format if x.ndim == 4 else torch.preserve_format
+        point = x.detach().to(self._dtype or x.dtype, memory_format=memory_format)
+        return point.clone() if point.data_ptr() == x.data_ptr() or point.is_inference() else point
+
+    def _forward(self, x: Tensor, batch: int) -> Tensor:
+        try:
+            logits = self._network(x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {reason}") from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
+            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the model must return logits of shape ({batch}, classes ≥ 2), came {came}")
+        return logits.double() if logits.dtype == torch.float64 else logits.float()
+
+    def _fold(self, example: Tensor, truth: Tensor) -> None:
+        """Switches to the folded network where that computes the same logits."""
+        try:
+            folded = fold(_shadow(self._source, share=False))
+            folded.refresh(self._source)
+            with torch.no_grad():
+                error = float((folded.network(self._placed(example)) - truth).abs().max())
+        except Exception as failure:  # noqa: BLE001  whatever tracing raises, the unfolded network is right
+            self.plan = f"unfolded ({type(failure).__name__}: {str(failure).partition(chr(10))[0]})"
+            self._network = _shadow(self._source, share=False)
+            return
+        if error > 1e-4 * (1 + float(truth.abs().max())):
+            self.plan = f"unfolded (folding changes logits by {error:.1e})"
+            self._network = _shadow(self._source, share=False)
+            return
+        self._folded, self._network = folded, folded.network
+        self.plan = f"{len(folded.pairs)} BatchNorm folded"
+
+    def _lower(self, example: Tensor, truth: Tensor) -> None:
+        """Switches to bf16 where the network computes in it and its logits stay close."""
+        exact = self._network, self._folded, self._dtype
+        try:
+            self._network, self._dtype = copy.deepcopy(self._network).to(torch.bfloat16), torch.bfloat16
+            if self._folded is not None:
+                self._folded = Folded(cast(torch.fx.GraphModule, self._network), self._folded.pairs)
+            self.refresh()
+            error = float((self.logits(example) - truth).abs().max())
+            if error <= 0.05 * (1 + float(truth.abs().max())):
+                self.plan += ", bf16"
+                return
+            reason = f"bf16 changes logits by {error:.1e}"
+        except ValueError as failure:
+            reason = str(failure)
+        self._network, self._folded, self._dtype = exact
+        self.plan += f", float32 ({reason})"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module under torch.compile, DataParallel, DDP or Fabric. Raises TypeError for anything else."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, came {type(model).__name__}")
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
+            model, "_forward_module"
+        ):
+            model = cast(nn.Module, model.module)
+        else:
+            return model
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _shadow(model: nn.Module, share: bool) -> nn.Module:
+    """A frozen copy in evaluation mode; share: on the model's own parameters."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"model layer {name!r} ({type(module).__name__}) has no running statistics, so it mixes the examples "
+                "of a batch even in evaluation mode; build it with track_running_stats=True"
+            )
+    memo: dict[int, object] = {}
+    if share:
+        memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    try:
+        shadow = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(f"model cannot be copied for the attack: {type(error).__name__}: {error}") from error
+    return shadow.requires_grad_(False).eval()
+
+
+def _state(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
