@@ -1,0 +1,71 @@
+"""Adversarial training that measures its inner maximization, and robustness numbers that can be believed.
+
+Every public name is here, and loads what it needs when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from innermax.attacks.gradient import CW, FGSM, PGD
+    from innermax.attacks.search import AttackResult
+    from innermax.checkpoints import load_model, save_model
+    from innermax.data import Data, ImageSet, load_data
+    from innermax.evaluation import Evaluation, evaluate
+    from innermax.models import build_model
+    from innermax.oracle import Oracle
+    from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured
+    from innermax.threat import L1, L2, Linf
+    from innermax.training import Run, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "innermax.attacks.gradient": ("CW", "FGSM", "PGD"),
+    "innermax.attacks.search": ("AttackResult",),
+    "innermax.checkpoints": ("load_model", "save_model"),
+    "innermax.data": ("Data", "ImageSet", "load_data"),
+    "innermax.evaluation": ("Evaluation", "evaluate"),
+    "innermax.models": ("build_model",),
+    "innermax.oracle": ("Oracle",),
+    "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured"),
+    "innermax.threat": ("L1", "L2", "Linf"),
+    "innermax.training": ("Run", "train"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CW",
+    "FGSM",
+    "L1",
+    "L2",
+    "PGD",
+    "AttackResult",
+    "Curriculum",
+    "Data",
+    "Dynamic",
+    "Evaluation",
+    "FGSMThenPGD",
+    "ImageSet",
+    "Linf",
+    "Oracle",
+    "Run",
+    "Standard",
+    "Unsecured",
+    "build_model",
+    "evaluate",
+    "load_data",
+    "load_model",
+    "save_model",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'innermax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,13 +9,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Self, cast
+from typing import Literal, Self, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from innermax.checks import unknown
 from innermax.folding import Folded, fold
 from innermax.losses import Loss
 
@@ -72,17 +73,20 @@ class Oracle:
             example: (B, *features) a few inputs, on which the compiled network is held against the model.
             precision: "auto" takes bf16 where the processor computes in it.
         """
-        oracle = cls(model)
-        truth = oracle.logits(example)
-        oracle._fold(example, truth)
-        if any(isinstance(module, nn.Conv2d) for module in oracle._network.modules()):
-            oracle._network = cast(nn.Module, oracle._network.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
-            oracle._memory_format = torch.channels_last
-            oracle.plan += ", channels last"
-        if precision == "bf16" or (precision == "auto" and has_fast_bf16(example.device)):
-            oracle._lower(example, truth)
-        else:
-            oracle.plan += ", float32"
+        if precision not in get_args(Precision):
+            raise unknown("precision", precision, get_args(Precision))
+        with torch.inference_mode(False):
+            oracle = cls(model)
+            truth = oracle.logits(example)
+            oracle._fold(example)
+            if any(isinstance(module, nn.Conv2d) for module in oracle._network.modules()):
+                oracle._network = cast(nn.Module, oracle._network.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+                oracle._memory_format = torch.channels_last
+                oracle.plan += ", channels last"
+            if precision == "bf16" or (precision == "auto" and has_fast_bf16(example.device)):
+                oracle._lower(example, truth)
+            else:
+                oracle.plan += ", float32"
         _log.info("attack network: %s", oracle.plan)
         return oracle
 
@@ -110,8 +114,9 @@ class Oracle:
             ValueError: the model does not take x, or does not return (B, classes); loss does not return (B,).
         """
         with torch.inference_mode(False), torch.enable_grad():
-            point = self._placed(x).requires_grad_()
-            logits = self._forward(point, len(x))
+            point = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+            label = label.clone() if label.is_inference() else label
+            logits = self._forward(self._placed(point), len(x))
             value = loss(logits, label)
             if value.shape != (len(x),):
                 raise ValueError(f"loss must return one value an example ({len(x)},), came {tuple(value.shape)}")
@@ -131,10 +136,9 @@ class Oracle:
             yield
 
     def _placed(self, x: Tensor) -> Tensor:
-        """A detached copy of x in the network's precision and memory format."""
+        """A copy of x in the network's precision and memory format, which the network may change in place."""
         memory_format = self._memory_format if x.ndim == 4 else torch.preserve_format
-        point = x.detach().to(self._dtype or x.dtype, memory_format=memory_format)
-        return point.clone() if point.data_ptr() == x.data_ptr() or point.is_inference() else point
+        return x.to(self._dtype or x.dtype, memory_format=memory_format, copy=True)
 
     def _forward(self, x: Tensor, batch: int) -> Tensor:
         try:
@@ -149,13 +153,16 @@ class Oracle:
             raise ValueError(f"the model must return logits of shape ({batch}, classes ≥ 2), came {came}")
         return logits.double() if logits.dtype == torch.float64 else logits.float()
 
-    def _fold(self, example: Tensor, truth: Tensor) -> None:
-        """Switches to the folded network where that computes the same logits."""
+    def _fold(self, example: Tensor) -> None:
+        """Switches to the folded network where that computes the same logits, now and after learning."""
         try:
             folded = fold(_shadow(self._source, share=False))
-            folded.refresh(self._source)
+            learned = _learned(self._source)
+            folded.refresh(learned)
             with torch.no_grad():
+                truth = learned(self._placed(example))
                 error = float((folded.network(self._placed(example)) - truth).abs().max())
+            folded.refresh(self._source)
         except Exception as failure:  # noqa: BLE001  whatever tracing raises, the unfolded network is right
             self.plan = f"unfolded ({type(failure).__name__}: {str(failure).partition(chr(10))[0]})"
             self._network = _shadow(self._source, share=False)
@@ -216,14 +223,28 @@ def _shadow(model: nn.Module, share: bool) -> nn.Module:
                 f"model layer {name!r} ({type(module).__name__}) has no running statistics, so it mixes the examples "
                 "of a batch even in evaluation mode; build it with track_running_stats=True"
             )
-    memo: dict[int, object] = {}
+    # What a hook computed from parameters (torch.nn.utils.weight_norm) can only be copied apart from its graph.
+    computed = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo: dict[int, object] = {id(value): value.detach().clone() for value in computed if not value.is_leaf}
     if share:
-        memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+        memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     try:
-        shadow = copy.deepcopy(model, memo)
+        with torch.inference_mode(False):
+            shadow = copy.deepcopy(model, memo)
     except Exception as error:
         raise TypeError(f"model cannot be copied for the attack: {type(error).__name__}: {error}") from error
     return shadow.requires_grad_(False).eval()
+
+
+def _learned(model: nn.Module) -> nn.Module:
+    """A shadow whose BatchNorm statistics are as after learning: on a new model's, a wrong fold goes unnoticed."""
+    shadow = _shadow(model, share=False)
+    for module in shadow.modules():
+        if isinstance(module, _BatchNorm):
+            spread = torch.linspace(0.5, 1.5, module.num_features).to(cast(Tensor, module.running_var))
+            cast(Tensor, module.running_mean).add_(spread * 0.1)
+            cast(Tensor, module.running_var).mul_(spread)
+    return shadow
 
 
 def _state(network: nn.Module) -> Iterator[Tensor]:

@@ -15,11 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from innermax import randomness
-from innermax.checks import check_inputs
+from innermax.checks import check_inputs, check_labels
 
 Bounds = tuple[float | Tensor, float | Tensor] | None
 Flat = Float[Tensor, "b d"]
 Column = Float[Tensor, "b 1"]
+_ROUNDING = 1 + 1e-6  # an ε as large as the bounds may come out a little larger in float32
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Threat(ABC):
         if bool(((flat < low) | (flat > high)).any()):
             raise ValueError(f"x must lie within the bounds, came values from {float(x.min()):g} to {float(x.max()):g}")
         largest = float(self.norm(high - low).max())
-        if self.eps > largest:
+        if self.eps > largest * _ROUNDING:
             raise ValueError(f"eps must be at most {largest:g}, the size of the bounds, came {self.eps:g}")
         floor, ceiling = (low - flat).clamp(min=-self.eps), (high - flat).clamp(max=self.eps)
         return FeasibleSet(self, x.detach(), floor, ceiling)
@@ -84,8 +85,10 @@ class Threat(ABC):
             seed: any integer.
             index: (B,) int64 example numbers; 0…B − 1 unless told.
         """
+        feasible = self.around(x)
         index = torch.arange(len(x), device=x.device) if index is None else index
-        return self.around(x).sample(randomness.keys(seed, index))
+        check_labels(index, len(x), name="index")
+        return feasible.sample(randomness.keys(seed, index))
 
     def maximizer(self, gradient: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """argmax over x' ∈ X(x) of ⟨x', gradient⟩: the vertex behind the gap; coordinates without gradient stay."""
@@ -124,9 +127,9 @@ class Threat(ABC):
 
     def _inside(self, point: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """The point, drawn towards x where the roundings of many coordinates add up to a norm beyond ε."""
-        length = self.norm((point.double() - x.double()).flatten(1))
-        back = torch.where(length > self.eps, self.eps / length * (1 - 8 * torch.finfo(x.dtype).eps), 1.0)
-        return x + (point - x) * back.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        length = self.norm((point.double() - x.double()).flatten(1)).reshape(-1, *[1] * (x.ndim - 1))
+        back = self.eps / length * (1 - 8 * torch.finfo(x.dtype).eps)
+        return torch.where(length > self.eps, x + (point - x) * back.to(x.dtype), point)
 
     @abstractmethod
     def norm(self, u: Flat) -> Float[Tensor, " b"]:
@@ -178,7 +181,7 @@ class FeasibleSet:
 
     def contains(self, x_adv: Float[Tensor, "b ..."], atol: float = 1e-6) -> Bool[Tensor, " b"]:
         """Whether each x_adv lies in X(x) within atol."""
-        u = self._flat(x_adv).double() - self.x.flatten(1).double()
+        u = self._flat(x_adv, "x_adv").double() - self.x.flatten(1).double()
         inside = ((u >= self.floor - atol) & (u <= self.ceiling + atol)).all(1)
         return inside & (self.threat.norm(u) <= self.threat.eps + atol)
 
@@ -189,22 +192,25 @@ class FeasibleSet:
 
     def maximizer(self, gradient: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """argmax over X(x) of ⟨x', gradient⟩."""
-        return self._at(self.threat._vertex(self._flat(gradient), self.floor, self.ceiling))
+        return self._at(self.threat._vertex(self._flat(gradient, "gradient"), self.floor, self.ceiling))
 
     def step(
         self, x_adv: Float[Tensor, "b ..."], gradient: Float[Tensor, "b ..."], step_size: float
     ) -> Float[Tensor, "b ..."]:
         """One projected steepest-ascent step."""
+        if not step_size >= 0:
+            raise ValueError(f"step_size must be at least 0, came {step_size}")
+        u = self._perturbation(x_adv)
         if step_size == math.inf:
             return self.maximizer(gradient)
-        u, gradient = self._perturbation(x_adv), self._flat(gradient)
+        gradient = self._flat(gradient, "gradient")
         return self._at(self.threat._ascend(u, gradient, step_size, self.floor, self.ceiling))
 
     def gap(
         self, gradient: Float[Tensor, "b ..."], x_adv: Float[Tensor, "b ..."], *, relative: bool = False
     ) -> Float[Tensor, " b"]:
         """FOSC of each x_adv ∈ X(x); relative: over the width of the linear model on X(x)."""
-        gradient = self._flat(gradient)
+        gradient = self._flat(gradient, "gradient")
         if relative:  # free of the gradient's scale, so take the scale away before it can underflow
             gradient = _scaled(gradient)
         gap = self.threat._gap(gradient, self._perturbation(x_adv), self.floor, self.ceiling)
@@ -214,21 +220,21 @@ class FeasibleSet:
         width = self.threat._gap(gradient, lowest, self.floor, self.ceiling)
         return torch.where((gradient != 0).any(1), (gap / width).clamp(max=1.0), math.nan)
 
-    def _flat(self, values: Tensor) -> Flat:
+    def _flat(self, values: Tensor, name: str) -> Flat:
         if values.shape != self.x.shape:
-            raise ValueError(f"must have the shape of x {tuple(self.x.shape)}, came {tuple(values.shape)}")
+            raise ValueError(f"{name} must have the shape of x {tuple(self.x.shape)}, came {tuple(values.shape)}")
         return values.flatten(1)
 
     def _perturbation(self, x_adv: Tensor) -> Flat:
-        return self._flat(x_adv) - self.x.flatten(1)
+        return self._flat(x_adv, "x_adv") - self.x.flatten(1)
 
     def _at(self, u: Flat) -> Float[Tensor, "b ..."]:
         """x + u, not one rounding beyond the bounds or out of the ball."""
-        point = (self.x.flatten(1) + u).reshape(self.x.shape)
-        if self.threat.bounds is not None:
-            low, high = (bound.to(point) if isinstance(bound, Tensor) else bound for bound in self.threat.bounds)
-            point = point.clamp(min=low).clamp(max=high)
-        return self.threat._inside(point, self.x)
+        point = self.threat._inside((self.x.flatten(1) + u).reshape(self.x.shape), self.x)
+        if self.threat.bounds is None:
+            return point
+        low, high = (bound.to(point) if isinstance(bound, Tensor) else bound for bound in self.threat.bounds)
+        return point.clamp(min=low).clamp(max=high)
 
 
 class Linf(Threat):
@@ -236,9 +242,10 @@ class Linf(Threat):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bounds is not None and self.eps > (
-            width := float(torch.as_tensor(self.bounds[1] - self.bounds[0]).max())
-        ):
+        if self.bounds is None:
+            return
+        width = float(torch.as_tensor(self.bounds[1] - self.bounds[0], dtype=torch.float64).max())
+        if self.eps > width * _ROUNDING:
             raise ValueError(f"eps must be at most {width:g}, the width of the bounds, came {self.eps:g}")
 
     def norm(self, u: Flat) -> Float[Tensor, " b"]:
@@ -311,20 +318,21 @@ class L2(Threat):
     def _scale(self, v: Flat, floor: Flat, ceiling: Flat) -> Column:
         """The s with ‖clip(s·v, floor, ceiling)‖ = ε; infinite where no s reaches ε.
 
-        In t = s² the squared norm Σ min(t·v², room²) is concave and piecewise linear, so Newton's method from the left
-        climbs to the root in finitely many steps, each of which finds further coordinates at their bounds.
+        In s² the squared norm Σ min(s²·v², room²) is concave and piecewise linear, so Newton's method from the left
+        climbs to the root in finitely many steps, each of which finds further coordinates at their bounds. What is
+        squared is first divided by its largest, so that neither tiny nor huge v leave the range of floats.
         """
-        room = torch.where(v > 0, ceiling, -floor).square()
-        square = v.square()
-        t = torch.zeros_like(square[:, :1])
+        size, room = v.abs(), torch.where(v > 0, ceiling, -floor)
+        scale = torch.zeros_like(size[:, :1])
         while True:
-            free = t * square < room
-            left = self.eps**2 - torch.where(free, 0.0, room).sum(1, keepdim=True)
-            slope = torch.where(free, square, 0.0).sum(1, keepdim=True)
-            further = torch.where(slope > 0, left.clamp(min=0) / slope, math.inf)
-            if not bool((further > t * (1 + 4 * torch.finfo(t.dtype).eps)).any()):
-                return t.sqrt()
-            t = torch.maximum(t, further)
+            free = scale * size < room
+            left = (self.eps**2 - torch.where(free, 0.0, room).square().sum(1, keepdim=True)).clamp(min=0)
+            moving = torch.where(free, size, 0.0)
+            further = left.sqrt() / moving.amax(1, keepdim=True) / self.norm(_scaled(moving))[:, None]
+            further = torch.where(moving.any(1, keepdim=True), further, math.inf)
+            if not bool((further > scale * (1 + 4 * torch.finfo(scale.dtype).eps)).any()):
+                return scale
+            scale = torch.maximum(scale, further)
 
 
 class L1(Threat):
@@ -365,6 +373,7 @@ class L1(Threat):
         A step on the single largest coordinate stalls once that one is at its bound, and a projection takes from every
         coordinate alike; this exchange stays in the ball by itself and rests at the maximizer of a linear loss.
         """
+        step_size = min(step_size, self.eps)  # more than the ball holds would be for the projection to undo
         excess = (self.norm(u) + step_size - self.eps).clamp(min=0)[:, None]
         u = u - u.sign() * _fill(-gradient * u.sign(), u.abs(), excess)
         room = torch.where(gradient > 0, ceiling - u, u - floor) * (gradient != 0)
@@ -390,9 +399,10 @@ def _fill(worth: Flat, room: Flat, amount: float | Column) -> Flat:
 
 
 def _scaled(values: Flat) -> Flat:
-    """Each row over its largest magnitude, so that squares neither under- nor overflow; zero rows stay."""
-    size = values.abs().amax(1, keepdim=True)
-    return torch.where(size > 0, values / size, 0.0)
+    """Each row over its largest magnitude, so that sums neither under- nor overflow; zeros stay, and what is too small
+    beside the largest to count becomes zero."""
+    scaled = values / values.abs().amax(1, keepdim=True)
+    return torch.where(scaled.abs() > 1e-30, scaled, 0.0)
 
 
 def _expand(bound: float | Tensor, x: Tensor) -> Tensor:

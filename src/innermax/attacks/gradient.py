@@ -62,9 +62,11 @@ class PGD:
             raise ValueError("restarts need random_start=True: without it every restart is the same search")
         if self.gauge not in get_args(Gauge):
             raise unknown("gauge", self.gauge, get_args(Gauge))
+        if self.stop_at is not None and (isinstance(self.stop_at, bool) or not isinstance(self.stop_at, int | float)):
+            raise TypeError(f"stop_at must be a number or None, came {self.stop_at!r}")
         if self.stop_at is not None and not self.stop_at >= 0:
             raise ValueError(f"stop_at must be ≥ 0 or None, came {self.stop_at}")
-        find_loss(self.loss)
+        self.objective()
         self.step_sizes()
 
     def step_sizes(self) -> tuple[float, ...]:
@@ -75,16 +77,23 @@ class PGD:
             if self.step_size != "annealed":
                 raise unknown("step_size", self.step_size, ["annealed"])
             return tuple(self.threat.eps * 0.5 ** (4 * step // self.steps) for step in range(self.steps))
-        sizes = (
-            tuple(float(size) for size in self.step_size)
-            if isinstance(self.step_size, Sequence)
-            else (float(self.step_size),) * self.steps
-        )
+        try:
+            sizes = (
+                tuple(float(size) for size in self.step_size)
+                if isinstance(self.step_size, Sequence)
+                else (float(self.step_size),) * self.steps
+            )
+        except (TypeError, ValueError):
+            raise TypeError(f"step_size must be None, a number, numbers or 'annealed', came {self.step_size}") from None
         if len(sizes) != self.steps:
             raise ValueError(f"step_size must hold one length a step ({self.steps}), came {len(sizes)}")
         if not all(size > 0 for size in sizes):
             raise ValueError(f"step_size must be > 0, came {self.step_size}")
         return sizes
+
+    def objective(self) -> Loss:
+        """The function behind `loss`."""
+        return find_loss(self.loss)
 
     def __call__(
         self,
@@ -120,8 +129,7 @@ class PGD:
         for name, label in (("y", y), ("target", y if target is None else target)):
             check_labels(label, len(x), name=name)
         index = torch.arange(len(x), device=x.device) if index is None else index
-        if index.dtype != torch.int64 or index.shape != y.shape:
-            raise ValueError(f"index must be int64 {tuple(y.shape)}, came {index.dtype} {tuple(index.shape)}")
+        check_labels(index, len(x), name="index")
         oracle = Oracle.of(model)
         with oracle.private_randomness(seed):
             result = self._best(
@@ -140,9 +148,9 @@ class PGD:
         final: Final,
     ) -> AttackResult:
         """The best of the restarts; with stop_on_success only survivors start again."""
-        loss = find_loss(self.loss)
+        loss = self.objective()
         options: dict[str, Any] = {
-            "loss": reaching(loss) if reach else loss,
+            "loss": _checked(reaching(loss) if reach else loss, label, "target" if reach else "y"),
             "step_sizes": self.step_sizes(),
             "reach": reach,
             "gauge": self.gauge,
@@ -179,6 +187,18 @@ def CW(threat: Threat, steps: int = 30, confidence: float = 0.0) -> PGD:
     if not (math.isfinite(confidence) and confidence >= 0):
         raise ValueError(f"confidence must be a finite number ≥ 0, came {confidence}")
     return PGD(threat, steps=steps, loss=CappedMargin(confidence))
+
+
+def _checked(loss: Loss, labels: Int[Tensor, " b"], name: str) -> Loss:
+    """The loss, which refuses labels that the model has no class for."""
+    highest = int(labels.max())  # read once: every look at a device's numbers waits for it
+
+    def checked(logits: Tensor, label: Tensor) -> Tensor:
+        if highest >= logits.shape[1]:
+            check_labels(labels, len(labels), logits.shape[1], name)
+        return loss(logits, label)
+
+    return checked
 
 
 def _inspected(result: AttackResult, y: Tensor) -> AttackResult:

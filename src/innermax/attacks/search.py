@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,9 +55,13 @@ class AttackResult:
         return self.map(lambda value: value[rows])
 
     def updated(self, rows: Int[Tensor, " k"], part: Self) -> Self:
-        """The result with some examples replaced by those of `part`."""
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(self, **{name: value.index_copy(0, rows, getattr(part, name)) for name, value in values.items()})
+        """The result with some examples replaced by those of `part`; what one of the two lacks, it lacks."""
+        pairs = {name: (value, getattr(part, name)) for name, value in vars(self).items()}
+        values: dict[str, Any] = {
+            name: None if old is None or new is None else old.index_copy(0, rows, new)
+            for name, (old, new) in pairs.items()
+        }
+        return replace(self, **values)
 
 
 def search(
@@ -132,10 +136,10 @@ def better(one: AttackResult, other: AttackResult) -> AttackResult:
         raise ValueError("searches are compared by their loss: final must be 'gradient' or 'loss'")
     same = one.misclassified == other.misclassified
     take = torch.where(same, other.loss > one.loss, other.misclassified)
-    chosen = {
-        name: torch.where(take.reshape(-1, *[1] * (value.ndim - 1)), getattr(other, name), value)
-        for name, value in vars(one).items()
-        if value is not None
+    pairs = {name: (value, getattr(other, name)) for name, value in vars(one).items()}
+    chosen: dict[str, Any] = {
+        name: None if old is None or new is None else torch.where(take.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+        for name, (old, new) in pairs.items()
     }
     chosen["gradient_calls"] = one.gradient_calls + other.gradient_calls
     chosen["forward_calls"] = one.forward_calls + other.forward_calls

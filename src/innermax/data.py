@@ -1,0 +1,485 @@
+"""Labelled images in memory: from names, folders, parquet files and data set objects; and their augmentation.
+
+pyarrow, PIL, scikit-learn and datasets are imported where they are used: training on tensors needs none of them.
+"""
+
+import json
+import math
+import operator
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from innermax.checks import check_inputs, check_labels, unknown
+from innermax.randomness import permutation, uniform
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class _Source(NamedTuple):
+    hub_id: str
+    configuration: str | None = None
+
+
+_HUB = {
+    "mnist": _Source("ylecun/mnist"),
+    "fashion-mnist": _Source("zalando-datasets/fashion_mnist"),
+    "cifar10": _Source("uoft-cs/cifar10"),
+    "cifar100": _Source("uoft-cs/cifar100"),
+    "svhn": _Source("ufldl-stanford/svhn", "cropped_digits"),
+}
+_NAMES = ("digits", *_HUB)
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "fine_label")
+_GREY_MODES = ("1", "L", "LA", "La")
+_COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_MOST_PIXELS = 4096 * 4096  # of one image; checked on its header, before anything is decoded
+_THREADED_PIXELS = 128 * 128  # measured: below this, threads waiting for Python's lock cost more than they bring
+_SPLIT_SEED = 20190609  # of the held-out examples; never the training's seed, so that runs share their splits
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images and labels in memory, checked once.
+
+    images: uint8 (N, C, H, W), or float32 (N, *features) in [0, 1]; labels: int64 (N,), ≥ 0; N ≥ 1.
+    Raises TypeError for another type, ValueError for another shape or range.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        images = self.images
+        if images.dtype == torch.uint8:
+            if images.ndim != 4 or images.numel() == 0:
+                raise ValueError(f"uint8 images must have shape (N, C, H, W) with N ≥ 1, came {tuple(images.shape)}")
+        elif images.dtype == torch.float32:
+            check_inputs(images, "images")
+            low, high = (float(value) for value in images.aminmax())
+            if low < 0 or high > 1:
+                raise ValueError(f"float images must lie in [0, 1], came values from {low:g} to {high:g}")
+        else:
+            raise TypeError(f"images must be uint8 or float32, came {images.dtype}")
+        check_labels(self.labels, len(images), name="labels")
+        if images.device != self.labels.device:
+            raise ValueError(f"images and labels must be on one device, came {images.device} and {self.labels.device}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor | slice) -> "ImageSet":
+        """The chosen examples, at least one."""
+        return ImageSet(self.images[index], self.labels[index])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
+        return tuple(self.images.shape[1:])
+
+    def batch(self, index: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b *features"], Int[Tensor, " b"]]:
+        """The chosen examples as float32 in [0, 1] and labels, on the set's device."""
+        x = self.images[index]
+        return (x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x), self.labels[index]
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The same set on another device."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set's splits. Raises ValueError where a label reaches num_classes or the splits' shapes differ."""
+
+    name: str
+    train: ImageSet
+    validation: ImageSet | None
+    test: ImageSet
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test"):
+            images: ImageSet | None = getattr(self, split)
+            if images is None:
+                continue
+            check_labels(images.labels, len(images), self.num_classes, name=f"{split} labels of {self.name}")
+            if images.shape != self.train.shape:
+                raise ValueError(f"{self.name}: {split} images are {images.shape}, train images {self.train.shape}")
+
+
+def load_data(name_or_path: str | Path, *, validation: float | int | None = None, root: Path | None = None) -> Data:
+    """A data set by name (digits, mnist, fashion-mnist, cifar10, cifar100, svhn) or from a folder.
+
+    A folder holds train*.parquet and test*.parquet (columns image or img, label or fine_label), or train/ and test/
+    with one folder of images a class; validation*.parquet or validation/ are used where present. Names other than
+    digits are looked for in the folder root/name, then on the Hugging Face Hub. root: INNERMAX_DATA unless told.
+    validation: held out of train, as a fraction in (0, 1) or a count; 0: none; None: 10 %, at most 5,000. Which
+    examples are held out depends on nothing but their number. Raises ValueError, naming what cannot be found or read.
+    """
+    name = str(name_or_path)
+    if isinstance(name_or_path, str) and name in _NAMES:
+        splits = _digits() if name == "digits" else _named(name, _root(root))
+    elif Path(name_or_path).is_dir():
+        name, splits = Path(name_or_path).resolve().name, _folder(Path(name_or_path))
+    elif Path(name_or_path).exists():
+        raise ValueError(f"a data set's path must be a folder, came the file {name}")
+    else:
+        raise unknown("data set or folder", name, _NAMES)
+    train, held_out = splits.train, splits.validation
+    if held_out is None:
+        train, held_out = _hold_out(train, validation)
+    elif validation is not None:
+        raise ValueError(f"{name} has a validation split of its own: leave validation out, came {validation!r}")
+    largest = max(int(split.labels.max()) for split in (train, held_out, splits.test) if split is not None)
+    classes = len(splits.class_names) if splits.class_names else largest + 1
+    return Data(name, train, held_out, splits.test, classes, splits.class_names)
+
+
+def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
+    """Any of these as an ImageSet, its first `limit` examples where told.
+
+    dataset: an ImageSet; (images, labels) tensors; a torch Dataset of (x, y) with x a uint8 or float tensor in [0, 1]
+    or a PIL image; a Hugging Face Dataset with columns image or img, label or fine_label. Raises TypeError for other
+    types, ValueError for empty data, images of several shapes and values outside [0, 1].
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be ≥ 1, came {limit!r}")
+    if isinstance(dataset, tuple) and len(dataset) == 2 and all(isinstance(part, Tensor) for part in dataset):
+        dataset = _from_tensors(*dataset)
+    if isinstance(dataset, ImageSet):
+        return dataset if limit is None else dataset[:limit]
+    hugging_face = sys.modules.get("datasets")  # its objects cannot exist before it is imported
+    if hugging_face is not None and isinstance(dataset, hugging_face.Dataset):
+        rows = len(dataset) if limit is None else min(limit, len(dataset))
+        return _from_table(dataset.with_format("arrow")[:rows], "the Hugging Face data set")
+    if isinstance(dataset, torch.utils.data.Dataset) and hasattr(dataset, "__len__"):
+        return _from_items(dataset, len(dataset) if limit is None else min(limit, len(dataset)))
+    raise TypeError(
+        "a data set must be an ImageSet, a tuple of two tensors (images, labels), a torch Dataset with a length "
+        f"or a Hugging Face Dataset (one split), came {type(dataset).__name__}"
+    )
+
+
+def augment(
+    x: Float[Tensor, "b c h w"], key: Int[Tensor, " b"], *, shift: int = 0, flip: bool = False
+) -> Float[Tensor, "b c h w"]:
+    """x, each example mirrored left to right (flip: half of them) and moved by up to ±shift pixels, zeros moving in.
+
+    key: int64 (B,) from `randomness.keys`, the only thing an example's draws depend on; shift: 0…min(H, W) − 1.
+    Raises ValueError for other shapes and shifts.
+    """
+    if x.ndim != 4 or key.shape != x.shape[:1]:
+        raise ValueError(f"augment takes x (B, C, H, W) and key (B,), came {tuple(x.shape)} and {tuple(key.shape)}")
+    height, width = x.shape[2:]
+    if not 0 <= shift < min(height, width):
+        raise ValueError(f"shift must be in 0…{min(height, width) - 1}, came {shift!r}")
+    draws = uniform(key, 3)
+    if flip:
+        x = torch.where((draws[:, 2] < 0.5)[:, None, None, None], x.flip(-1), x)
+    if shift:
+        rows, columns = (draws[:, :2] * (2 * shift + 1)).to(torch.int64).unbind(1)  # offsets into the padded image
+        windows = functional.pad(x, (shift,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: no copy a window
+        x = windows[torch.arange(len(x), device=x.device), :, rows, columns]
+    return x
+
+
+class _Splits(NamedTuple):
+    train: ImageSet
+    validation: ImageSet | None
+    test: ImageSet
+    class_names: tuple[str, ...] | None
+
+
+def _hold_out(train: ImageSet, validation: float | int | None) -> tuple[ImageSet, ImageSet | None]:
+    """What is left of train and what is held out of it, both in their old order."""
+    total = len(train)
+    if validation is None:
+        count = min(total // 10, 5000)
+    elif isinstance(validation, float) and 0 < validation < 1:
+        count = max(1, round(validation * total))
+    elif validation == 0 or (isinstance(validation, int) and not isinstance(validation, bool) and validation > 0):
+        count = int(validation)
+    else:
+        raise ValueError(f"validation must be a fraction in (0, 1), a count ≥ 0 or None, came {validation!r}")
+    if count >= total:
+        raise ValueError(f"validation = {validation!r} leaves nothing of the {total} training examples")
+    if count == 0:
+        return train, None
+    order = permutation(_SPLIT_SEED, total, 1)
+    return train[order[count:].sort().values], train[order[:count].sort().values]
+
+
+def _digits() -> _Splits:
+    """scikit-learn's 1,797 digits of 8×8 pixels, values 0…16 scaled to 0…255; a fixed fifth is the test split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    everything = ImageSet(torch.from_numpy(pixels)[:, None], torch.from_numpy(digits.target.astype(np.int64)))
+    order = permutation(_SPLIT_SEED, len(everything), 0)
+    cut = len(everything) // 5
+    train, test = everything[order[cut:].sort().values], everything[order[:cut].sort().values]
+    return _Splits(train, None, test, tuple(str(digit) for digit in range(10)))
+
+
+def _root(root: Path | None) -> Path | None:
+    """The folder of local data sets: the one told, or the environment's; none is an answer, a wrong one is not."""
+    told = os.environ.get("INNERMAX_DATA") if root is None else str(root)
+    if told and not Path(told).is_dir():
+        raise ValueError(f"{'INNERMAX_DATA' if root is None else 'root'} must name a folder, came {told!r}")
+    return Path(told) if told else None
+
+
+def _named(name: str, root: Path | None) -> _Splits:
+    """A data set by its name: the local folder where there is one, else the Hub."""
+    if root is not None and (root / name).is_dir():
+        return _folder(root / name)
+    import datasets
+
+    source = _HUB[name]
+    try:
+        parts = {
+            split: datasets.load_dataset(source.hub_id, source.configuration, split=split)
+            for split in ("train", "test")
+        }
+    except Exception as error:  # a lost connection comes as the Hub client's own, httpx's or the system's error
+        raise ValueError(
+            f"cannot get {name} ({source.hub_id}) from the Hugging Face Hub: {type(error).__name__}: {error}. Without "
+            f"a connection, put {name}/train*.parquet and test*.parquet into a folder that INNERMAX_DATA names"
+        ) from error
+    tables = {split: part.with_format("arrow")[:] for split, part in parts.items()}
+    train, test = (_from_table(tables[split], f"{source.hub_id} {split}") for split in ("train", "test"))
+    return _Splits(train, None, test, _class_names(parts["train"].features.arrow_schema))
+
+
+def _folder(path: Path) -> _Splits:
+    """A folder of parquet files or of image folders."""
+    if any(path.glob("train*.parquet")):
+        shards = {split: sorted(path.glob(f"{split}*.parquet")) for split in ("train", "validation", "test")}
+        if not shards["test"]:
+            raise ValueError(f"{path} holds train*.parquet but no test*.parquet")
+        names = _class_names(_schema(shards["train"][0]))
+        found = {split: _from_parquet(files) for split, files in shards.items() if files}
+    elif (path / "train").is_dir() and (path / "test").is_dir():
+        names = _subfolders(path / "train")
+        present = [split for split in ("train", "validation", "test") if (path / split).is_dir()]
+        found = {split: _from_class_folders(path / split, names) for split in present}
+    else:
+        raise ValueError(f"{path} holds neither train*.parquet and test*.parquet nor the folders train/ and test/")
+    if len({images.shape[0] for images in found.values()}) > 1:  # one split grey throughout, another with colour
+        found = {split: _in_colour(images) for split, images in found.items()}
+    return _Splits(found["train"], found.get("validation"), found["test"], names)
+
+
+def _in_colour(images: ImageSet) -> ImageSet:
+    """Three channels, a grey image's the same."""
+    return ImageSet(images.images.expand(-1, 3, -1, -1).contiguous(), images.labels)
+
+
+def _subfolders(path: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+
+
+def _from_class_folders(path: Path, class_names: tuple[str, ...]) -> ImageSet:
+    """The images under path/class, sorted by class and file name."""
+    for name in _subfolders(path):
+        if name not in class_names:
+            raise unknown(f"class in {path}:", name, class_names)
+    rows = _Rows([], [], [])
+    for label, name in enumerate(class_names):
+        folder = path / name
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        images = [file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
+        rows.names.extend(map(str, images))
+        rows.images.extend(images)
+        rows.labels.extend([label] * len(images))
+    if not rows.images:
+        raise ValueError(f"{path} holds no images (folders of {', '.join(sorted(_SUFFIXES))} files, one a class)")
+    return _decoded(rows)
+
+
+class _Rows(NamedTuple):
+    """Images still encoded (or PIL's), what to call each in an error, and their labels."""
+
+    names: list[str]
+    images: list[Any]  # bytes, Path or PIL image
+    labels: list[int]
+
+
+def _schema(file: Path) -> Any:
+    """A parquet file's Arrow schema."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        return pq.read_schema(file)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+
+
+def _from_parquet(files: Sequence[Path]) -> ImageSet:
+    """The rows of several shards, in order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = _Rows([], [], [])
+    for file in files:
+        columns = _columns(_schema(file).names, str(file))
+        try:
+            table = pq.read_table(file, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        shard = _rows(table, str(file))
+        rows = _Rows(rows.names + shard.names, rows.images + shard.images, rows.labels + shard.labels)
+    return _decoded(rows)
+
+
+def _from_table(table: Any, where: str) -> ImageSet:
+    """An Arrow table in memory; unlike a file's, its rows may name image files by path."""
+    return _decoded(_rows(table, where, follow_paths=True))
+
+
+def _columns(names: Sequence[str], where: str) -> list[str]:
+    """The image and the label column among the names."""
+    found = []
+    for known in (_IMAGE_COLUMNS, _LABEL_COLUMNS):
+        present = [name for name in known if name in names]
+        if not present:
+            raise ValueError(f"{where} has no column {' or '.join(known)} (its columns: {', '.join(names)})")
+        found.append(present[0])
+    return found
+
+
+def _rows(table: Any, where: str, *, follow_paths: bool = False) -> _Rows:
+    """The encoded images and labels of an Arrow table."""
+    import pyarrow as pa
+    import pyarrow.compute as pc  # type: ignore[import-untyped]
+
+    image, label = _columns(table.column_names, where)
+    if table.num_rows == 0:
+        raise ValueError(f"{where} holds no rows")
+    if not pa.types.is_integer(table[label].type) or table[label].null_count:
+        raise ValueError(f"column {label} of {where} must hold integers, none missing, came {table[label].type}")
+    kind = table[image].type
+    if not pa.types.is_struct(kind) or not {"bytes", "path"} <= {field.name for field in kind}:
+        raise ValueError(f"column {image} of {where} must hold encoded images, struct<bytes, path>, came {kind}")
+    names = [f"row {row} of {where}" for row in range(table.num_rows)]
+    images = pc.struct_field(table[image], "bytes").to_pylist()
+    if follow_paths:
+        paths = pc.struct_field(table[image], "path").to_pylist()
+        images = [path and Path(path) if data is None else data for data, path in zip(images, paths, strict=True)]
+    return _Rows(names, images, table[label].to_pylist())
+
+
+def _class_names(schema: Any) -> tuple[str, ...] | None:
+    """The label column's class names, as Hugging Face writes them into an Arrow schema, where they are there."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return tuple(map(str, features[_columns(list(features), "")[1]]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _from_tensors(images: Tensor, labels: Tensor) -> ImageSet:
+    return ImageSet(images.to(torch.float32) if images.is_floating_point() else images, labels)
+
+
+def _from_items(dataset: Any, count: int) -> ImageSet:
+    """The first count (x, y) of a torch Dataset."""
+    from PIL import Image
+
+    rows = _Rows([], [], [])
+    for number in range(count):
+        name, item = f"item {number} of the data set", dataset[number]
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], (Tensor, Image.Image)):
+            raise TypeError(f"{name} must be (x, y) with x a tensor or PIL image, came {type(item).__name__}")
+        try:
+            label = operator.index(item[1])
+        except TypeError:
+            raise TypeError(f"y in {name} must be an integer, came {item[1]!r}") from None
+        rows.names.append(name)
+        rows.images.append(item[0])
+        rows.labels.append(label)
+    if not rows.images:
+        raise ValueError("the data set holds no examples")
+    if isinstance(rows.images[0], Image.Image):
+        return _decoded(rows)
+    kinds = {(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x) for x in rows.images}
+    if len(kinds) > 1:
+        raise ValueError(f"the data set's images must have one shape and type, came {sorted(map(str, kinds))[:4]}")
+    return _from_tensors(torch.stack(rows.images), torch.tensor(rows.labels))
+
+
+def _decoded(rows: _Rows) -> ImageSet:
+    """The rows' images as uint8: grey if all are, else RGB; alpha is dropped. All must have the first one's size."""
+    with _opened(rows.names[0], rows.images[0]) as first:
+        size, grey = first.size, first.mode in _GREY_MODES
+        if math.prod(size) > _MOST_PIXELS:
+            raise ValueError(f"{size[0]}×{size[1]} pixels are more than the {_MOST_PIXELS:,} allowed")
+    pixels = _decode(rows, size, "L") if grey else None
+    if pixels is None:
+        pixels = _decode(rows, size, "RGB")
+    return ImageSet(torch.from_numpy(pixels), torch.tensor(rows.labels))
+
+
+def _decode(rows: _Rows, size: tuple[int, int], mode: str) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+    """The rows' pixels (N, C, H, W), C = 1 for mode "L" and 3 for "RGB"; None where mode is "L" and one has colour."""
+    width, height = size
+    pixels = np.empty((len(rows.images), height, width, len(mode)), np.uint8)
+
+    def fill(chunk: range) -> bool:
+        for number in chunk:
+            with _opened(rows.names[number], rows.images[number]) as image:
+                if image.size != size:  # from the header: an image's pixels are not touched before its size is known
+                    raise ValueError(
+                        f"{image.size[0]}×{image.size[1]} pixels, but the first image has {width}×{height}"
+                    )
+                if image.mode not in _GREY_MODES + _COLOUR_MODES:
+                    raise ValueError(f"mode {image.mode} is not 8 bits a channel")
+                if mode == "L" and image.mode not in _GREY_MODES:
+                    return False
+                converted = image if image.mode == mode else image.convert(mode)
+                pixels[number] = np.asarray(converted).reshape(height, width, len(mode))
+        return True
+
+    chunks = [range(start, min(start + 256, len(pixels))) for start in range(0, len(pixels), 256)]
+    threads = min(os.cpu_count() or 1, 8) if width * height >= _THREADED_PIXELS else 1
+    with ThreadPoolExecutor(threads) as pool:
+        if not all(pool.map(fill, chunks)):
+            return None
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+@contextmanager
+def _opened(name: str, source: "bytes | Path | Image.Image | None") -> "Iterator[Image.Image]":
+    """The image, its header read; whatever goes wrong with it becomes a ValueError that begins with its name."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if isinstance(source, Image.Image):
+            yield source
+        elif source is None:
+            raise ValueError("the image is missing")
+        else:
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
+                yield image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a readable {', '.join(_FORMATS)} image") from error
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, its bomb errors and more
+        raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,530 @@
+"""Scores a model under attack: who is still right, with what certainty, and how far each search got.
+
+Attacks are asked for images and for what their search cost, never for verdicts: what they return is put back into X(x)
+and scored here, by the model itself.
+"""
+
+import copy
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_args, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from innermax import randomness
+from innermax.attacks.gradient import looks_like_probabilities
+from innermax.attacks.search import AttackResult, Final
+from innermax.checks import check_labels, unknown
+from innermax.data import ImageSet, as_image_set
+from innermax.losses import cross_entropy
+from innermax.oracle import Oracle, Precision, unwrapped
+from innermax.statistics import Accuracy, Interval, accuracy, paired_difference
+from innermax.threat import FeasibleSet, Threat
+
+if TYPE_CHECKING:
+    import pandas
+
+Column = npt.NDArray[Any]
+Progress = Callable[[str, int, int], None]
+_RESERVED = ("clean", "worst_case")
+_TOLERANCE = 1e-6  # of a pixel: what `contains` allows
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """What can be evaluated: a threat model, and a search inside it."""
+
+    @property
+    def threat(self) -> Threat:
+        """The set the attack searches."""
+
+    def __call__(
+        self,
+        model: nn.Module | Oracle,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int = 0,
+        index: Tensor | None = None,
+        final: Final = "gradient",
+    ) -> AttackResult:
+        """Attacks a batch; `seed` and the example numbers `index` decide all that is random."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was evaluated, and how; `attack_network` is the oracle's plan."""
+
+    count: int
+    seed: int
+    quantize: int | None
+    precision: str
+    batch_size: int
+    attacks: dict[str, str]
+    attack_network: str
+    torch: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How far the searches of some examples got: quantiles of FOSC, and the share of zero gradients.
+
+    Quantiles are over the examples whose gradient is not zero: FOSC is 0 where there is nothing to follow, which is not
+    convergence. NaN where there are none, or where the attack does not gauge itself.
+    """
+
+    fosc_median: float
+    fosc_p90: float
+    relative_fosc_median: float
+    relative_fosc_p90: float
+    zero_gradient: float
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How far an attack got on all examples, in the terms of `Summary`, and what it cost.
+
+    Attributes:
+        survivors: the summary of those that are classified correctly under this attack.
+        gradients: gradients an example, on average.
+        forwards: forward passes without a gradient an example, on average.
+        overturned: examples the attack reported as fallen that are correct once projected, quantised and scored.
+        seconds: time spent in the attack.
+    """
+
+    fosc_median: float
+    fosc_p90: float
+    relative_fosc_median: float
+    relative_fosc_p90: float
+    zero_gradient: float
+    survivors: Summary
+    gradients: float
+    forwards: float
+    overturned: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class AttackRows:
+    """One attack's examples, (N,) each.
+
+    `correct` and `loss`, the cross-entropy, are the scored image's; the others are as the attack gave them, at its own
+    last iterate: before quantisation, in the attack's precision. NaN where an attack does not gauge itself.
+    """
+
+    correct: Column
+    loss: Column
+    fosc: Column
+    relative_fosc: Column
+    zero_gradient: Column
+    steps: Column
+    gradient_calls: Column
+    forward_calls: Column
+    overturned: Column
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A model's answers to a test set, clean and under each attack; everything else is computed from these rows."""
+
+    settings: Settings
+    label: Column
+    clean_prediction: Column
+    rows: dict[str, AttackRows]
+    seconds: dict[str, float]
+
+    @cached_property
+    def accuracy(self) -> dict[str, Accuracy]:
+        """The accuracy on "clean", then under each attack in order, whatever the clean image gave."""
+        return {name: self._accuracy(name) for name in ("clean", *self.rows)}
+
+    @cached_property
+    def worst_case(self) -> Accuracy:
+        """The share of examples that are correct on the clean image and under every attack."""
+        return self._accuracy("worst_case")
+
+    @cached_property
+    def convergence(self) -> dict[str, Convergence]:
+        """How far each attack got."""
+        return {name: _convergence(rows, self.seconds[name]) for name, rows in self.rows.items()}
+
+    @cached_property
+    def examples(self) -> "pandas.DataFrame":
+        """One row an example: index, label, clean_prediction, clean_correct, and <attack>_<column of AttackRows>."""
+        import pandas
+
+        table = {
+            "index": np.arange(len(self.label)),
+            "label": self.label,
+            "clean_prediction": self.clean_prediction,
+            "clean_correct": self.correct("clean"),
+        }
+        table |= {f"{name}_{key}": column for name, rows in self.rows.items() for key, column in vars(rows).items()}
+        return pandas.DataFrame(table)
+
+    def correct(self, name: str) -> Column:
+        """(N,) bool, who is right on "clean", under an attack, or in the "worst_case". ValueError for other names."""
+        clean: Column = self.clean_prediction == self.label
+        if name == "clean":
+            return clean
+        if name == "worst_case":
+            return cast(Column, np.logical_and.reduce([clean, *(rows.correct for rows in self.rows.values())]))
+        if name not in self.rows:
+            raise unknown("attack", name, ("clean", *self.rows, "worst_case"))
+        return self.rows[name].correct
+
+    def difference(self, other: "Evaluation", name: str) -> Interval:
+        """This accuracy minus the other's, as a fraction, with its paired 95 % interval (Agresti & Min 2005).
+
+        name: "clean", an attack both have, or "worst_case". Raises ValueError where the examples are not the same.
+        """
+        if not np.array_equal(self.label, other.label):
+            raise ValueError(
+                f"other must be an evaluation of the same examples: its {len(other.label)} labels differ from these "
+                f"{len(self.label)}"
+            )
+        mine, theirs = self.correct(name), other.correct(name)
+        return paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine))
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The evaluation as JSON, written to path where told; NaN and infinities become null."""
+        document = {
+            "settings": asdict(self.settings),
+            "accuracy": {name: asdict(value) for name, value in self.accuracy.items()},
+            "worst_case": asdict(self.worst_case),
+            "convergence": {name: asdict(value) for name, value in self.convergence.items()},
+            "examples": {
+                "label": self.label.tolist(),
+                "clean_prediction": self.clean_prediction.tolist(),
+                "attacks": {
+                    name: {key: column.tolist() for key, column in vars(rows).items()}
+                    for name, rows in self.rows.items()
+                },
+            },
+        }
+        text = json.dumps(_without_nan(document), allow_nan=False, ensure_ascii=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> "Evaluation":
+        """What `to_json` wrote. Raises ValueError where the text is something else."""
+        try:
+            document = json.loads(text)
+            examples, attacks = document["examples"], document["examples"]["attacks"]
+            return cls(
+                settings=Settings(**document["settings"]),
+                label=_column(examples["label"]),
+                clean_prediction=_column(examples["clean_prediction"]),
+                rows={
+                    name: AttackRows(**{key: _column(values) for key, values in rows.items()})
+                    for name, rows in attacks.items()
+                },
+                seconds={name: document["convergence"][name]["seconds"] for name in attacks},
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"text must be an evaluation's JSON: {type(error).__name__}: {error}") from error
+
+    def _accuracy(self, name: str) -> Accuracy:
+        correct = self.correct(name)
+        return accuracy(int(correct.sum()), len(correct))
+
+
+def evaluate(
+    model: nn.Module,
+    test_set: Any,
+    attacks: Mapping[str, Attack],
+    *,
+    batch_size: int = 250,
+    seed: int = 0,
+    quantize: int | None = None,
+    precision: Precision = "float32",
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Accuracy on clean images, under each attack and under all of them, and how far each attack's search got.
+
+    What an attack returns is projected onto X(x), quantised where told, and scored in float32 by the model itself. An
+    example is known by its position in test_set, so neither its random starts nor, up to rounding, its result depend on
+    batch_size, unless the model itself draws random numbers.
+
+    Args:
+        model: any nn.Module with logits, in any mode; left exactly as found.
+        test_set: (images, labels) tensors or whatever `as_image_set` takes: uint8 images, or floats in [0, 1].
+        attacks: attacks by name; "clean" and "worst_case" are taken. Without any, clean accuracy alone is measured.
+        batch_size: ≥ 1.
+        seed: any integer; with the example's position it decides all random starts.
+        quantize: 1…16: only images of this many bits a value count; clean images must have no more.
+        precision: "float32", or what attacks may search in: "bf16", "auto" where that is fast. Scores are float32.
+        device: where to compute; where the model is unless told. On another device a copy of the model is evaluated.
+        progress: called as progress(name, examples done, examples in all) after each batch, "clean" first.
+
+    Raises:
+        ValueError, TypeError: an argument is outside what is said above; labels are not among the model's classes, the
+            model returns NaN, or an image lies outside an attack's bounds.
+    """
+    _check(attacks, batch_size, seed, quantize, precision)
+    images = as_image_set(test_set)
+    model, device = _on_device(model, images, device)
+    bench = _Bench(Oracle(model), images, device, batch_size, seed, quantize, progress)
+    # Under a caller's autocast or inference mode neither scores nor gradients would be float32's.
+    float32 = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), float32, bench.exact.private_randomness(seed):
+        logits = bench.clean(attacks)
+        oracle = bench.exact
+        if precision != "float32" and attacks:
+            example, _ = images[:32].to(device).batch(torch.arange(min(32, len(images)), device=device))
+            oracle = Oracle.fast(model, example, precision)
+        with warnings.catch_warnings():
+            if looks_like_probabilities(logits):
+                message = "the model seems to return probabilities"
+                warnings.warn(f"{message}; attacks and gauges need logits (leave the softmax out)", stacklevel=2)
+                warnings.filterwarnings("ignore", message=message)  # each attack would say so on each batch
+            results = {name: bench.attacked(name, attack, oracle) for name, attack in attacks.items()}
+    return Evaluation(
+        settings=Settings(
+            count=len(images),
+            seed=seed,
+            quantize=quantize,
+            precision=precision,
+            batch_size=batch_size,
+            attacks={name: repr(attack) for name, attack in attacks.items()},
+            attack_network=oracle.plan,
+            torch=torch.__version__,
+            device=str(device),
+        ),
+        label=images.labels.cpu().numpy().copy(),
+        clean_prediction=logits.argmax(1).numpy(),
+        rows={name: rows for name, (rows, _) in results.items()},
+        seconds={name: seconds for name, (_, seconds) in results.items()},
+    )
+
+
+def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -> Float[Tensor, "b ..."]:
+    """Near each point of X(x), an image whose values are multiples of 1/(2^bits − 1), in X(x) too; x must be such one.
+
+    Each value goes to its nearest level, unless that would leave X(x): then to the next level towards x. Rounding all
+    towards x would always stay in X(x) but weaken every attack by up to a level; the nearest level can leave it, since
+    ε need not be on the grid and the roundings of many values add up in L2 and L1. There the values closest to their
+    next level outwards go first, as many as the ball holds.
+    """
+    levels = 2**bits - 1
+    clean = (feasible.x.flatten(1).double() * levels).round()
+    u = point.flatten(1).double() * levels - clean
+    inwards = u.trunc()
+    outwards = inwards + u.sign()
+    room = (outwards <= (feasible.ceiling + _TOLERANCE) * levels) & (outwards >= (feasible.floor - _TOLERANCE) * levels)
+    share = torch.where(room, (u - inwards).abs(), 0.0)
+
+    def rounded(threshold: Tensor) -> Tensor:
+        grid: Tensor = (clean + torch.where(share >= threshold[:, None], outwards, inwards)) / levels
+        return grid.to(point.dtype).reshape(point.shape)
+
+    low = torch.full_like(share[:, 0], 0.5)
+    high = torch.where(feasible.contains(rounded(low), _TOLERANCE), low, 1.0)  # shares are below 1: all towards x
+    for _ in range(10 if bool((high > low).any()) else 0):
+        middle = (low + high) / 2
+        inside = feasible.contains(rounded(middle), _TOLERANCE)
+        low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
+    return rounded(high)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """The examples in batches, and the exact oracle that scores them."""
+
+    exact: Oracle
+    images: ImageSet
+    device: torch.device
+    batch_size: int
+    seed: int
+    quantize: int | None
+    progress: Progress | None
+
+    def clean(self, attacks: Mapping[str, Attack]) -> Float[Tensor, "n classes"]:
+        """The clean images' logits; labels, bounds and grid are known to fit before the first long search."""
+        logits = []
+        for _, x, y in self._batches("clean"):
+            _check_images(x, attacks, self.quantize)
+            logits.append(self._logits(x, y).cpu())
+        return torch.cat(logits)
+
+    def attacked(self, name: str, attack: Attack, oracle: Oracle) -> tuple[AttackRows, float]:
+        """An attack's rows, and the seconds it took."""
+        parts, seconds = [], 0.0
+        for index, x, y in self._batches(name):
+            feasible = attack.threat.around(x)
+            began = time.perf_counter()
+            # Copies: an attack that works in place must not move what it is measured against.
+            result = attack(oracle, x.clone(), y.clone(), seed=self.seed, index=index, final="gradient")
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            seconds += time.perf_counter() - began
+            logits = self._logits(self._admitted(name, result, feasible), y)
+            parts.append(_rows(result, logits, y))
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(AttackRows)}
+        return AttackRows(**{key: np.concatenate(values) for key, values in columns.items()}), seconds
+
+    def _batches(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for start in range(0, len(self.images), self.batch_size):
+            stop = min(start + self.batch_size, len(self.images))
+            index = torch.arange(start, stop)
+            x, y = self.images.batch(index.to(self.images.images.device))
+            torch.manual_seed(randomness.number(self.seed, start))  # for models that draw; the caller's is put aside
+            yield index.to(self.device), x.to(self.device), y.to(self.device)
+            if self.progress is not None:
+                self.progress(name, stop, len(self.images))
+
+    def _admitted(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
+        """The image to score: what the attack returned, if need be moved into X(x), then onto the grid."""
+        x, x_adv = feasible.x, result.x_adv
+        if x_adv.shape != x.shape or not bool(torch.isfinite(x_adv).all()):
+            wrong = f"shape {tuple(x_adv.shape)}" if x_adv.shape != x.shape else "NaN or infinite values"
+            raise ValueError(f"attack {name!r} must return finite x_adv of shape {tuple(x.shape)}, came {wrong}")
+        x_adv = x_adv.detach().to(x)
+        # Points of X(x) stay as they are, bit for bit: a rounding can turn the verdict on one that just fell.
+        inside = feasible.contains(x_adv, _TOLERANCE).reshape(-1, *[1] * (x.ndim - 1))
+        x_adv = torch.where(inside, x_adv, feasible.project(x_adv))
+        return x_adv if self.quantize is None else quantized(x_adv, feasible, self.quantize)
+
+    def _logits(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.exact.logits(x)
+        bad = int(torch.isnan(logits).any(1).sum())
+        if bad:
+            raise ValueError(f"the model returns NaN logits for {bad} of {len(x)} inputs")
+        check_labels(y, len(y), logits.shape[1], name="the labels of test_set")
+        return logits
+
+
+def _rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:
+    """One batch's rows: the attack's own report, and the verdict on the scored image."""
+    correct = logits.argmax(1) == y
+    unknown_yet = torch.full(y.shape, math.nan)
+    told = torch.zeros_like(correct) if result.misclassified is None else result.misclassified.to(correct)
+    columns = {
+        "correct": correct,
+        "loss": cross_entropy(logits, y),
+        "fosc": unknown_yet if result.fosc is None else result.fosc,
+        "relative_fosc": unknown_yet if result.relative_fosc is None else result.relative_fosc,
+        "zero_gradient": unknown_yet if result.zero_gradient is None else result.zero_gradient,
+        "steps": result.steps,
+        "gradient_calls": result.gradient_calls,
+        "forward_calls": result.forward_calls,
+        "overturned": told & correct,
+    }
+    return AttackRows(
+        **{
+            key: (value.double() if value.is_floating_point() else value).detach().cpu().numpy()
+            for key, value in columns.items()
+        }
+    )
+
+
+def _convergence(rows: AttackRows, seconds: float) -> Convergence:
+    return Convergence(
+        **vars(_summary(rows, np.ones_like(rows.correct))),
+        survivors=_summary(rows, rows.correct),
+        gradients=float(rows.gradient_calls.mean()),
+        forwards=float(rows.forward_calls.mean()),
+        overturned=int(rows.overturned.sum()),
+        seconds=seconds,
+    )
+
+
+def _summary(rows: AttackRows, chosen: Column) -> Summary:
+    """The summary of the chosen examples."""
+    zero = rows.zero_gradient[chosen]
+    moving = chosen & (rows.zero_gradient != 1)  # NaN, not told, is no zero
+    return Summary(
+        *_quantiles(rows.fosc[moving]),
+        *_quantiles(rows.relative_fosc[moving]),
+        zero_gradient=float(zero.mean()) if len(zero) else math.nan,
+    )
+
+
+def _quantiles(values: Column) -> tuple[float, float]:
+    """Median and 90th percentile of what is known."""
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return math.nan, math.nan
+    median, ninth = np.quantile(values, (0.5, 0.9))
+    return float(median), float(ninth)
+
+
+def _check(
+    attacks: Mapping[str, Attack], batch_size: int, seed: int, quantize: int | None, precision: Precision
+) -> None:
+    """Raises for any argument that is wrong by itself."""
+    if not isinstance(attacks, Mapping):
+        raise TypeError(f"attacks must map names to attacks, came {type(attacks).__name__}")
+    taken = {"index": "", "label": "", "clean_prediction": "", "clean_correct": ""}
+    for name, attack in attacks.items():
+        if not isinstance(name, str) or name == "" or name in _RESERVED:
+            raise ValueError(f"an attack's name must be a text other than {', '.join(_RESERVED)}, came {name!r}")
+        if not callable(attack) or not isinstance(getattr(attack, "threat", None), Threat):
+            raise TypeError(f"attacks[{name!r}] must be an attack such as PGD(Linf(8 / 255)), came {attack!r}")
+        for field in fields(AttackRows):
+            column = f"{name}_{field.name}"
+            if column in taken:
+                raise ValueError(f"attacks {taken[column]!r} and {name!r} would share the column {column}: rename one")
+            taken[column] = name
+    for argument, value, least, most in (("batch_size", batch_size, 1, None), ("quantize", quantize, 1, 16)):
+        if argument == "quantize" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{argument} must be an integer, came {value!r}")
+        if value < least or (most is not None and value > most):
+            raise ValueError(f"{argument} must be {least}…{most or ''}, came {value}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, came {seed!r}")
+    if precision not in get_args(Precision):
+        raise unknown("precision", precision, get_args(Precision))
+
+
+def _check_images(x: Tensor, attacks: Mapping[str, Attack], quantize: int | None) -> None:
+    """Raises where clean images are outside an attack's bounds or off the grid."""
+    for name, attack in attacks.items():
+        try:
+            attack.threat.around(x)
+        except ValueError as error:
+            raise ValueError(f"attack {name!r} does not fit the images of test_set (x): {error}") from error
+    if quantize is not None:
+        levels = 2**quantize - 1
+        if bool(((x * levels).round() / levels - x).abs().max() > _TOLERANCE):
+            raise ValueError(f"quantize={quantize} needs images of test_set whose values are multiples of 1/{levels}")
+
+
+def _on_device(model: nn.Module, images: ImageSet, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
+    """The model where it is to compute, a copy where it has to move; and that device."""
+    model = unwrapped(model)
+    here = next((p.device for p in (*model.parameters(), *model.buffers())), None)
+    if device is None:
+        return model, here if here is not None else images.images.device
+    device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
+    return (model if here in (None, device) else copy.deepcopy(model).to(device)), device
+
+
+def _column(values: Sequence[Any]) -> Column:
+    """A column of JSON; null is NaN."""
+    return np.array([math.nan if value is None else value for value in values])
+
+
+def _without_nan(value: Any) -> Any:
+    """The same document with null for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,44 @@
+"""Objectives: what the outer minimisation does with a clean and an attacked batch."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from innermax.checks import unknown
+
+# (model, x, y, x_adv, epoch) → the scalar to minimise and the (B, classes) logits at x_adv
+Objective = Callable[[nn.Module, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def cross_entropy(
+    model: nn.Module, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"], x_adv: Float[Tensor, "b ..."], epoch: int
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy on the attacked batch (Wang et al. 2019, Eq. 1)."""
+    logits = model(x_adv)
+    return F.cross_entropy(logits.float(), y), logits
+
+
+def loss_weighted(
+    model: nn.Module, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"], x_adv: Float[Tensor, "b ..."], epoch: int
+) -> tuple[Tensor, Tensor]:
+    """From the second epoch on each attacked example weighs its own cross-entropy, which gets no gradient.
+
+    In the code released with Wang et al. 2019, not in the paper.
+    """
+    logits = model(x_adv)
+    losses = F.cross_entropy(logits.float(), y, reduction="none")
+    return (losses if epoch == 0 else losses * losses.detach()).mean(), logits
+
+
+OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "loss_weighted": loss_weighted}
+
+
+def find_objective(objective: str | Objective) -> Objective:
+    """An objective by its name, or the function itself. Raises ValueError for an unknown name."""
+    if callable(objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise unknown("objective", objective, OBJECTIVES)
+    return OBJECTIVES[objective]

@@ -1,0 +1,110 @@
+"""What a person sees while a network trains: a live line on a terminal, a plain line an epoch elsewhere."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Shows where a training stands; silent where it was not asked to speak."""
+
+    def __init__(self, epochs: int, console: Console | None, bar: Bar | None) -> None:
+        self._epochs, self._console, self._bar = epochs, console, bar
+        self._task: TaskID | None = None
+        self._head, self._last, self._robust = "", "", ""
+        self._batches = self._examples = 0
+        self._begun = time.perf_counter()
+        self._threshold: float | None = None
+
+    def start(self, epoch: int, batches: int, examples: int, threshold: float | None) -> None:
+        """An epoch begins."""
+        self._head = f"epoch {epoch + 1}/{self._epochs}"
+        self._batches, self._examples, self._threshold = batches, examples, threshold
+        self._begun = time.perf_counter()
+        if self._bar is not None and self._task is None:
+            self._task = self._bar.add_task("", total=self._epochs * batches, completed=epoch * batches)
+        self._epoch = epoch
+
+    def batch(self, done: int, totals: Mapping[str, float]) -> None:
+        """A batch is done; totals are sums over the epoch's examples so far."""
+        if self._bar is None or self._task is None:
+            return
+        seconds = time.perf_counter() - self._begun
+        parts = [
+            self._head,
+            f"batch {done}/{self._batches}",
+            f"loss {totals['loss'] / totals['examples']:.3f}",
+            *([] if self._threshold is None else [f"c_t {self._threshold:.3f}"]),
+            *([f"FOSC {totals['fosc'] / totals['gauged']:.3f}"] if totals.get("gauged") else []),
+            *([self._robust] if self._robust else []),
+            f"{totals['examples'] / seconds:,.0f} img/s",
+        ]
+        completed = self._epoch * self._batches + done
+        self._bar.update(self._task, description="  ".join(parts), completed=completed)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """An epoch has been measured."""
+        if row.get("validation_robust") is not None:
+            self._robust = f"robust {100 * row['validation_robust']:.1f}%"
+        self.say(self._line(row))
+
+    def say(self, message: str) -> None:
+        """A line of its own."""
+        if self._console is not None:
+            self._console.print(message, highlight=False, soft_wrap=True)
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        shown = [f"{self._head}", f"loss {row['loss']:.3f}"]
+        if row["threshold"] is not None:
+            shown.append(f"c_t {row['threshold']:.3f}")
+        if row.get("fosc") is not None:
+            shown.append(f"FOSC {row['fosc']:.3f}")
+        shown.append(f"{row['gradients']:.1f} gradients")
+        if row.get("validation_clean") is not None:
+            shown.append(f"clean {100 * row['validation_clean']:.1f}%")
+        if row.get("validation_robust") is not None:
+            shown.append(f"robust {100 * row['validation_robust']:.1f}%")
+        return "  ".join([*shown, f"{row['images_per_second']:,.0f} img/s"])
+
+
+@contextmanager
+def show_progress(epochs: int, speak: bool) -> Iterator[Progress]:
+    """A live display on a terminal, plain lines elsewhere, nothing where not asked to speak."""
+    if not speak:
+        yield Progress(epochs, None, None)
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Progress(epochs, console, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("left"), TimeRemainingColumn())
+    with Bar(*columns, console=console) as bar:
+        yield Progress(epochs, console, bar)
+
+
+@contextmanager
+def held_interrupts() -> Iterator[Callable[[], bool]]:
+    """Inside, a first Ctrl-C only makes the yielded question answer True, so that a batch ends whole; a second raises."""
+    asked = False
+
+    def hold(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

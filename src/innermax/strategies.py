@@ -1,0 +1,197 @@
+"""Strategies: which attack to train against at a moment of training.
+
+A strategy is a short value with one pure function, `attack_at(progress, history)`. Progress is epoch / epochs; the
+history is what was measured in the epochs so far, one mapping an epoch, as in a run's metrics.jsonl.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, get_args
+
+from innermax.attacks.gradient import FGSM, PGD
+from innermax.checks import unknown
+
+History = Sequence[Mapping[str, Any]]
+Measure = Literal["fgsm_gauge"]
+Shape = Literal["linear", "cosine", "constant"]
+
+
+class Strategy(Protocol):
+    """What a training loop asks of a strategy.
+
+    `measures`: what the first row of the history must hold beside what every row does: "fgsm_gauge", the mean gauge of
+    FGSM examples after the first epoch. Every row holds "accuracy", in [0, 1], under the attack the epoch trained
+    against.
+    """
+
+    @property
+    def measures(self) -> frozenset[Measure]: ...
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD | None:
+        """The attack to train against at progress = epoch / epochs in [0, 1); None trains on clean examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unsecured:
+    """Training on clean examples."""
+
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+
+    def attack_at(self, progress: float, history: History = ()) -> None:
+        """Never an attack."""
+        _check(progress)
+
+
+@dataclass(frozen=True)
+class Standard:
+    """The same attack always (Madry et al. 2018)."""
+
+    attack: PGD
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD:
+        """The attack."""
+        _check(progress)
+        return self.attack
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """More steps as training goes on, from none to the attack's own (Cai et al. 2018).
+
+    Args:
+        attack: the attack at full strength, K steps.
+        full_at: progress from which all K steps are taken; they grow linearly until then.
+        patience: instead, one step more whenever the accuracy under the current attack has not improved for this many
+            epochs (Cai et al. 2018).
+    """
+
+    attack: PGD
+    full_at: float = 100 / 120
+    patience: int | None = None
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _check_share("full_at", self.full_at)
+        if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
+            raise ValueError(f"patience must be an integer ≥ 1 or None, came {self.patience!r}")
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD | None:
+        """The attack with as many steps as the curriculum has reached."""
+        _check(progress)
+        if self.patience is None:
+            # The tolerance keeps epoch 5 of 10 from falling one step short by a rounding.
+            steps = math.floor(self.attack.steps * progress / self.full_at + 1e-9)
+        else:
+            steps = _level([_recorded(epoch, "accuracy") for epoch in history], self.patience)
+        steps = min(steps, self.attack.steps)
+        return None if steps == 0 else replace(self.attack, steps=steps, step_size=self.attack.step_sizes()[:steps])
+
+
+@dataclass(frozen=True)
+class FGSMThenPGD:
+    """FGSM first, the attack from progress `switch` on (Wang et al. 2019, §3.2: 20 epochs of 120)."""
+
+    attack: PGD
+    switch: float = 1 / 6
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _check_share("switch", self.switch)
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD:
+        """FGSM or the attack."""
+        _check(progress)
+        return self.attack if progress >= self.switch - 1e-9 else FGSM(self.attack.threat, self.attack.loss)
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Examples of growing convergence quality (Wang et al. 2019, Algorithm 1): each stops once its gauge is ≤ c_t.
+
+    c_t = max(c_max − t·c_max / T', 0) for shape "linear"; every shape is 0 from T' on.
+
+    Args:
+        attack: PGD with as many steps as an example may take; its gauge is the one that is controlled.
+        c_max: c_t at the start; None: 0.5 (the paper's) on the "ball" gauge and "auto" on the others, whose values are
+            smaller. "auto": the mean gauge of FGSM examples after the first epoch, which trains against FGSM.
+        zero_at: T' / T, the progress from which c_t is 0 (the paper: 40 / 50 on MNIST, 100 / 120 on CIFAR-10).
+        shape: how c_t falls until then: "linear", "cosine" or "constant".
+    """
+
+    attack: PGD
+    c_max: float | Literal["auto"] | None = None
+    zero_at: float = 100 / 120
+    shape: Shape = "linear"
+
+    def __post_init__(self) -> None:
+        _check_share("zero_at", self.zero_at)
+        if self.shape not in get_args(Shape):
+            raise unknown("shape", self.shape, get_args(Shape))
+        if isinstance(self.c_max, str):
+            if self.c_max != "auto":
+                raise ValueError(f"c_max must be a number > 0, 'auto' or None, came {self.c_max!r}")
+        elif self.c_max is not None and not 0 < self.c_max < math.inf:
+            raise ValueError(f"c_max must be a finite number > 0, 'auto' or None, came {self.c_max}")
+
+    @property
+    def automatic(self) -> bool:
+        """Whether c_max is measured."""
+        return self.c_max == "auto" or (self.c_max is None and self.attack.gauge != "ball")
+
+    @property
+    def measures(self) -> frozenset[Measure]:
+        """The gauge of FGSM examples, where c_max is measured."""
+        return frozenset({"fgsm_gauge"}) if self.automatic else frozenset()
+
+    def threshold(self, progress: float, history: History = ()) -> float | None:
+        """c_t; None in the first epoch of an automatic c_max, which has none yet."""
+        _check(progress)
+        if self.automatic and not history:
+            if progress > 0:
+                raise ValueError("history must hold the first epoch's 'fgsm_gauge' for an automatic c_max, came none")
+            return None
+        c_max = _recorded(history[0], "fgsm_gauge") if self.automatic else 0.5 if self.c_max is None else self.c_max
+        return float(c_max) * _falling(self.shape, progress / self.zero_at)
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD:
+        """The attack that stops each example at c_t."""
+        threshold = self.threshold(progress, history)
+        if threshold is None:
+            return FGSM(self.attack.threat, self.attack.loss)
+        return replace(self.attack, stop_at=threshold)
+
+
+def _falling(shape: Shape, share: float) -> float:
+    """From 1 at share 0 to exactly 0 from share 1 on."""
+    if share >= 1 - 1e-9:
+        return 0.0
+    return {"linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2, "constant": 1.0}[shape]
+
+
+def _level(accuracies: Sequence[float], patience: int) -> int:
+    """How often an accuracy, watched afresh on every level, went without improvement for `patience` epochs."""
+    level, best, waited = 0, -math.inf, 0
+    for accuracy in accuracies:
+        best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
+        if waited == patience:
+            level, best, waited = level + 1, -math.inf, 0
+    return level
+
+
+def _recorded(epoch: Mapping[str, Any], name: str) -> float:
+    if epoch.get(name) is None:
+        raise ValueError(f"history must hold {name!r}, which this strategy needs, came {sorted(epoch)}")
+    return float(epoch[name])
+
+
+def _check(progress: float) -> None:
+    if not 0 <= progress < 1:
+        raise ValueError(f"progress must be in [0, 1), came {progress}")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], came {value}")

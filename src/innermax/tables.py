@@ -1,0 +1,49 @@
+"""What the terminal shows of an evaluation."""
+
+import math
+
+from rich import box
+from rich.table import Table
+
+from innermax.evaluation import Convergence, Evaluation
+from innermax.statistics import Accuracy
+
+_HEADINGS = ("accuracy\n%", "95 %\ninterval", "FOSC\nmedian", "FOSC\np90", "zero\ngrad. %", "gradient\ncalls")
+
+
+def format_table(evaluation: Evaluation) -> Table:
+    """A rich table for 80 columns: accuracy on clean images, under each attack and in the worst case; convergence."""
+    table = Table(box=box.SIMPLE_HEAD, caption=_caption(evaluation), caption_justify="left")
+    table.add_column("", min_width=10, overflow="fold")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("Clean", *_accuracy(evaluation.accuracy["clean"]))
+    for name, convergence in evaluation.convergence.items():
+        table.add_row(name, *_accuracy(evaluation.accuracy[name]), *_search(convergence))
+    table.add_section()
+    table.add_row("Worst case", *_accuracy(evaluation.worst_case), style="bold")
+    return table
+
+
+def _caption(evaluation: Evaluation) -> str:
+    count = f"{evaluation.settings.count:,} examples."
+    if not evaluation.rows:
+        return count
+    return (
+        f"{count} FOSC and zero gradients are those of the examples that survive: near 0, FOSC says the search has "
+        "converged; a zero gradient gave it nothing to follow, and is left out of FOSC. Gradient calls are an example's."
+    )
+
+
+def _accuracy(value: Accuracy) -> tuple[str, str]:
+    return f"{100 * value.value:.2f}", f"{100 * value.low:.2f}–{100 * value.high:.2f}"
+
+
+def _search(convergence: Convergence) -> tuple[str, ...]:
+    survivors = convergence.survivors
+    zero = "–" if math.isnan(survivors.zero_gradient) else f"{100 * survivors.zero_gradient:.1f}"
+    return _number(survivors.fosc_median), _number(survivors.fosc_p90), zero, f"{convergence.gradients:,.1f}"
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2g}"

@@ -1,0 +1,426 @@
+"""Algorithm 1's outer loop: attack a batch as the strategy says, descend on the objective, repeat."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from innermax import randomness, runs
+from innermax.attacks.gradient import FGSM, PGD
+from innermax.attacks.search import measure
+from innermax.checkpoints import save_model
+from innermax.checks import check_labels, unknown
+from innermax.data import ImageSet, as_image_set, augment
+from innermax.evaluation import evaluate
+from innermax.objectives import Objective, find_objective
+from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
+from innermax.progress import Progress, held_interrupts, show_progress
+from innermax.strategies import Strategy
+
+Optimizer = Literal["sgd", "adamw"]
+LearningRate = Literal["drops", "cosine", "constant"]
+Logger = Literal["tensorboard"]
+_GAUGED_BATCHES = 20  # how many batches an epoch also compute the gauge of their final iterates
+_SAMPLE = 1000  # examples on which an automatic c_max is measured
+# Streams of the run's seed, so that no two draws share a number.
+_ORDER, _AUGMENT, _ATTACK, _MODEL = range(4)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that ended: the model as it is now, a row of measures an epoch, and the folder that holds both."""
+
+    model: nn.Module
+    history: Sequence[Mapping[str, Any]]
+    run_dir: Path | None
+
+    @property
+    def best(self) -> Mapping[str, Any] | None:
+        """The epoch with the best accuracy on the validation split (robust, where an attack was given)."""
+        scored = [row for row in self.history if row.get("validation_accuracy") is not None]
+        return max(scored, key=lambda row: float(row["validation_accuracy"]), default=None)
+
+
+def train(
+    model: nn.Module,
+    train_set: Any,
+    strategy: Strategy,
+    *,
+    objective: str | Objective = "cross_entropy",
+    validation_set: Any = None,
+    validation_attack: PGD | None = None,
+    epochs: int = 50,
+    batch_size: int = 128,
+    optimizer: Optimizer = "sgd",
+    lr: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    lr_schedule: LearningRate = "drops",
+    lr_drops: Sequence[float] = (0.4, 0.8),
+    clip: float | None = None,
+    ema: float | None = None,
+    shift: int = 0,
+    flip: bool = False,
+    precision: Precision = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    run_dir: str | Path | None = None,
+    overwrite: bool = False,
+    logger: Logger | None = None,
+    progress: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Trains a model against the attacks a strategy chooses (Wang et al. 2019, Algorithm 1); it learns in place.
+
+    A model in training mode keeps its sub-modules' modes (frozen BatchNorm stays frozen); it ends in evaluation mode.
+    Resumes where run_dir holds an unfinished run of the same configuration.
+
+    Args:
+        model: any nn.Module with logits.
+        train_set: (images, labels), an ImageSet, a torch Dataset or a Hugging Face Dataset.
+        strategy: which attack to train against at which moment.
+        objective: "cross_entropy", "loss_weighted" (the released code's) or a function, see innermax.objectives.
+        validation_set: examples held out of training, on which the best epoch is chosen. Never the test set.
+        validation_attack: what the validation split is attacked with; None: the strategy's own attack, if it has one.
+        epochs: passes over the training set.
+        batch_size: examples an update; batches differ by at most one example.
+        optimizer: "sgd" or "adamw".
+        lr: initial learning rate.
+        momentum: of SGD.
+        weight_decay: L2 penalty of SGD, decoupled decay of AdamW.
+        lr_schedule: "drops" divides by 10 at each of lr_drops; "cosine" falls to 0; "constant".
+        lr_drops: shares of the training in (0, 1).
+        clip: largest gradient norm of an update; None: unclipped.
+        ema: decay in (0, 1) of an exponential moving average of the weights, which is then what is evaluated and
+            saved; None: the weights themselves.
+        shift: augmentation, random shifts by up to so many pixels.
+        flip: augmentation, random horizontal flips.
+        precision: "auto" attacks and updates in bf16 where the device computes in it, else "float32".
+        seed: decides order, augmentation, random starts and the model's own draws.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        run_dir: folder of the run; None writes nothing.
+        overwrite: start afresh where run_dir holds a run.
+        logger: "tensorboard" writes event files into the run folder too.
+        progress: show a live display on a terminal, else a line an epoch.
+        settings: anything else that identifies the run, kept in its config.yaml.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or run_dir belongs to another configuration.
+        FloatingPointError: the loss is not a finite number.
+        KeyboardInterrupt: after saving; the same call continues.
+    """
+    options = dict(locals())
+    _check(options)
+    objective = find_objective(objective)
+    train_set = as_image_set(train_set)
+    validation_set = None if validation_set is None else as_image_set(validation_set)
+    validation_attack = validation_attack or getattr(strategy, "attack", None)
+    folder = None
+    if run_dir is not None:
+        folder = runs.open_folder(Path(run_dir), _configuration(options, model, train_set, validation_set), overwrite)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        loop = _Loop.started(model, train_set, options)
+        if folder is not None:
+            loop.resume(folder)
+        with contextlib.ExitStack() as stack:
+            show = stack.enter_context(show_progress(epochs, progress))
+            write = stack.enter_context(runs.scalar_logger(folder, logger))
+            interrupted = stack.enter_context(held_interrupts())
+            while loop.epoch < epochs:
+                started = time.perf_counter()
+                try:
+                    row = loop.run_epoch(strategy, objective, show, interrupted)
+                except KeyboardInterrupt:
+                    if folder is not None:
+                        loop.save(folder)
+                        show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
+                    raise
+                row |= loop.measures(strategy)
+                if validation_set is not None:
+                    row |= _validated(loop.evaluated, validation_set, validation_attack, loop.device, precision)
+                loop.finish_epoch(row, time.perf_counter() - started)
+                if folder is not None:
+                    loop.save(folder)
+                    _save_models(folder, loop)
+                show.epoch(row)
+                write(row)
+    return Run(unwrapped(loop.evaluated).eval(), tuple(loop.history), folder)
+
+
+@dataclass
+class _Loop:
+    """Everything that training changes, and the constants its steps need."""
+
+    options: Mapping[str, Any]
+    data: ImageSet
+    fabric: Any
+    model: nn.Module  # as Fabric wraps it
+    optimizer: torch.optim.Optimizer
+    averaged: AveragedModel | None
+    oracle: Oracle
+    epoch: int = 0
+    batch: int = 0  # position in the epoch
+    totals: dict[str, float] = field(default_factory=dict)  # sums over the epoch's batches so far
+    gauged: dict[str, list[float]] = field(default_factory=dict)  # gauges of single examples, for their distribution
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def started(cls, model: nn.Module, data: ImageSet, options: Mapping[str, Any]) -> "_Loop":
+        from lightning_fabric import Fabric
+
+        device = chosen_device(options["device"])
+        lower = options["precision"] == "bf16" or (options["precision"] == "auto" and has_fast_bf16(device))
+        fabric = Fabric(
+            accelerator=device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            precision="bf16-mixed" if lower else "32-true",
+        )
+        model = unwrapped(model)
+        if not model.training:
+            model.train()
+        if len(data.shape) == 3:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        wrapped, optimizer = fabric.setup(model, _optimizer(model, options))
+        averaged = None
+        if options["ema"] is not None:
+            averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options["ema"]), use_buffers=True)  # type: ignore[no-untyped-call]
+        data = data.to(device)
+        example, _ = data.batch(torch.arange(min(16, len(data)), device=device))
+        check_labels(data.labels, len(data), Oracle(model).logits(example).shape[1], "train_set labels")
+        oracle = Oracle.fast(model, example, options["precision"])
+        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.labels.device
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is scored and saved."""
+        return unwrapped(self.model) if self.averaged is None else self.averaged.module
+
+    def run_epoch(
+        self, strategy: Strategy, objective: Objective, show: Progress, interrupted: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """Trains from the current batch to the epoch's end; what was measured, a value a name."""
+        epochs, seed = self.options["epochs"], self.options["seed"]
+        attack = strategy.attack_at(self.epoch / epochs, self.history)
+        order = randomness.permutation(seed, len(self.data), _ORDER, self.epoch).to(self.device)
+        batches = order.tensor_split(math.ceil(len(order) / self.options["batch_size"]))
+        stride = max(1, len(batches) // _GAUGED_BATCHES)
+        show.start(self.epoch, len(batches), len(order), getattr(attack, "stop_at", None))
+        while self.batch < len(batches):
+            moment = (self.epoch + self.batch / len(batches)) / epochs
+            measured = self.update(batches[self.batch], attack, objective, moment, self.batch % stride == 0)
+            for name, value in measured.items():
+                self.totals[name] = self.totals.get(name, 0.0) + value
+            self.batch += 1
+            show.batch(self.batch, self.totals)
+            if interrupted():
+                raise KeyboardInterrupt
+        return self._row(attack)
+
+    def update(
+        self, index: Tensor, attack: PGD | None, objective: Objective, moment: float, gauge: bool
+    ) -> dict[str, float]:
+        """One attack and one descent step; sums over the batch's examples."""
+        seed, epoch = self.options["seed"], self.epoch
+        x, y = self.data.batch(index)
+        if self.options["shift"] or self.options["flip"]:
+            keys = randomness.keys(seed, index, _AUGMENT, epoch)
+            x = augment(x, keys, shift=self.options["shift"], flip=self.options["flip"])
+        measured = {"examples": float(len(y))}
+        x_adv = x
+        if attack is not None:
+            final: Literal["gradient", "none"] = "gradient" if gauge else "none"
+            found = attack(self.oracle, x, y, seed=randomness.number(seed, _ATTACK, epoch), index=index, final=final)
+            x_adv = found.x_adv
+            # What the gauge costs at the last iterate is no part of the training's cost.
+            measured["gradients"] = float(found.gradient_calls.sum() - (gauge * (found.steps == attack.steps)).sum())
+            if found.fosc is not None and found.relative_fosc is not None and found.zero_gradient is not None:
+                self.gauged.setdefault("fosc", []).extend(found.fosc.tolist())
+                self.gauged.setdefault("relative_fosc", []).extend(found.relative_fosc.nan_to_num(0.0).tolist())
+                measured |= {"gauged": float(len(y)), "fosc": float(found.fosc.sum())}
+                measured["zero_gradients"] = float(found.zero_gradient.sum())
+        # The model's own draws (dropout) belong to the batch, so that a resumed run repeats them.
+        torch.manual_seed(randomness.number(seed, _MODEL, epoch, self.batch))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(moment, self.options)
+        loss, logits = objective(self.model, x, y, x_adv, epoch)
+        measured["loss"] = float(loss.detach()) * len(y)
+        if not math.isfinite(measured["loss"]):
+            raise FloatingPointError(
+                f"the loss is {float(loss)} in epoch {epoch + 1}, batch {self.batch + 1}; lower lr"
+            )
+        self.fabric.backward(loss)
+        if self.options["clip"] is not None:
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.options["clip"])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.averaged is not None:
+            self.averaged.update_parameters(unwrapped(self.model))
+        self.oracle.refresh()
+        measured["correct"] = float((logits.detach().argmax(1) == y).sum())
+        return measured
+
+    def measures(self, strategy: Strategy) -> dict[str, Any]:
+        """What the strategy wants to find in the history, beside what every epoch records."""
+        if "fgsm_gauge" not in strategy.measures or self.history:
+            return {}
+        attack: PGD = strategy.attack  # type: ignore[attr-defined]
+        chosen = randomness.permutation(self.options["seed"], len(self.data), _ORDER)[:_SAMPLE].to(self.device)
+        total = 0.0
+        for index in chosen.tensor_split(math.ceil(len(chosen) / self.options["batch_size"])):
+            x, y = self.data.batch(index)
+            found = FGSM(attack.threat, attack.loss)(self.oracle, x, y, final="none")
+            answer = self.oracle.gradient(found.x_adv, y, attack.objective())
+            total += float(measure(attack.threat.around(x), answer.gradient, found.x_adv, attack.gauge).nansum())
+        return {"fgsm_gauge": total / len(chosen)}
+
+    def finish_epoch(self, row: dict[str, Any], seconds: float) -> None:
+        """Puts the epoch into the history and stands at the start of the next."""
+        row |= {"seconds": round(seconds, 3), "images_per_second": round(len(self.data) / seconds, 1)}
+        self.history.append(row)
+        self.epoch, self.batch, self.totals, self.gauged = self.epoch + 1, 0, {}, {}
+
+    def save(self, folder: Path) -> None:
+        """Writes all that a resumed run needs."""
+        position = {name: getattr(self, name) for name in ("epoch", "batch", "totals", "gauged", "history")}
+        networks = {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
+        runs.save_state(folder, networks, self.optimizer, position)
+
+    def resume(self, folder: Path) -> None:
+        """Takes over the state a run folder holds, if it holds one."""
+        networks = {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
+        position = runs.load_state(folder, networks, self.optimizer)
+        for name, value in position.items():
+            setattr(self, name, value)
+        self.oracle.refresh()
+
+    def _row(self, attack: PGD | None) -> dict[str, Any]:
+        """The epoch's measures, as metrics.jsonl holds them."""
+        totals, examples = self.totals, self.totals["examples"]
+        row: dict[str, Any] = {
+            "epoch": self.epoch,
+            "lr": learning_rate(self.epoch / self.options["epochs"], self.options),
+            "loss": totals["loss"] / examples,
+            "accuracy": totals["correct"] / examples,
+            "attack_steps": 0 if attack is None else attack.steps,
+            "threshold": None if attack is None else attack.stop_at,
+            "gradients": totals.get("gradients", 0.0) / examples,
+        }
+        if totals.get("gauged"):
+            row["fosc"] = totals["fosc"] / totals["gauged"]
+            row["zero_gradients"] = totals["zero_gradients"] / totals["gauged"]
+        levels = torch.linspace(0, 1, 11, dtype=torch.float64)
+        for name, values in self.gauged.items():  # the deciles of the distribution
+            row[f"{name}_deciles"] = torch.tensor(values, dtype=torch.float64).quantile(levels).tolist()
+        return row
+
+
+def learning_rate(moment: float, options: Mapping[str, Any]) -> float:
+    """The learning rate when a share `moment` in [0, 1) of the training is done."""
+    lr: float = options["lr"]
+    if options["lr_schedule"] == "drops":
+        return lr * math.pow(0.1, sum(moment >= drop - 1e-9 for drop in options["lr_drops"]))
+    return lr * (1 + math.cos(math.pi * moment)) / 2 if options["lr_schedule"] == "cosine" else lr
+
+
+def chosen_device(device: str) -> torch.device:
+    """The device a name means; "auto" is a GPU where there is one. Raises ValueError where it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:0"]) from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:0"])
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def _optimizer(model: nn.Module, options: Mapping[str, Any]) -> torch.optim.Optimizer:
+    if options["optimizer"] == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=options["lr"], weight_decay=options["weight_decay"])
+    return torch.optim.SGD(
+        model.parameters(), lr=options["lr"], momentum=options["momentum"], weight_decay=options["weight_decay"]
+    )
+
+
+def _validated(
+    model: nn.Module, validation_set: ImageSet, attack: PGD | None, device: torch.device, precision: Precision
+) -> dict[str, Any]:
+    """Clean accuracy, and accuracy and convergence under the attack, on the validation split."""
+    attacks = {} if attack is None else {"attack": attack}
+    scored = evaluate(model, validation_set, attacks, precision=precision, device=device)
+    row: dict[str, Any] = {"validation_clean": scored.accuracy["clean"].value}
+    if attack is not None:
+        row["validation_robust"] = scored.accuracy["attack"].value
+        row["validation_fosc"] = scored.convergence["attack"].fosc_median
+    return row | {"validation_accuracy": row.get("validation_robust", row["validation_clean"])}
+
+
+def _save_models(folder: Path, loop: _Loop) -> None:
+    """The last model, and the best so far where a validation split says which that is."""
+    save_model(folder, loop.evaluated)
+    scores = [float(row.get("validation_accuracy", -1.0)) for row in loop.history]
+    if scores[-1] > max(scores[:-1], default=-1.0):
+        save_model(folder, loop.evaluated, "best.safetensors")
+
+
+def _configuration(
+    options: Mapping[str, Any], model: nn.Module, data: ImageSet, validation: ImageSet | None
+) -> dict[str, Any]:
+    """What identifies a run: a folder is resumed by the same configuration alone."""
+    left_out = {
+        "model",
+        "train_set",
+        "validation_set",
+        "run_dir",
+        "overwrite",
+        "logger",
+        "progress",
+        "device",
+        "settings",
+    }
+    described = {name: runs.describe(value) for name, value in options.items() if name not in left_out}
+    return {
+        "training": described,
+        "model": runs.describe(getattr(unwrapped(model), "config", type(unwrapped(model)).__qualname__)),
+        "examples": {"train": len(data), "validation": 0 if validation is None else len(validation)},
+        "settings": runs.describe(dict(options["settings"] or {})),
+    }
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Raises for options out of range."""
+    for name in ("epochs", "batch_size"):
+        if not isinstance(options[name], int) or options[name] < 1:
+            raise ValueError(f"{name} must be an integer ≥ 1, came {options[name]!r}")
+    for name, kind in (("optimizer", Optimizer), ("lr_schedule", LearningRate), ("precision", Precision)):
+        if options[name] not in get_args(kind):
+            raise unknown(name, options[name], get_args(kind))
+    if options["logger"] is not None and options["logger"] not in get_args(Logger):
+        raise unknown("logger", options["logger"], get_args(Logger))
+    if not 0 < options["lr"] < math.inf:
+        raise ValueError(f"lr must be a finite number > 0, came {options['lr']}")
+    for name in ("momentum", "weight_decay"):
+        if not 0 <= options[name] < math.inf:
+            raise ValueError(f"{name} must be a finite number ≥ 0, came {options[name]}")
+    if options["clip"] is not None and not options["clip"] > 0:
+        raise ValueError(f"clip must be > 0 or None, came {options['clip']}")
+    if options["ema"] is not None and not 0 < options["ema"] < 1:
+        raise ValueError(f"ema must be in (0, 1) or None, came {options['ema']}")
+    if not all(0 < drop < 1 for drop in options["lr_drops"]):
+        raise ValueError(f"lr_drops must lie in (0, 1), came {options['lr_drops']}")
+    if not callable(getattr(options["strategy"], "attack_at", None)):
+        raise TypeError(f"strategy must have attack_at(progress, history), came {options['strategy']!r}")
