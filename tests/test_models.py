@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from innermax.models import MODELS, build_model
+from innermax.models.resnet import Bottleneck, PreActBlock
 
 NATIVE = {
     "mnist-cnn": (1, 28, 28),
@@ -177,6 +179,37 @@ def test_normalization_inside_equals_outside():
     torch.testing.assert_close(inside(x), outside(shifted))
     assert not torch.allclose(inside(x), outside(x))
     assert [key.removeprefix("network.") for key in inside.state_dict()] == list(outside.state_dict())
+
+
+def test_layers_of_the_plain_networks():
+    block = ["Conv2d", "BatchNorm2d", "ReLU"]
+    mnist = [*block, "MaxPool2d"] * 2 + ["Flatten", "Linear", "ReLU", "Linear"]
+    cifar = [*block, *block, "MaxPool2d"] * 3 + ["Flatten", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert [type(layer).__name__ for layer in small("mnist-cnn")] == mnist
+    assert [type(layer).__name__ for layer in small("cifar-cnn")] == cifar
+
+
+@pytest.mark.parametrize(("before", "after", "stride"), [(4, 4, 1), (4, 6, 2), (4, 6, 1)])
+def test_residual_blocks_against_their_formulas(before, after, stride):
+    def norm(x, layer):
+        return layer.weight[:, None, None] * x / (1 + layer.eps) ** 0.5 + layer.bias[:, None, None]  # fresh statistics
+
+    def conv(x, layer, stride=1):
+        return functional.conv2d(x, layer.weight, stride=stride, padding=layer.kernel_size[0] // 2)
+
+    torch.manual_seed(0)
+    x, same = torch.randn(2, before, 6, 6), before == after
+    block = PreActBlock(before, after, stride).eval()
+    nn.init.normal_(block.norm1.bias)
+    first = norm(x, block.norm1).relu()
+    y = conv(norm(conv(first, block.conv1, stride), block.norm2).relu(), block.conv2)
+    torch.testing.assert_close(block(x), y + (x if same else conv(first, block.shortcut, stride)))
+
+    block = Bottleneck(before, after // 4 if same else 2, stride).eval()
+    y = norm(conv(x, block.conv1), block.norm1).relu()
+    y = norm(conv(y, block.conv2, stride), block.norm2).relu()
+    shortcut = x if same else norm(conv(x, block.shortcut[0], stride), block.shortcut[1])
+    torch.testing.assert_close(block(x), (norm(conv(y, block.conv3), block.norm3) + shortcut).relu())
 
 
 def test_initialisation():

@@ -411,14 +411,14 @@ class _Bench:
 def _rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:
     """One batch's rows: the attack's own report, and the verdict on the scored image."""
     correct = logits.argmax(1) == y
-    unknown_yet = torch.full(y.shape, math.nan)
+    untold = torch.full(y.shape, math.nan)
     told = torch.zeros_like(correct) if result.misclassified is None else result.misclassified.to(correct)
     columns = {
         "correct": correct,
         "loss": cross_entropy(logits, y),
-        "fosc": unknown_yet if result.fosc is None else result.fosc,
-        "relative_fosc": unknown_yet if result.relative_fosc is None else result.relative_fosc,
-        "zero_gradient": unknown_yet if result.zero_gradient is None else result.zero_gradient,
+        "fosc": untold if result.fosc is None else result.fosc,
+        "relative_fosc": untold if result.relative_fosc is None else result.relative_fosc,
+        "zero_gradient": untold if result.zero_gradient is None else result.zero_gradient,
         "steps": result.steps,
         "gradient_calls": result.gradient_calls,
         "forward_calls": result.forward_calls,
@@ -480,15 +480,17 @@ def _check(
             if column in taken:
                 raise ValueError(f"attacks {taken[column]!r} and {name!r} would share the column {column}: rename one")
             taken[column] = name
-    for argument, value, least, most in (("batch_size", batch_size, 1, None), ("quantize", quantize, 1, 16)):
-        if argument == "quantize" and value is None:
-            continue
+    for argument, value in {
+        "batch_size": batch_size,
+        "quantize": 1 if quantize is None else quantize,
+        "seed": seed,
+    }.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{argument} must be an integer, came {value!r}")
-        if value < least or (most is not None and value > most):
-            raise ValueError(f"{argument} must be {least}…{most or ''}, came {value}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, came {seed!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, came {batch_size}")
+    if quantize is not None and not 1 <= quantize <= 16:
+        raise ValueError(f"quantize must be in 1…16 or None, came {quantize}")
     if precision not in get_args(Precision):
         raise unknown("precision", precision, get_args(Precision))
 

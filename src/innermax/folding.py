@@ -60,7 +60,8 @@ def _fold_norms(traced: fx.GraphModule) -> Iterator[tuple[str, str]]:
             continue
         layer = modules[str(before.target)]
         alone = len(before.users) == 1 and calls.count(before.target) == 1
-        if not isinstance(layer, _AFFINE) or not alone or layer.weight.shape[0] != norm.num_features:
+        own = type(layer) in _AFFINE and isinstance(layer._parameters.get("weight"), Tensor)  # not computed from others
+        if not own or not alone or layer.weight.shape[0] != norm.num_features:
             continue
         if layer.bias is None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(norm.num_features), requires_grad=False)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Self, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -32,7 +32,7 @@ class Answer:
     loss: Float[Tensor, " b"]
     logits: Float[Tensor, "b classes"]
 
-    def __getitem__(self, rows: Tensor) -> Self:
+    def __getitem__(self, rows: Tensor) -> "Answer":
         """Some of the examples."""
         return replace(self, gradient=self.gradient[rows], loss=self.loss[rows], logits=self.logits[rows])
 
@@ -65,7 +65,7 @@ class Oracle:
         return model if isinstance(model, Oracle) else cls(model)
 
     @classmethod
-    def fast(cls, model: nn.Module, example: Float[Tensor, "b ..."], precision: Precision = "auto") -> Self:
+    def fast(cls, model: nn.Module, example: Float[Tensor, "b ..."], precision: Precision = "auto") -> "Oracle":
         """An oracle compiled for attacks: BatchNorm folded, channels last, bf16 where the hardware has it.
 
         Args:
@@ -241,8 +241,8 @@ def _learned(model: nn.Module) -> nn.Module:
     shadow = _shadow(model, share=False)
     for module in shadow.modules():
         if isinstance(module, _BatchNorm):
-            spread = torch.linspace(0.5, 1.5, module.num_features).to(cast(Tensor, module.running_var))
-            cast(Tensor, module.running_mean).add_(spread * 0.1)
+            spread = torch.linspace(0.6, 1.6, module.num_features).to(cast(Tensor, module.running_var))
+            cast(Tensor, module.running_mean).sub_(spread)  # upwards, where ReLUs let a difference pass
             cast(Tensor, module.running_var).mul_(spread)
     return shadow
 

@@ -91,7 +91,7 @@ def show_progress(epochs: int, speak: bool) -> Iterator[Progress]:
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, a first Ctrl-C only makes the yielded question answer True, so that a batch ends whole; a second raises."""
+    """Inside, the first Ctrl-C only makes the yielded question answer True, so that a batch ends whole."""
     asked = False
 
     def hold(number: int, frame: object) -> None:

@@ -30,8 +30,8 @@ def _caption(evaluation: Evaluation) -> str:
     if not evaluation.rows:
         return count
     return (
-        f"{count} FOSC and zero gradients are those of the examples that survive: near 0, FOSC says the search has "
-        "converged; a zero gradient gave it nothing to follow, and is left out of FOSC. Gradient calls are an example's."
+        f"{count} FOSC and zero gradients are the survivors': FOSC near 0 says that the search has converged; a zero "
+        "gradient gave it nothing to follow, and is left out of FOSC. Gradient calls are per example."
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,15 +46,15 @@ class AttackResult:
     gradient_calls: Int[Tensor, " b"]
     forward_calls: Int[Tensor, " b"]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, change: Callable[[Tensor], Tensor]) -> "AttackResult":
         """The result with `change` applied to every value that was computed."""
         return replace(self, **{name: change(value) for name, value in vars(self).items() if value is not None})
 
-    def __getitem__(self, rows: Tensor) -> Self:
+    def __getitem__(self, rows: Tensor) -> "AttackResult":
         """Some of the examples."""
         return self.map(lambda value: value[rows])
 
-    def updated(self, rows: Int[Tensor, " k"], part: Self) -> Self:
+    def updated(self, rows: Int[Tensor, " k"], part: "AttackResult") -> "AttackResult":
         """The result with some examples replaced by those of `part`; what one of the two lacks, it lacks."""
         pairs = {name: (value, getattr(part, name)) for name, value in vars(self).items()}
         values: dict[str, Any] = {

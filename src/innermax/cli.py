@@ -1,0 +1,273 @@
+"""The command line: a thin door to training and evaluation."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_HELP = """usage: innermax COMMAND …
+
+Train classifiers that withstand adversarial examples, and know whether a robustness number can be believed.
+
+  innermax recipes                            list the settings that come with innermax
+  innermax train digits                       train a robust classifier, a minute on two cores
+  innermax train mnist --strategy standard    the paper's setting, with another defence
+  innermax evaluate runs/digits               attack a trained model
+
+innermax COMMAND --help lists what a command takes. Fractions such as 8/255 are read as numbers.
+"""
+_FRACTION = r"^(\d+\.?\d*)/(\d+\.?\d*)$"
+# What the recipe and the run say in their own way.
+_NOT_OPTIONS: set[str | int] = {
+    "model",
+    "train_set",
+    "strategy",
+    "validation_set",
+    "validation_attack",
+    "objective",
+    "settings",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; its exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if words[0] == "--version":
+        from innermax import __version__
+
+        print(f"innermax {__version__}")
+        return 0
+    from jsonargparse import ArgumentError
+
+    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "evaluate": _evaluate, "recipes": _recipes}
+    try:
+        if words[0] not in commands:
+            from innermax.checks import unknown
+
+            raise unknown("command", words[0], commands)
+        commands[words[0]](words[1:])
+    except (ValueError, TypeError, ArgumentError, ArithmeticError, OSError) as error:
+        print(f"innermax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _train(words: list[str]) -> None:
+    """Trains as a recipe says, then attacks the result with the test images."""
+    from innermax.settings import read_yaml, recipe_text
+
+    asks = not words or words[0] in ("-h", "--help")
+    if not asks and words[0].startswith("-"):
+        raise ValueError("train takes the name of a recipe first, such as: innermax train digits")
+    recipe = "" if asks else words[0]
+    parser = _train_parser({} if asks else _recipe(recipe, read_yaml(recipe_text(recipe))))
+    chosen = parser.parse_args(["--help"] if asks else _spelled_out(words[1:]))
+    _run_training(recipe, parser.instantiate_classes(chosen), chosen.as_dict())
+
+
+def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    import innermax as im
+    from innermax.attacks.named import named_attacks
+    from innermax.settings import build_strategy
+    from innermax.tables import format_table
+    from innermax.training import chosen_device
+
+    threat = chosen.threat.build()
+    attack = chosen.attack.build(threat)
+    attacks = named_attacks(chosen.attacks, threat)
+    strategy = build_strategy(chosen.strategy, attack, chosen.dynamic, chosen.curriculum, chosen.switch)
+    device = chosen_device(chosen.device)
+    data = im.load_data(chosen.data, validation=_share_or_count(chosen.validation))
+    model = _model(chosen.model, data.num_classes, data.train.shape, chosen.seed, chosen.init)
+    folder = Path(chosen.run_dir or f"runs/{Path(recipe).stem}-{chosen.strategy}-seed{chosen.seed}")
+    options = {name: value for name, value in chosen.as_dict().items() if name in _options()}
+    run = im.train(
+        model,
+        data.train,
+        strategy,
+        objective=chosen.objective,
+        validation_set=data.validation,
+        validation_attack=attack,
+        settings={name: stated[name] for name in ("data", "validation", "model", "init", "threat", "attack")},
+        **options | {"run_dir": folder},
+    )
+    which = "the last epoch"
+    if run.best is not None:
+        im.load_model(folder / "best.safetensors", run.model)
+        which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
+    evaluation = im.evaluate(run.model, data.test, attacks, precision=chosen.precision, seed=chosen.seed, device=device)
+    evaluation.to_json(folder / "evaluation.json")
+    console = Console()
+    console.print(format_table(evaluation))
+    console.print(f"Model of {which}. Run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _model(name: str, classes: int, shape: Sequence[int], seed: int, init: str | None) -> Any:
+    """The network with weights drawn from the seed, or taken from `init`."""
+    import torch
+
+    import innermax as im
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = im.build_model(name, num_classes=classes, input_shape=shape)
+    return model if init is None else im.load_model(init, model).train()
+
+
+def _evaluate(words: list[str]) -> None:
+    """Attacks a trained model with the test images."""
+    from jsonargparse import ArgumentParser
+
+    from innermax.settings import EvaluateSettings, ThreatSettings
+
+    parser = ArgumentParser(
+        prog="innermax evaluate RUN_OR_MODEL",
+        description="Attack a trained model: a run folder, a model file or folder, or a Hub id.",
+        exit_on_error=False,
+    )
+    parser.add_class_arguments(EvaluateSettings, as_group=False)
+    parser.add_argument(
+        "--threat.norm",
+        type=ThreatSettings.__annotations__["norm"] | None,
+        help="linf, l2 or l1; empty for the run's own",
+    )
+    parser.add_argument(
+        "--threat.eps", type=float | None, help="largest perturbation, e.g. 8/255; empty for the run's own"
+    )
+    if not words or words[0].startswith("-"):
+        if words and words[0] not in ("-h", "--help"):
+            raise ValueError("evaluate takes a run folder or a model first, such as: innermax evaluate runs/digits")
+        words = ["", "--help"]
+    chosen = parser.parse_args(_spelled_out(words[1:]))
+    _run_evaluation(words[0], chosen)
+
+
+def _run_evaluation(source: str, chosen: Any) -> None:
+    from rich.console import Console
+
+    import innermax as im
+    from innermax.attacks.named import named_attacks
+    from innermax.runs import read_config
+    from innermax.settings import ThreatSettings
+    from innermax.tables import format_table
+    from innermax.training import chosen_device
+
+    path = Path(source)
+    told = read_config(path)["settings"] if (path / "config.yaml").is_file() else {}
+    name = chosen.data or told.get("data")
+    stated = {key: value for key, value in vars(chosen.threat).items() if value is not None}
+    threat_settings = {**told.get("threat", {}), **stated}
+    if name is None:
+        raise ValueError(f"{source} is no run folder, so its data set is not known: give --data")
+    if "eps" not in threat_settings:
+        raise ValueError(f"{source} is no run folder, so its threat model is not known: give --threat.eps")
+    threat = ThreatSettings(**threat_settings).build()
+    attacks = named_attacks(chosen.attacks, threat)
+    device = chosen_device(chosen.device)
+    if chosen.limit is not None and chosen.limit < 1:
+        raise ValueError(f"limit must be at least 1, came {chosen.limit}")
+    model = im.load_model(path / "best.safetensors" if chosen.best else source)
+    test = im.load_data(name, validation=0).test
+    evaluation = im.evaluate(
+        model,
+        test[: chosen.limit],
+        attacks,
+        batch_size=chosen.batch_size,
+        seed=chosen.seed,
+        quantize=chosen.quantize,
+        precision=chosen.precision,
+        device=device,
+    )
+    if chosen.json is not None:
+        evaluation.to_json(chosen.json)
+    Console().print(format_table(evaluation))
+
+
+def _recipes(words: list[str]) -> None:
+    """Lists the recipes, with the first line of each."""
+    from innermax.settings import recipe_names, recipe_text
+
+    if words and words[0] not in ("-h", "--help"):
+        raise ValueError(f"recipes takes no arguments, came {' '.join(words)}")
+    for name in recipe_names():
+        print(f"{name:20} {recipe_text(name).splitlines()[0].removeprefix('# ')}")
+
+
+def _train_parser(recipe: dict[str, Any]) -> Any:
+    """The parser of `innermax train`, from the same signatures as the library, with a recipe's values as defaults."""
+    from jsonargparse import ArgumentParser
+
+    from innermax import settings
+    from innermax.training import train
+
+    parser = ArgumentParser(
+        prog="innermax train RECIPE",
+        description="Train a classifier as a recipe says; every setting of the recipe is an option.",
+        exit_on_error=False,
+    )
+    parser.add_class_arguments(settings.RecipeSettings, as_group=False)
+    for name in ("threat", "attack", "dynamic", "curriculum"):
+        parser.add_class_arguments(getattr(settings, f"{name.capitalize()}Settings"), name)
+    parser.add_function_arguments(train, as_group=False, skip=_NOT_OPTIONS)
+    if recipe:
+        parser.set_defaults(recipe)
+    return parser
+
+
+def _options() -> set[str]:
+    """The options that go to the training as they are."""
+    import inspect
+
+    from innermax.training import train
+
+    return set(inspect.signature(train).parameters) - _NOT_OPTIONS
+
+
+def _recipe(name: str, recipe: object) -> dict[str, Any]:
+    """A recipe's values. Raises ValueError where it is none or holds an unknown setting."""
+    from innermax.checks import unknown
+
+    if not isinstance(recipe, dict):
+        raise ValueError(f"recipe {name} holds no settings")
+    known = [action.dest for action in _train_parser({})._actions]
+    for key, value in recipe.items():
+        inner = [f"{key}.{part}" for part in value] if isinstance(value, dict) else [str(key)]
+        for setting in inner:
+            if setting not in known:
+                raise unknown(f"setting in recipe {name}", setting, known)
+    return recipe
+
+
+def _spelled_out(words: Sequence[str]) -> list[str]:
+    """The words as the parser wants them: --run-dir as --run_dir, a bare --overwrite as true, 8/255 as a decimal."""
+
+    def decimal(match: re.Match[str]) -> str:
+        return repr(float(match[1]) / float(match[2])) if float(match[2]) else match[0]
+
+    result: list[str] = []
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        if not word.startswith("--") or word == "--help":
+            result.append(re.sub(_FRACTION, decimal, word))
+            continue
+        if not equals and following.startswith("--"):
+            equals, value = "=", "true"
+        result.append(name.replace("-", "_").replace("__", "--", 1) + equals + re.sub(_FRACTION, decimal, value))
+    return result
+
+
+def _share_or_count(validation: float) -> float | int:
+    """A validation split of 1 or more is a count."""
+    return int(validation) if validation >= 1 or validation == 0 else validation
+
+
+if __name__ == "__main__":
+    sys.exit(main())
