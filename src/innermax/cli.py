@@ -68,7 +68,7 @@ def _train(words: list[str]) -> None:
     recipe = "" if asks else words[0]
     parser = _train_parser({} if asks else _recipe(recipe, read_yaml(recipe_text(recipe))))
     chosen = parser.parse_args(["--help"] if asks else _spelled_out(words[1:]))
-    _run_training(recipe, parser.instantiate_classes(chosen), chosen.as_dict())
+    _run_training(recipe, parser.instantiate(chosen), chosen.as_dict())
 
 
 def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:

@@ -19,10 +19,17 @@ def format_table(evaluation: Evaluation) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_row("Clean", *_accuracy(evaluation.accuracy["clean"]))
     for name, convergence in evaluation.convergence.items():
-        table.add_row(name, *_accuracy(evaluation.accuracy[name]), *_search(convergence))
+        table.add_row(shown_name(name), *_accuracy(evaluation.accuracy[name]), *_search(convergence))
     table.add_section()
     table.add_row("Worst case", *_accuracy(evaluation.worst_case), style="bold")
     return table
+
+
+def shown_name(name: str) -> str:
+    """An attack's name as tables print it: FGSM, PGD-20, C&W∞ for "fgsm", "pgd-20", "cw-30"; others as they are."""
+    if name.startswith("cw-"):
+        return "C&W∞" if name == "cw-30" else f"C&W∞-{name.removeprefix('cw-')}"
+    return name.upper() if name == "fgsm" or name.startswith("pgd-") else name
 
 
 def _caption(evaluation: Evaluation) -> str:

@@ -1,6 +1,7 @@
 """Algorithm 1's outer loop: attack a batch as the strategy says, descend on the objective, repeat."""
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -175,6 +176,7 @@ class _Loop:
     def started(cls, model: nn.Module, data: ImageSet, options: Mapping[str, Any]) -> "_Loop":
         from lightning_fabric import Fabric
 
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision it was given
         device = chosen_device(options["device"])
         lower = options["precision"] == "bf16" or (options["precision"] == "auto" and has_fast_bf16(device))
         fabric = Fabric(
