@@ -108,10 +108,9 @@ def test_points_outside_are_brought_back(threat):
 
 def test_points_inside_are_scored_bit_for_bit():
     _, x, y, _, _ = linear_problem()
-    inside, seen = im.Linf(0.1).sample(x), []
-    im.evaluate(
-        Watched(seen.append), (x, y), {"a": Scripted(im.Linf(0.1), lambda x, y, index: inside)}, batch_size=len(x)
-    )
+    inside, seen = x / 3, []  # x + (x / 3 − x) is not x / 3, in floats
+    attack = Scripted(im.Linf(0.7), lambda x, y, index: inside)
+    im.evaluate(Watched(seen.append), (x, y), {"a": attack}, batch_size=len(x))
     assert torch.equal(seen[1], inside)
 
 
@@ -199,9 +198,8 @@ def test_quantisation_costs_an_attack_no_more_than_it_must():
     x = torch.full((1, 2), 100 / 255)
     full = quantized(x + 8 / 255 * torch.tensor([[1.0, -1.0]]), im.Linf(8 / 255).around(x), 8)
     assert torch.allclose(full * 255, torch.tensor([[108.0, 92.0]]))  # not one level short for a rounding
-    assert torch.allclose(
-        quantized(x + 7.7 / 255, im.Linf(7.8 / 255).around(x), 8) * 255, torch.tensor([[107.0, 107.0]])
-    )
+    cut = quantized(x + torch.tensor([[7.7, 3.6]]) / 255, im.Linf(7.8 / 255).around(x), 8)
+    assert torch.allclose(cut * 255, torch.tensor([[107.0, 104.0]]))  # one value without room takes no other's
     # √(3² + 4²) = 5 fits and √(4² + 4²) does not: the value nearer to its next level is the one to go.
     near = quantized(x + torch.tensor([[3.6, 3.5]]) / 255, im.L2(5.1 / 255).around(x), 8)
     assert torch.allclose(near * 255 - 100, torch.tensor([[4.0, 3.0]]), atol=1e-4)
@@ -297,10 +295,15 @@ def test_scores_are_exact_whatever_the_attack_searched_in(precision):
 
 
 def test_a_callers_autocast_and_inference_mode_change_nothing():
+    def followed(x, y, index):
+        with torch.enable_grad():
+            return x + torch.autograd.grad(x.requires_grad_().square().sum(), x)[0]
+
     model = network()
     plain = im.evaluate(model, examples(), {"pgd": PGD})
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         under = im.evaluate(model, examples(), {"pgd": PGD})
+        im.evaluate(model, examples(), {"an attack with autograd of its own": Scripted(im.Linf(0.1), followed)})
     assert np.array_equal(plain.rows["pgd"].loss, under.rows["pgd"].loss)
 
 
@@ -333,8 +336,10 @@ class Noise(nn.Module):
         return logits + 0.1 * torch.randn_like(logits)
 
 
-def test_a_model_that_draws_is_evaluated_alike_twice():
-    one, two = (im.evaluate(nn.Sequential(network(), Noise()), examples(), {"pgd": PGD}) for _ in range(2))
+def test_a_model_that_draws_is_evaluated_alike_twice_whatever_else_is_attacked():
+    model = nn.Sequential(network(), Noise())
+    one = im.evaluate(model, examples(), {"pgd": PGD})
+    two = im.evaluate(model, examples(), {"fgsm": im.FGSM(PGD.threat), "pgd": PGD})
     assert np.array_equal(one.rows["pgd"].loss, two.rows["pgd"].loss)
 
 
@@ -517,9 +522,10 @@ def test_the_terminal_table_fits_80_columns():
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     assert "…" not in text
-    row = next(line for line in lines if "pgd-20" in line).split()
+    row = next(line for line in lines if "PGD-20" in line).split()
     found = evaluation.accuracy["pgd-20"]
     assert row[1:3] == [f"{100 * found.value:.2f}", f"{100 * found.low:.2f}–{100 * found.high:.2f}"]
+    assert row[3] == f"{evaluation.convergence['pgd-20'].survivors.fosc_median:.2g}"
     assert row[-1] == "6.0"
     assert next(line for line in lines if "no-gauge" in line).split()[3:6] == ["–"] * 3
     assert any("Worst case" in line for line in lines)

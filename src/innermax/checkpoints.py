@@ -14,15 +14,22 @@ from torch import Tensor, nn
 from innermax.models import build_model
 from innermax.oracle import unwrapped
 
+# A path that ends so is a file's, never a Hub id, which may hold a dot as well.
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json")
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that it is there whole or as it was before."""
     partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: object) -> None:
@@ -68,7 +75,7 @@ def load_model(source: str | Path, model: nn.Module | None = None, revision: str
     Raises:
         ValueError: nothing is there, or the files are damaged, foreign or do not fit. Pickle is never loaded.
     """
-    path = _located(Path(source), str(source), revision)
+    path = _located(Path(source), str(source), revision, described=model is None)
     tensors, _ = load_tensors(path)
     if model is None:
         model = _built(path.parent / "config.json")
@@ -79,8 +86,8 @@ def load_model(source: str | Path, model: nn.Module | None = None, revision: str
     return model.eval()
 
 
-def _located(path: Path, source: str, revision: str | None) -> Path:
-    """The weights file."""
+def _located(path: Path, source: str, revision: str | None, described: bool) -> Path:
+    """The weights file; described: with a config.json beside it."""
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
@@ -89,16 +96,17 @@ def _located(path: Path, source: str, revision: str | None) -> Path:
         raise ValueError(f"{path} is no .safetensors file; pickled models are never loaded")
     if path.is_file():
         return path
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix:
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in _FILE_SUFFIXES:
         raise ValueError(f"no model at {source}: expected a folder, a .safetensors file or a Hub id such as user/name")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        hf_hub_download(source, "config.json", revision=revision)
+        if described:
+            hf_hub_download(source, "config.json", revision=revision)
         return Path(hf_hub_download(source, "model.safetensors", revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"no model {source!r} here or on the Hugging Face Hub: {error}") from error
+    except Exception as error:  # a lost connection comes as the Hub client's own, httpx's or the system's error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"no model {source!r} here or on the Hugging Face Hub: {reason}") from error
 
 
 def _built(path: Path) -> nn.Module:
@@ -114,5 +122,5 @@ def _built(path: Path) -> nn.Module:
     options = {name: value for name, value in config.items() if name != "model"}
     try:
         return build_model(config["model"], **options)
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of sizes no machine holds
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error

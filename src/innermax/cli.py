@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ def _spelled_out(words: Sequence[str]) -> list[str]:
         return repr(float(match[1]) / float(match[2])) if float(match[2]) else match[0]
 
     result: list[str] = []
-    for word, following in zip(words, [*words[1:], "--"], strict=True):
+    for word, following in pairwise([*words, "--"]):
         name, equals, value = word.partition("=")
         if not word.startswith("--") or word == "--help":
             result.append(re.sub(_FRACTION, decimal, word))
@@ -264,7 +265,7 @@ def _spelled_out(words: Sequence[str]) -> list[str]:
     return result
 
 
-def _share_or_count(validation: float) -> float | int:
+def _share_or_count(validation: float | int) -> float | int:
     """A validation split of 1 or more is a count."""
     return int(validation) if validation >= 1 or validation == 0 else validation
 

@@ -130,9 +130,11 @@ class Oracle:
     @contextmanager
     def private_randomness(self, seed: int) -> Iterator[None]:
         """Inside, a model that draws random numbers draws them from `seed`; the global random state is left alone."""
-        devices = {p.device for p in self._network.parameters() if p.device.type == "cuda"}
+        devices = {p.device.index for p in self._network.parameters() if p.device.type == "cuda"}
+        generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
         with torch.random.fork_rng(devices=list(devices)):
-            torch.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+            for generator in generators:  # torch.manual_seed would seed devices that were not put aside, too
+                generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
             yield
 
     def _placed(self, x: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from innermax.checkpoints import load_tensors, save_tensors, write_bytes, write_json
 
 _STATE = Path("checkpoints") / "last.safetensors"
-_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json")
+# What a run writes beside its folders; config.yaml, by which a run is known, is the last to be removed.
+_FILES = ("environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json", "config.yaml")
 
 
 def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> Path:
@@ -28,22 +31,27 @@ def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool)
     Raises:
         ValueError: the folder holds a run of another configuration, or files that are no run's.
     """
-    if overwrite:
+    before = read_config(folder) if (folder / "config.yaml").exists() else None
+    if before is None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"run_dir {folder} exists and holds no run of innermax; choose another folder")
+    elif overwrite and configuration.keys() <= before.keys():
         _clear(folder)
-    config = folder / "config.yaml"
-    if config.exists():
-        differing = _differences(read_config(folder), configuration)
+        before = None
+    else:
+        differing = _differences(before, configuration)
         if differing:
             raise ValueError(
                 f"run_dir {folder} belongs to another configuration ({'; '.join(differing[:4])}); "
                 "choose another folder, or start afresh with overwrite"
             )
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"run_dir {folder} exists and holds no run of innermax; choose another folder")
-    (folder / _STATE).parent.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "environment.json", environment(int(configuration["training"]["seed"])))
-    write_bytes(config, yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True).encode())
+    if before is None:
+        text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / "config.yaml", text.encode())
+    (folder / _STATE).parent.mkdir(exist_ok=True)
+    if not (folder / "environment.json").exists():
+        write_json(folder / "environment.json", environment(int(configuration["training"]["seed"])))
     return folder
 
 
@@ -51,7 +59,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A run's configuration. Raises ValueError where it is not readable."""
     path = folder / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a readable configuration: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
@@ -136,7 +144,9 @@ def environment(seed: int) -> dict[str, Any]:
 
 
 def describe(value: object) -> Any:
-    """A value as plain YAML: dataclasses by their name and fields, functions by their name, tensors as lists."""
+    """A value as plain YAML: dataclasses by name and fields, functions by name, arrays and NumPy's numbers as lists
+    and numbers. What it says never depends on the process, so that a run is known again.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         inner = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
         return {"name": type(value).__name__} | inner
@@ -144,11 +154,16 @@ def describe(value: object) -> Any:
         return {str(name): describe(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray | np.generic):
         return value.tolist()
+    if isinstance(value, partial):
+        return {"name": describe(value.func), "arguments": describe(value.args)} | describe(value.keywords)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return getattr(value, "__qualname__", None) or str(value)
+    name = getattr(value, "__qualname__", None)
+    if name is None and type(value).__repr__ is object.__repr__:
+        name = type(value).__qualname__  # its str would hold an address
+    return str(value) if name is None else name
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -165,12 +180,10 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 def _clear(folder: Path) -> None:
     """Removes what a run wrote, and nothing else."""
-    if not (folder / "config.yaml").exists():
-        return
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _commit() -> str | None:

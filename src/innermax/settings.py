@@ -78,7 +78,7 @@ class RecipeSettings:
 
     data: str
     model: str
-    validation: float = 0.1
+    validation: float | int = 0.1
     init: str | None = None
     strategy: StrategyName = "dynamic"
     switch: float = 1 / 6
@@ -199,5 +199,8 @@ _Loader.add_constructor("!fraction", _fraction)
 
 
 def read_yaml(text: str) -> Any:
-    """YAML as recipes use it: plain values, and fractions such as 8/255."""
-    return yaml.load(text, Loader=_Loader)
+    """YAML as recipes use it: plain values, and fractions such as 8/255. Raises ValueError for anything else."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from error

@@ -7,7 +7,7 @@ history is what was measured in the epochs so far, one mapping an epoch, as in a
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from innermax.attacks.gradient import FGSM, PGD
 from innermax.checks import unknown
@@ -17,6 +17,7 @@ Measure = Literal["fgsm_gauge"]
 Shape = Literal["linear", "cosine", "constant"]
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """What a training loop asks of a strategy.
 
@@ -51,6 +52,9 @@ class Standard:
     attack: PGD
     measures: ClassVar[frozenset[Measure]] = frozenset()
 
+    def __post_init__(self) -> None:
+        _check_attack(self.attack)
+
     def attack_at(self, progress: float, history: History = ()) -> PGD:
         """The attack."""
         _check(progress)
@@ -74,6 +78,7 @@ class Curriculum:
     measures: ClassVar[frozenset[Measure]] = frozenset()
 
     def __post_init__(self) -> None:
+        _check_attack(self.attack)
         _check_share("full_at", self.full_at)
         if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
             raise ValueError(f"patience must be an integer ≥ 1 or None, came {self.patience!r}")
@@ -99,6 +104,7 @@ class FGSMThenPGD:
     measures: ClassVar[frozenset[Measure]] = frozenset()
 
     def __post_init__(self) -> None:
+        _check_attack(self.attack)
         _check_share("switch", self.switch)
 
     def attack_at(self, progress: float, history: History = ()) -> PGD:
@@ -127,6 +133,7 @@ class Dynamic:
     shape: Shape = "linear"
 
     def __post_init__(self) -> None:
+        _check_attack(self.attack)
         _check_share("zero_at", self.zero_at)
         if self.shape not in get_args(Shape):
             raise unknown("shape", self.shape, get_args(Shape))
@@ -185,6 +192,11 @@ def _recorded(epoch: Mapping[str, Any], name: str) -> float:
     if epoch.get(name) is None:
         raise ValueError(f"history must hold {name!r}, which this strategy needs, came {sorted(epoch)}")
     return float(epoch[name])
+
+
+def _check_attack(attack: object) -> None:
+    if not isinstance(attack, PGD):
+        raise TypeError(f"attack must be a PGD such as PGD(Linf(8 / 255)), came {attack!r}")
 
 
 def _check(progress: float) -> None:

@@ -123,6 +123,7 @@ def train(
     train_set = as_image_set(train_set)
     validation_set = None if validation_set is None else as_image_set(validation_set)
     validation_attack = validation_attack or getattr(strategy, "attack", None)
+    _check_sets(model, train_set, validation_set, options)
     folder = None
     if run_dir is not None:
         folder = runs.open_folder(Path(run_dir), _configuration(options, model, train_set, validation_set), overwrite)
@@ -135,11 +136,12 @@ def train(
             write = stack.enter_context(runs.scalar_logger(folder, logger))
             interrupted = stack.enter_context(held_interrupts())
             while loop.epoch < epochs:
-                started = time.perf_counter()
+                started = time.perf_counter() - loop.seconds
                 try:
                     row = loop.run_epoch(strategy, objective, show, interrupted)
                 except KeyboardInterrupt:
-                    if folder is not None:
+                    if folder is not None and loop.whole:
+                        loop.seconds = time.perf_counter() - started
                         loop.save(folder)
                         show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
                     raise
@@ -148,10 +150,13 @@ def train(
                     row |= _validated(loop.evaluated, validation_set, validation_attack, loop.device, precision)
                 loop.finish_epoch(row, time.perf_counter() - started)
                 if folder is not None:
+                    _save_models(folder, loop)  # first: once the checkpoint is written, this epoch does not come again
                     loop.save(folder)
-                    _save_models(folder, loop)
                 show.epoch(row)
                 write(row)
+                if interrupted():
+                    raise KeyboardInterrupt
+    unwrapped(loop.model).eval()
     return Run(unwrapped(loop.evaluated).eval(), tuple(loop.history), folder)
 
 
@@ -171,6 +176,8 @@ class _Loop:
     totals: dict[str, float] = field(default_factory=dict)  # sums over the epoch's batches so far
     gauged: dict[str, list[float]] = field(default_factory=dict)  # gauges of single examples, for their distribution
     history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0  # spent on the epoch before it was interrupted
+    whole: bool = True  # no update has begun that has not ended
 
     @classmethod
     def started(cls, model: nn.Module, data: ImageSet, options: Mapping[str, Any]) -> "_Loop":
@@ -190,12 +197,12 @@ class _Loop:
         if len(data.shape) == 3:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         wrapped, optimizer = fabric.setup(model, _optimizer(model, options))
+        optimizer.zero_grad()  # the model may come with gradients of its past
         averaged = None
         if options["ema"] is not None:
             averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options["ema"]), use_buffers=True)  # type: ignore[no-untyped-call]
         data = data.to(device)
         example, _ = data.batch(torch.arange(min(16, len(data)), device=device))
-        check_labels(data.labels, len(data), Oracle(model).logits(example).shape[1], "train_set labels")
         oracle = Oracle.fast(model, example, options["precision"])
         return cls(options, data, fabric, wrapped, optimizer, averaged, oracle)
 
@@ -224,6 +231,7 @@ class _Loop:
             for name, value in measured.items():
                 self.totals[name] = self.totals.get(name, 0.0) + value
             self.batch += 1
+            self.whole = True
             show.batch(self.batch, self.totals)
             if interrupted():
                 raise KeyboardInterrupt
@@ -239,42 +247,50 @@ class _Loop:
             keys = randomness.keys(seed, index, _AUGMENT, epoch)
             x = augment(x, keys, shift=self.options["shift"], flip=self.options["flip"])
         measured = {"examples": float(len(y))}
-        x_adv = x
+        x_adv, gauges = x, dict[str, list[float]]()
         if attack is not None:
-            final: Literal["gradient", "none"] = "gradient" if gauge else "none"
-            found = attack(self.oracle, x, y, seed=randomness.number(seed, _ATTACK, epoch), index=index, final=final)
+            found = attack(self.oracle, x, y, seed=randomness.number(seed, _ATTACK, epoch), index=index, final="none")
             x_adv = found.x_adv
-            # What the gauge costs at the last iterate is no part of the training's cost.
-            measured["gradients"] = float(found.gradient_calls.sum() - (gauge * (found.steps == attack.steps)).sum())
-            if found.fosc is not None and found.relative_fosc is not None and found.zero_gradient is not None:
-                self.gauged.setdefault("fosc", []).extend(found.fosc.tolist())
-                self.gauged.setdefault("relative_fosc", []).extend(found.relative_fosc.nan_to_num(0.0).tolist())
-                measured |= {"gauged": float(len(y)), "fosc": float(found.fosc.sum())}
-                measured["zero_gradients"] = float(found.zero_gradient.sum())
+            measured["gradients"] = float(found.gradient_calls.sum())
+            if gauge:  # its gradient is no part of the training's cost
+                gradient, feasible = self._gradient(attack, x_adv, y), attack.threat.around(x)
+                fosc, relative = (feasible.gap(gradient, x_adv, relative=relative) for relative in (False, True))
+                gauges = {"fosc": fosc.tolist(), "relative_fosc": relative.nan_to_num(0.0).tolist()}
+                measured |= {"gauged": float(len(y)), "fosc": float(fosc.sum())}
+                measured["zero_gradients"] = float((gradient == 0).flatten(1).all(1).sum())
         # The model's own draws (dropout) belong to the batch, so that a resumed run repeats them.
         torch.manual_seed(randomness.number(seed, _MODEL, epoch, self.batch))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(moment, self.options)
+        self.whole = False
         loss, logits = objective(self.model, x, y, x_adv, epoch)
         measured["loss"] = float(loss.detach()) * len(y)
         if not math.isfinite(measured["loss"]):
             raise FloatingPointError(
-                f"the loss is {float(loss)} in epoch {epoch + 1}, batch {self.batch + 1}; lower lr"
+                f"the loss is {float(loss.detach())} in epoch {epoch + 1}, batch {self.batch + 1}; lower lr"
             )
         self.fabric.backward(loss)
         if self.options["clip"] is not None:
-            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.options["clip"])
+            length = self.fabric.clip_gradients(
+                self.model, self.optimizer, max_norm=self.options["clip"], error_if_nonfinite=False
+            )
+            if not math.isfinite(length):
+                raise FloatingPointError(
+                    f"the gradient's norm is {float(length)} in epoch {epoch + 1}, batch {self.batch + 1}; lower lr"
+                )
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.averaged is not None:
             self.averaged.update_parameters(unwrapped(self.model))
         self.oracle.refresh()
+        for name, values in gauges.items():
+            self.gauged.setdefault(name, []).extend(values)
         measured["correct"] = float((logits.detach().argmax(1) == y).sum())
         return measured
 
     def measures(self, strategy: Strategy) -> dict[str, Any]:
         """What the strategy wants to find in the history, beside what every epoch records."""
-        if "fgsm_gauge" not in strategy.measures or self.history:
+        if "fgsm_gauge" not in getattr(strategy, "measures", ()) or self.history:
             return {}
         attack: PGD = strategy.attack  # type: ignore[attr-defined]
         chosen = randomness.permutation(self.options["seed"], len(self.data), _ORDER)[:_SAMPLE].to(self.device)
@@ -282,29 +298,39 @@ class _Loop:
         for index in chosen.tensor_split(math.ceil(len(chosen) / self.options["batch_size"])):
             x, y = self.data.batch(index)
             found = FGSM(attack.threat, attack.loss)(self.oracle, x, y, final="none")
-            answer = self.oracle.gradient(found.x_adv, y, attack.objective())
-            total += float(measure(attack.threat.around(x), answer.gradient, found.x_adv, attack.gauge).nansum())
+            gradient = self._gradient(attack, found.x_adv, y)
+            total += float(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nansum())
         return {"fgsm_gauge": total / len(chosen)}
 
     def finish_epoch(self, row: dict[str, Any], seconds: float) -> None:
         """Puts the epoch into the history and stands at the start of the next."""
         row |= {"seconds": round(seconds, 3), "images_per_second": round(len(self.data) / seconds, 1)}
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[name] = None  # nothing was measured: JSON has no NaN
         self.history.append(row)
-        self.epoch, self.batch, self.totals, self.gauged = self.epoch + 1, 0, {}, {}
+        self.epoch, self.batch, self.totals, self.gauged, self.seconds = self.epoch + 1, 0, {}, {}, 0.0
 
     def save(self, folder: Path) -> None:
         """Writes all that a resumed run needs."""
-        position = {name: getattr(self, name) for name in ("epoch", "batch", "totals", "gauged", "history")}
+        position = {name: getattr(self, name) for name in ("epoch", "batch", "totals", "gauged", "history", "seconds")}
         networks = {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
         runs.save_state(folder, networks, self.optimizer, position)
 
     def resume(self, folder: Path) -> None:
-        """Takes over the state a run folder holds, if it holds one."""
+        """Takes over the state a run folder holds; where it holds none yet, writes the one to start from."""
         networks = {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
         position = runs.load_state(folder, networks, self.optimizer)
         for name, value in position.items():
             setattr(self, name, value)
         self.oracle.refresh()
+        if not position:
+            self.save(folder)
+
+    def _gradient(self, attack: PGD, x_adv: Tensor, y: Tensor) -> Tensor:
+        """The gradient of the attack's loss at x_adv."""
+        with self.oracle.private_randomness(self.options["seed"]):
+            return self.oracle.gradient(x_adv, y, attack.objective()).gradient
 
     def _row(self, attack: PGD | None) -> dict[str, Any]:
         """The epoch's measures, as metrics.jsonl holds them."""
@@ -403,6 +429,24 @@ def _configuration(
     }
 
 
+def _check_sets(
+    model: nn.Module, train_set: ImageSet, validation_set: ImageSet | None, options: Mapping[str, Any]
+) -> None:
+    """Raises, before anything is written, where the model does not take the images or lacks a class."""
+    oracle = Oracle(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for name, images in (("train_set", train_set), ("validation_set", validation_set)):
+        if images is None:
+            continue
+        example = torch.arange(min(2, len(images)), device=images.labels.device)
+        x, _ = images.batch(example)
+        if name == "train_set" and (options["shift"] or options["flip"]):
+            augment(x, example, shift=options["shift"], flip=options["flip"])
+        with oracle.private_randomness(0):
+            classes = oracle.logits(x.to(device)).shape[1]
+        check_labels(images.labels, len(images), classes, f"{name} labels")
+
+
 def _check(options: Mapping[str, Any]) -> None:
     """Raises for options out of range."""
     for name in ("epochs", "batch_size"):
@@ -413,6 +457,9 @@ def _check(options: Mapping[str, Any]) -> None:
             raise unknown(name, options[name], get_args(kind))
     if options["logger"] is not None and options["logger"] not in get_args(Logger):
         raise unknown("logger", options["logger"], get_args(Logger))
+    if not isinstance(options["seed"], int):
+        raise TypeError(f"seed must be an integer, came {options['seed']!r}")
+    chosen_device(options["device"])
     if not 0 < options["lr"] < math.inf:
         raise ValueError(f"lr must be a finite number > 0, came {options['lr']}")
     for name in ("momentum", "weight_decay"):

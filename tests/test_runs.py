@@ -1,0 +1,232 @@
+"""Run folders: what they say of a run is plain YAML that comes back equal, and tells two runs apart."""
+
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import innermax as im
+from innermax import runs
+from innermax.losses import CappedMargin
+
+THREATS = [
+    im.Linf(8 / 255),
+    im.L2(0.5, bounds=None),
+    im.L1(3.0),
+    im.Linf(0.1, bounds=(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))),
+]
+ATTACKS = [
+    im.PGD(THREATS[0]),
+    im.PGD(THREATS[1], steps=3, step_size=(0.5, 0.25, 1e-7), loss="margin", stop_at=0.1, gauge="relative"),
+    im.PGD(THREATS[3], step_size="annealed", restarts=2),
+    im.FGSM(THREATS[2]),
+    im.CW(THREATS[0], confidence=0.5),
+]
+STRATEGIES = [
+    im.Unsecured(),
+    *(im.Standard(attack) for attack in ATTACKS),
+    im.Curriculum(ATTACKS[0], patience=3),
+    im.Curriculum(ATTACKS[0]),
+    im.FGSMThenPGD(ATTACKS[0]),
+    im.Dynamic(ATTACKS[0]),
+    im.Dynamic(ATTACKS[0], "auto"),
+    im.Dynamic(ATTACKS[1], 1 / 3, zero_at=0.7, shape="cosine"),
+]
+
+
+def through_yaml(value):
+    return yaml.safe_load(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+
+
+@pytest.mark.parametrize("number", range(len(STRATEGIES)))
+def test_strategies_come_back_equal(number):
+    described = runs.describe(STRATEGIES[number])
+    again = through_yaml(described)
+    assert again == described
+    assert not runs._differences({"strategy": again}, {"strategy": described})
+    others = [through_yaml(runs.describe(other)) for place, other in enumerate(STRATEGIES) if place != number]
+    assert all(runs._differences({"strategy": other}, {"strategy": described}) for other in others)
+
+
+def test_what_a_description_says():
+    described = runs.describe(im.Standard(ATTACKS[0]))
+    assert described["name"] == "Standard"
+    assert described["attack"]["name"] == "PGD"
+    assert described["attack"]["threat"] == {"name": "Linf", "eps": 8 / 255, "bounds": [0.0, 1.0]}
+    assert described["attack"]["steps"] == 10
+    assert described["attack"]["step_size"] is None
+    assert runs.describe(ATTACKS[3])["step_size"] == math.inf
+    assert runs.describe(ATTACKS[4])["loss"] == {"name": "CappedMargin", "confidence": 0.5}
+    assert runs.describe(ATTACKS[2])["threat"]["bounds"] == [[[[0.0]]] * 3, [[[1.0]]] * 3]
+
+
+def function():
+    """Something to be named."""
+
+
+class Callable:
+    def __call__(self):
+        """Something to be named."""
+
+
+@pytest.mark.parametrize(
+    ("value", "described"),
+    [
+        (None, None),
+        (True, True),
+        (3, 3),
+        (1e-7, 1e-7),
+        (1e22, 1e22),
+        ("ε = ½", "ε = ½"),
+        ((1, [2.0, "x"]), [1, [2.0, "x"]]),
+        ({"a": {1: (2,)}}, {"a": {"1": [2]}}),
+        (torch.tensor([1.5, 2.0]), [1.5, 2.0]),
+        (torch.tensor(2), 2),
+        (np.float64(0.1), 0.1),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.array([0.25, 0.5]), [0.25, 0.5]),
+        (function, "function"),
+        (CappedMargin, "CappedMargin"),
+        (nn.Linear.forward, "Linear.forward"),
+        (Callable(), "Callable"),
+        (functools.partial(function, 6.0, beta=np.float64(2)), {"name": "function", "arguments": [6.0], "beta": 2.0}),
+    ],
+)
+def test_plain_values(value, described):
+    assert runs.describe(value) == described
+    assert type(runs.describe(value)) is type(described)
+    assert through_yaml(runs.describe({"value": value})) == {"value": described}
+
+
+def test_differences_name_the_setting_and_both_values():
+    before = {"training": {"lr": 0.01, "clip": None, "lr_drops": [0.4, 0.8]}, "model": {"name": "a"}, "gone": 1}
+    now = {"training": {"lr": 0.1, "lr_drops": [0.4, 0.9]}, "model": "b"}
+    assert runs._differences(before, now) == [
+        "training.lr: 0.01 there, 0.1 here",
+        "training.lr_drops: [0.4, 0.8] there, [0.4, 0.9] here",
+        "model: {'name': 'a'} there, b here",
+        "gone: 1 there, None here",
+    ]
+    assert runs._differences(before, before) == []
+    assert runs._differences({"new": None}, {}) == []
+
+
+def configuration(**training):
+    return {"training": {"seed": 3} | training, "model": "M", "examples": {"train": 5}, "settings": {}}
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_new_folder(tmp_path):
+    folder = runs.open_folder(tmp_path / "deep" / "run", configuration(note="ε"), False)
+    assert runs.read_config(folder) == configuration(note="ε")
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["innermax"]
+    assert environment["seed"] == 3
+    assert {"device", "threads", "commit", "command", "date"} <= environment.keys()
+    assert str(tmp_path) not in environment["command"][0]
+    before = contents(folder)
+    assert runs.open_folder(folder, configuration(note="ε"), False) == folder
+    assert contents(folder) == before
+
+
+def test_another_configuration_is_refused(tmp_path):
+    folder = runs.open_folder(tmp_path / "run", configuration(lr=0.1), False)
+    before = contents(folder)
+    with pytest.raises(
+        ValueError, match=r"run_dir .*run belongs to another configuration \(training.lr: 0.1 there, 0.2"
+    ):
+        runs.open_folder(folder, configuration(lr=0.2), False)
+    assert contents(folder) == before
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("dear")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="exists and holds no run of innermax"):
+            runs.open_folder(tmp_path, configuration(), overwrite)
+    with pytest.raises(ValueError, match="exists and holds no run of innermax"):
+        runs.open_folder(tmp_path / "thesis.tex", configuration(), False)
+    # Other programs write a config.yaml, too.
+    (tmp_path / "config.yaml").write_text("model: {layers: 3}\n")
+    (tmp_path / "model.safetensors").write_text("dear")
+    before = contents(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="belongs to another configuration"):
+            runs.open_folder(tmp_path, configuration(), overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+    folder = runs.open_folder(tmp_path / "run", configuration(lr=0.1), False)
+    written = ["metrics.jsonl", "model.safetensors", "best.safetensors", "config.json", "checkpoints/last.safetensors"]
+    for name in [*written, "tensorboard/events", "evaluation.json", "notes/diary.md"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    runs.open_folder(folder, configuration(lr=0.2), True)
+    assert runs.read_config(folder) == configuration(lr=0.2)
+    assert set(map(str, contents(folder))) == {"config.yaml", "environment.json", "evaluation.json", "notes/diary.md"}
+    assert (folder / "notes" / "diary.md").read_text() == "notes/diary.md"
+    assert (folder / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00x", b"- 1", b"", b"!!python/object:os.system {}"])
+def test_a_damaged_configuration(tmp_path, content):
+    folder = runs.open_folder(tmp_path / "run", configuration(), False)
+    (folder / "config.yaml").write_bytes(content)
+    for read in (lambda: runs.read_config(folder), lambda: runs.open_folder(folder, configuration(), False)):
+        with pytest.raises(ValueError, match=r"config\.yaml is not a (readable )?configuration") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def state(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.rand(4, 3)).square().sum().backward()
+        optimizer.step()
+    return net, optimizer
+
+
+def test_the_state_comes_back_bit_for_bit(tmp_path):
+    folder = runs.open_folder(tmp_path / "run", configuration(), False)
+    net, optimizer = state(0)
+    position = {"epoch": 2, "batch": 1, "totals": {"loss": 0.1 + 0.2}, "history": [{"epoch": 0, "fosc": None}]}
+    assert runs.load_state(folder, {"model": net}, optimizer) == {}
+    runs.save_state(folder, {"model": net, "ema": net}, optimizer, position)
+    assert (folder / "metrics.jsonl").read_text() == '{"epoch": 0, "fosc": null}\n'
+    other, theirs = state(1)
+    assert runs.load_state(folder, {"model": other}, theirs) == position
+    torch.testing.assert_close(other.state_dict(), net.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(theirs.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+
+
+def test_a_damaged_or_foreign_state(tmp_path):
+    folder = runs.open_folder(tmp_path / "run", configuration(), False)
+    net, optimizer = state(0)
+    runs.save_state(folder, {"model": net}, optimizer, {"history": []})
+    path = folder / "checkpoints" / "last.safetensors"
+    with pytest.raises(ValueError, match=r"last.safetensors does not fit this run: .*size mismatch"):
+        runs.load_state(folder, {"model": nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))}, optimizer)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"last.safetensors is not a readable safetensors file"):
+        runs.load_state(folder, {"model": net}, optimizer)
+
+
+def test_metrics_hold_no_nan(tmp_path):
+    folder = runs.open_folder(tmp_path / "run", configuration(), False)
+    net, optimizer = state(0)
+    with pytest.raises(ValueError):
+        runs.save_state(folder, {"model": net}, optimizer, {"history": [{"loss": math.nan}]})

@@ -1,0 +1,260 @@
+"""Strategies: the paper's schedules at every epoch, and nothing but progress and history behind them."""
+
+import copy
+import math
+from dataclasses import replace
+
+import jaxtyping
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import innermax as im
+
+ATTACK = im.PGD(im.Linf(0.1), steps=10)
+PAPER = replace(ATTACK, gauge="ball")
+KINDS = {
+    "unsecured": im.Unsecured(),
+    "standard": im.Standard(ATTACK),
+    "curriculum": im.Curriculum(ATTACK),
+    "patient": im.Curriculum(ATTACK, patience=2),
+    "fgsm-then-pgd": im.FGSMThenPGD(ATTACK),
+    "dynamic": im.Dynamic(PAPER),
+    "automatic": im.Dynamic(ATTACK),
+}
+
+
+@pytest.fixture
+def untyped():
+    """Without runtime type checking, whose errors would come before the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def is_fgsm(attack):
+    return attack == im.FGSM(ATTACK.threat)
+
+
+@pytest.mark.parametrize(("epochs", "zero_from"), [(50, 40), (120, 100)])
+@pytest.mark.parametrize("c_max", [None, 0.5, 0.15])
+def test_the_papers_threshold_at_every_epoch(epochs, zero_from, c_max):
+    strategy = im.Dynamic(PAPER, c_max, zero_at=zero_from / epochs)
+    start = 0.5 if c_max is None else c_max
+    for epoch in range(epochs):
+        attack = strategy.attack_at(epoch / epochs)
+        assert attack.stop_at == pytest.approx(max(start - epoch * start / zero_from, 0), abs=1e-12)
+        assert (attack.stop_at == 0) == (epoch >= zero_from)
+        assert attack == replace(PAPER, stop_at=attack.stop_at)
+
+
+def test_the_papers_cifar_schedule_is_the_default():
+    assert im.Dynamic(PAPER).zero_at == 100 / 120
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [
+        ("linear", lambda done: 1 - done),
+        ("cosine", lambda done: 0.5 + 0.5 * math.cos(math.pi * done)),
+        ("constant", lambda done: 1),
+    ],
+)
+def test_shapes_at_every_epoch(shape, share):
+    strategy = im.Dynamic(PAPER, 0.3, zero_at=100 / 120, shape=shape)
+    for epoch in range(120):
+        expected = 0.3 * share(epoch / 100) if epoch < 100 else 0
+        assert strategy.attack_at(epoch / 120).stop_at == pytest.approx(expected, abs=1e-12)
+        assert (strategy.attack_at(epoch / 120).stop_at == 0) == (epoch >= 100)
+
+
+@settings(max_examples=40)
+@given(epochs=st.integers(1, 150), data=st.data(), shape=st.sampled_from(["linear", "cosine", "constant"]))
+def test_the_threshold_falls_to_exactly_zero(epochs, data, shape):
+    zero_from = data.draw(st.integers(1, epochs))
+    strategy = im.Dynamic(PAPER, 0.5, zero_at=zero_from / epochs, shape=shape)
+    thresholds = [strategy.attack_at(epoch / epochs).stop_at for epoch in range(epochs)]
+    assert thresholds[0] == 0.5
+    assert thresholds == sorted(thresholds, reverse=True)
+    assert all((value == 0) == (epoch >= zero_from) for epoch, value in enumerate(thresholds))
+
+
+@pytest.mark.parametrize(
+    ("gauge", "c_max", "automatic"),
+    [
+        ("ball", None, False),
+        ("ball", "auto", True),
+        ("exact", None, True),
+        ("relative", None, True),
+        ("exact", "auto", True),
+        ("exact", 0.5, False),
+    ],
+)
+def test_whose_c_max_is_measured(gauge, c_max, automatic):
+    strategy = im.Dynamic(replace(ATTACK, gauge=gauge, loss="margin"), c_max)
+    first = strategy.attack_at(0.0)
+    assert strategy.measures == ({"fgsm_gauge"} if automatic else set())
+    if automatic:
+        assert first == im.FGSM(ATTACK.threat, "margin")
+    else:
+        assert first.stop_at == 0.5
+        assert first.steps == 10
+
+
+def test_automatic_c_max_is_the_first_epochs_measure():
+    strategy = im.Dynamic(ATTACK, zero_at=0.8)
+    history = [{"fgsm_gauge": 0.2, "accuracy": 0.1}, {"fgsm_gauge": 0.7}, {"fgsm_gauge": None}, {}]
+    for epoch in range(1, 50):
+        expected = max(0.2 - epoch * 0.2 / 40, 0)
+        assert strategy.attack_at(epoch / 50, history).stop_at == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match=r"history must hold the first epoch's 'fgsm_gauge' .* came none"):
+        strategy.attack_at(0.02)
+    for first in ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "fgsm_gauge": None, "loss": 1.0}):
+        with pytest.raises(ValueError, match=r"history must hold 'fgsm_gauge', .* came \['accuracy', .*'loss'\]"):
+            strategy.attack_at(0.02, [first])
+
+
+rows = st.fixed_dictionaries({"accuracy": st.floats(0, 1), "fgsm_gauge": st.floats(0, 2)})
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(max_examples=40)
+@given(progress=st.floats(0, 1, exclude_max=True), history=st.lists(rows, min_size=1, max_size=8), data=st.data())
+def test_strategies_are_pure(name, progress, history, data):
+    strategy, untouched = KINDS[name], copy.deepcopy(history)
+    before = strategy.attack_at(progress, history)
+    other = data.draw(st.floats(0, 1, exclude_max=True))
+    strategy.attack_at(other, data.draw(st.lists(rows, min_size=1)))
+    assert strategy.attack_at(progress, history) == before
+    assert history == untouched
+    if name != "patient":
+        assert strategy.attack_at(progress, history[:1]) == before
+
+
+@pytest.mark.parametrize(("epochs", "full_from", "steps"), [(120, 100, 10), (10, 10, 10), (50, 7, 40), (9, 8, 3)])
+def test_curriculum_at_every_epoch(epochs, full_from, steps):
+    strategy = im.Curriculum(replace(ATTACK, steps=steps), full_at=full_from / epochs)
+    for epoch in range(epochs):
+        attack = strategy.attack_at(epoch / epochs)
+        expected = min(steps * epoch // full_from, steps)
+        assert (0 if attack is None else attack.steps) == expected
+
+
+@settings(max_examples=40)
+@given(epochs=st.integers(1, 150), steps=st.integers(1, 50), data=st.data())
+def test_curriculum_grows_from_nothing_to_everything(epochs, steps, data):
+    full_from = data.draw(st.integers(1, epochs))
+    strategy = im.Curriculum(replace(ATTACK, steps=steps), full_at=full_from / epochs)
+    attacks = [strategy.attack_at(epoch / epochs) for epoch in range(epochs)]
+    taken = [0 if attack is None else attack.steps for attack in attacks]
+    assert taken[0] == 0
+    assert taken == sorted(taken)
+    assert all((count == steps) == (epoch >= full_from) for epoch, count in enumerate(taken) if steps == 1)
+    assert all(count == steps for count in taken[full_from:])
+    assert all(count <= steps for count in taken)
+
+
+def test_a_curriculum_takes_the_attacks_own_first_steps():
+    attack = im.PGD(im.L2(0.5), steps=8, step_size="annealed", random_start=False, loss="margin", stop_at=0.1)
+    part = im.Curriculum(attack, full_at=1.0).attack_at(5 / 8)
+    assert part == replace(attack, steps=5, step_size=(0.5, 0.5, 0.25, 0.25, 0.125))
+
+
+@pytest.mark.parametrize(
+    ("patience", "accuracies", "steps"),
+    [
+        (2, [], 0),
+        (2, [0.5], 0),
+        (2, [0.5, 0.5], 0),
+        (2, [0.5, 0.5, 0.4], 1),  # twice no better than 0.5
+        (2, [0.5, 0.4, 0.6, 0.5], 0),  # better in between: counted afresh
+        (2, [0.5, 0.4, 0.6, 0.5, 0.6], 1),
+        (2, [0.5, 0.5, 0.4, 0.1], 1),  # a harder attack: the first accuracy under it is the best so far
+        (2, [0.5, 0.5, 0.4, 0.1, 0.2, 0.3], 1),
+        (2, [0.5, 0.5, 0.4, 0.1, 0.1, 0.1], 2),
+        (1, [0.5, 0.5, 0.5, 0.5], 2),
+        (1, [0.5, 0.6, 0.7, 0.6], 1),
+        (1, [0.5] * 40, 3),  # never more than the attack has
+        (3, [0.9, 0.1, 0.2, 0.3], 1),
+        (3, [0.9, 0.1, 0.2], 0),
+    ],
+)
+@pytest.mark.parametrize("progress", [0.0, 0.99])
+def test_patience(patience, accuracies, steps, progress):
+    strategy = im.Curriculum(replace(ATTACK, steps=3), patience=patience)
+    attack = strategy.attack_at(progress, [{"accuracy": accuracy} for accuracy in accuracies])
+    assert (0 if attack is None else attack.steps) == steps
+
+
+def test_patience_needs_accuracies():
+    with pytest.raises(ValueError, match=r"history must hold 'accuracy', which this strategy needs, came \['loss'\]"):
+        im.Curriculum(ATTACK, patience=1).attack_at(0.5, [{"loss": 1.0}])
+
+
+def test_fgsm_first_then_pgd_from_epoch_20_of_120():
+    strategy = im.FGSMThenPGD(ATTACK)
+    attacks = [strategy.attack_at(epoch / 120) for epoch in range(120)]
+    assert all(map(is_fgsm, attacks[:20]))
+    assert attacks[20:] == [ATTACK] * 100
+    fgsm = im.FGSMThenPGD(replace(ATTACK, loss="dlr"), switch=0.5).attack_at(0.49)
+    assert fgsm == im.FGSM(ATTACK.threat, "dlr")
+
+
+@settings(max_examples=40)
+@given(epochs=st.integers(1, 150), data=st.data())
+def test_the_switch_comes_at_its_epoch(epochs, data):
+    switch = data.draw(st.integers(1, epochs))
+    strategy = im.FGSMThenPGD(ATTACK, switch=switch / epochs)
+    assert [is_fgsm(strategy.attack_at(epoch / epochs)) for epoch in range(epochs)] == [
+        epoch < switch for epoch in range(epochs)
+    ]
+
+
+@given(progress=st.floats(0, 1, exclude_max=True))
+def test_standard_and_unsecured_never_change(progress):
+    assert im.Standard(ATTACK).attack_at(progress) is ATTACK
+    assert im.Unsecured().attack_at(progress) is None
+
+
+@pytest.mark.parametrize("name", ["unsecured", "standard", "curriculum", "patient", "fgsm-then-pgd", "dynamic"])
+def test_only_an_automatic_c_max_asks_for_a_measure(name):
+    assert KINDS[name].measures == set()
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("progress", [-0.1, 1.0, math.nan])
+def test_progress_out_of_range(name, progress):
+    with pytest.raises(ValueError, match=r"progress must be in \[0, 1\), came"):
+        KINDS[name].attack_at(progress, [{"accuracy": 0.5, "fgsm_gauge": 0.5}])
+
+
+@pytest.mark.parametrize("kind", [im.Standard, im.Curriculum, im.FGSMThenPGD, im.Dynamic])
+@pytest.mark.parametrize("attack", [None, "pgd", im.Linf(0.1), im.PGD])
+def test_what_is_no_attack(untyped, kind, attack):
+    with pytest.raises(TypeError, match=r"attack must be a PGD such as PGD\(Linf\(8 / 255\)\), came "):
+        kind(attack)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: im.Curriculum(ATTACK, full_at=0.0), r"full_at must be in \(0, 1\], came 0\.0"),
+        (lambda: im.Curriculum(ATTACK, full_at=1.1), r"full_at must be in \(0, 1\], came 1\.1"),
+        (lambda: im.Curriculum(ATTACK, full_at=math.nan), r"full_at must be in \(0, 1\], came nan"),
+        (lambda: im.Curriculum(ATTACK, patience=0), "patience must be an integer ≥ 1 or None, came 0"),
+        (lambda: im.Curriculum(ATTACK, patience=1.5), r"patience must be an integer ≥ 1 or None, came 1\.5"),
+        (lambda: im.FGSMThenPGD(ATTACK, switch=0.0), r"switch must be in \(0, 1\], came 0\.0"),
+        (lambda: im.FGSMThenPGD(ATTACK, switch=20.0), r"switch must be in \(0, 1\], came 20\.0"),
+        (lambda: im.Dynamic(ATTACK, zero_at=100.0), r"zero_at must be in \(0, 1\], came 100\.0"),
+        (lambda: im.Dynamic(ATTACK, zero_at=0.0), r"zero_at must be in \(0, 1\], came 0\.0"),
+        (lambda: im.Dynamic(ATTACK, 0.0), "c_max must be a finite number > 0, 'auto' or None, came 0"),
+        (lambda: im.Dynamic(ATTACK, -0.5), "c_max must be a finite number > 0, 'auto' or None, came -0.5"),
+        (lambda: im.Dynamic(ATTACK, math.nan), "c_max must be a finite number > 0, 'auto' or None, came nan"),
+        (lambda: im.Dynamic(ATTACK, math.inf), "c_max must be a finite number > 0, 'auto' or None, came inf"),
+        (lambda: im.Dynamic(ATTACK, "automatic"), "c_max must be a number > 0, 'auto' or None, came 'automatic'"),
+        (lambda: im.Dynamic(ATTACK, shape="line"), r"unknown shape 'line'; did you mean 'linear'\?"),
+    ],
+)
+def test_bad_arguments(untyped, make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
