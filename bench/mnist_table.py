@@ -93,9 +93,9 @@ def differences(records: list[dict[str, Any]], strategy: str) -> list[str]:
     lines = []
     for name in own[0]["accuracy"] if own else []:
         found = [r["evaluation"].difference(standard[r["seed"]]["evaluation"], name) for r in own]
-        cells = [f"{100 * d.value:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]" for d in found]
+        cells = [f"{100 * d.estimate:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]" for d in found]
         title = {"clean": "Clean", "worst_case": "worst case"}.get(name, shown_name(name))
-        lines.append(f"| {title} | {' | '.join(cells)} | {seed_interval([d.value for d in found])} |")
+        lines.append(f"| {title} | {' | '.join(cells)} | {seed_interval([d.estimate for d in found])} |")
     if not lines:
         return []
     seeds = " | ".join(f"seed {record['seed']}" for record in own)
