@@ -116,6 +116,8 @@ def test_train_then_evaluate(folder, capsys):
     assert "eps=0.3" in scores["settings"]["attacks"]["pgd-2"]
     assert said(capsys, "evaluate", "run", "--threat.norm", "l2", "--threat.eps", "1/2", "--json", "t.json")[0] == 0
     assert "L2(eps=0.5" in json.loads(Path("t.json").read_text())["settings"]["attacks"]["fgsm"]
+    assert "give --threat.eps" in refused(capsys, "evaluate", "run", "--threat.norm", "l2")
+    assert "folder does not exist" in refused(capsys, "evaluate", "run", "--json", "no/where.json")
     best = said(capsys, "evaluate", "run", "--best", "--attacks", "fgsm", "--quantize", "8")
     assert best[0] == 0
     assert said(capsys, "train", "mnist", "--run-dir", "next", "--init", "run", *FAST)[0] == 0

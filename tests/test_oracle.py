@@ -326,6 +326,7 @@ def test_a_fast_oracle_shares_nothing_with_the_learner(precision, traceable):
     assert oracle.plan.startswith("3 BatchNorm folded" if traceable else "unfolded")
     learners = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
     assert learners.isdisjoint(t.data_ptr() for t in (*oracle._network.parameters(), *oracle._network.buffers()))
+    assert not any(parameter.requires_grad for parameter in oracle._network.parameters())
     before = oracle.logits(x)
     learn(model, x, y)
     assert torch.equal(oracle.logits(x), before)

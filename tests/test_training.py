@@ -129,7 +129,8 @@ def reference(model, thresholds, *, steps, eps, gauge, batch_size, lr, drops, mo
         order = randomness.permutation(seed, len(labels), training._ORDER, epoch)
         for index in order.split(batch_size):
             x, y = images[index], labels[index]
-            start = LINF.sample(x, randomness.number(seed, training._ATTACK, epoch), index)
+            draws = randomness.number(seed, training._ATTACK, epoch)
+            start = LINF.around(x).sample(randomness.keys(draws, index, 0))  # of the first and only restart
             model.eval()
             x_adv, calls, gauges = controlled_pgd(model, x, y, start, threshold, steps, eps / 4, eps, gauge)
             model.train()
@@ -185,7 +186,7 @@ def test_algorithm_1(network, gauge, c_max):
 
 
 def test_the_loss_falls_and_the_network_learns():
-    run = train(strategy=im.Standard(ATTACK), validation_set=VALIDATION, epochs=12, lr=0.3, lr_schedule="constant")
+    run = train(strategy=im.Standard(im.PGD(im.Linf(0.05), 3)), validation_set=VALIDATION, epochs=20, lr=0.1)
     assert run.history[-1]["loss"] < 0.8 * run.history[0]["loss"]
     assert run.history[-1]["accuracy"] > 0.6
     assert run.history[-1]["validation_clean"] > 0.8

@@ -104,7 +104,7 @@ def _located(path: Path, source: str, revision: str | None, described: bool) -> 
         if described:
             hf_hub_download(source, "config.json", revision=revision)
         return Path(hf_hub_download(source, "model.safetensors", revision=revision))
-    except Exception as error:  # a lost connection comes as the Hub client's own, httpx's or the system's error
+    except Exception as error:  # a lost connection comes as the Hub client's own, its HTTP client's or the system's
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"no model {source!r} here or on the Hugging Face Hub: {reason}") from error
 

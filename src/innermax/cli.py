@@ -157,24 +157,20 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     import innermax as im
     from innermax.attacks.named import named_attacks
     from innermax.runs import read_config
-    from innermax.settings import ThreatSettings
     from innermax.tables import format_table
     from innermax.training import chosen_device
 
     path = Path(source)
     told = read_config(path)["settings"] if (path / "config.yaml").is_file() else {}
     name = chosen.data or told.get("data")
-    stated = {key: value for key, value in vars(chosen.threat).items() if value is not None}
-    threat_settings = {**told.get("threat", {}), **stated}
     if name is None:
         raise ValueError(f"{source} is no run folder, so its data set is not known: give --data")
-    if "eps" not in threat_settings:
-        raise ValueError(f"{source} is no run folder, so its threat model is not known: give --threat.eps")
-    threat = ThreatSettings(**threat_settings).build()
-    attacks = named_attacks(chosen.attacks, threat)
+    attacks = named_attacks(chosen.attacks, _threat(source, told.get("threat", {}), **vars(chosen.threat)))
     device = chosen_device(chosen.device)
     if chosen.limit is not None and chosen.limit < 1:
         raise ValueError(f"limit must be at least 1, came {chosen.limit}")
+    if chosen.json is not None and not Path(chosen.json).absolute().parent.is_dir():
+        raise ValueError(f"json {chosen.json} cannot be written: its folder does not exist")
     model = im.load_model(path / "best.safetensors" if chosen.best else source)
     test = im.load_data(name, validation=0).test
     evaluation = im.evaluate(
@@ -190,6 +186,18 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
     Console().print(format_table(evaluation))
+
+
+def _threat(source: str, own: dict[str, Any], norm: Any, eps: float | None) -> Any:
+    """The threat model that was asked for, or else the run's own; an ε belongs to its norm."""
+    from innermax.settings import ThreatSettings
+
+    norm = norm or own.get("norm", "linf")
+    if eps is None and norm == own.get("norm"):
+        eps = own["eps"]
+    if eps is None:
+        raise ValueError(f"the size of {norm} perturbations for {source} is not known: give --threat.eps")
+    return ThreatSettings(norm, eps).build()
 
 
 def _recipes(words: list[str]) -> None:
