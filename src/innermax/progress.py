@@ -18,19 +18,18 @@ class Progress:
     def __init__(self, epochs: int, console: Console | None, bar: Bar | None) -> None:
         self._epochs, self._console, self._bar = epochs, console, bar
         self._task: TaskID | None = None
-        self._head, self._last, self._robust = "", "", ""
-        self._batches = self._examples = 0
+        self._head, self._robust = "", ""
+        self._epoch = self._batches = 0
         self._begun = time.perf_counter()
         self._threshold: float | None = None
 
     def start(self, epoch: int, batches: int, examples: int, threshold: float | None) -> None:
         """An epoch begins."""
         self._head = f"epoch {epoch + 1}/{self._epochs}"
-        self._batches, self._examples, self._threshold = batches, examples, threshold
+        self._epoch, self._batches, self._threshold = epoch, batches, threshold
         self._begun = time.perf_counter()
         if self._bar is not None and self._task is None:
             self._task = self._bar.add_task("", total=self._epochs * batches, completed=epoch * batches)
-        self._epoch = epoch
 
     def batch(self, done: int, totals: Mapping[str, float]) -> None:
         """A batch is done; totals are sums over the epoch's examples so far."""
