@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -526,7 +526,7 @@ def naive_search(model, norm, eps, bounded, x, y, start, sizes, gauge, threshold
     return found
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, phases=[Phase.generate])  # shrinking would take minutes
 @given(
     norm=st.sampled_from(["linf", "l2"]),
     gauge=st.sampled_from(["exact", "ball", "relative"]),
@@ -687,22 +687,24 @@ def last_logit(logits, label):
 @pytest.mark.parametrize("loss", ["cross_entropy", last_logit])
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_best_restart_is_kept_for_each_example(norm, loss):
-    make, eps = NORMS[norm]
+    make, eps = NORMS[norm][0], {"linf": 0.3, "l2": 1.5, "l1": 4.0}[norm]
     x, y = images(24, shape=(6,), dtype=torch.float64)
-    model, attack = mlp(seed=3), PGD(make(1.5 * eps), steps=2, restarts=4, loss=loss)
+    model, attack = mlp(seed=5), PGD(make(eps), steps=2, restarts=4, loss=loss)
     result = attack(model, x, y, seed=3)
     searches = single_searches(attack, model, x, y, 3, 4)
-    choice = []
+    choice, by_loss = [], []
     for row in range(24):
         ranks = [(bool(found.misclassified[row]), float(found.loss[row])) for found in searches]
         choice.append(max(range(4), key=lambda k: ranks[k]))
+        by_loss.append(max(range(4), key=lambda k: ranks[k][1]))
+    assert choice != by_loss or loss == "cross_entropy"
     assert len(set(choice)) > 1
     for field in fields(AttackResult):
         if field.name not in ("gradient_calls", "forward_calls"):
             expected = torch.stack([getattr(searches[k], field.name)[row] for row, k in enumerate(choice)])
             torch.testing.assert_close(getattr(result, field.name), expected, rtol=1e-12, atol=1e-12)
     assert result.gradient_calls.tolist() == [4 * 3] * 24
-    one = PGD(make(1.5 * eps), steps=2, loss=loss)(model, x, y, seed=3)
+    one = PGD(make(eps), steps=2, loss=loss)(model, x, y, seed=3)
     assert (result.misclassified | ~one.misclassified).all()
     assert ((result.loss >= one.loss) | (result.misclassified & ~one.misclassified)).all()
 

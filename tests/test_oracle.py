@@ -490,6 +490,7 @@ def test_what_must_not_be_folded(forward, folded, fresh):
     if not fresh:
         learn(model, x, y)
     oracle = Oracle.fast(model, x, "float32")
+    assert oracle.plan.startswith("unfolded" if folded is None else f"{folded} BatchNorm folded")
     assert close(oracle.logits(x), plain(model, x))
     learn(model, x, y)
     oracle.refresh()

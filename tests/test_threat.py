@@ -465,9 +465,17 @@ def test_steps_follow_their_norm():
 def test_l1_step_passes_over_saturated_coordinates():
     """The largest coordinate is at its upper bound, the next 0.05 below it; the third takes the rest."""
     x = torch.tensor([[1.0, 0.95, 0.5, 0.5]])
-    gradient = torch.tensor([[9.0, -0.0, 0.0, 0.0]]) + torch.tensor([[0.0, 5.0, -3.0, 1.0]])
+    gradient = torch.tensor([[9.0, 5.0, -3.0, 1.0]])
     after = L1(0.5).step(x, gradient, 0.2, x)
     torch.testing.assert_close(after, torch.tensor([[1.0, 1.0, 0.35, 0.5]]), rtol=0, atol=1e-6)
+
+
+def test_l1_step_passes_over_coordinates_saturated_on_the_way():
+    """The largest coordinate has reached its bound by earlier steps, with half of the ball left to spend."""
+    x, u = torch.tensor([[0.8, 0.5, 0.5]]), torch.tensor([[0.2, 0.0, 0.0]])
+    gradient = torch.tensor([[9.0, 2.0, -1.0]])
+    after = L1(0.4).step(x + u, gradient, 0.1, x)
+    torch.testing.assert_close(after - x, torch.tensor([[0.2, 0.1, 0.0]]), rtol=0, atol=1e-6)
 
 
 def test_l1_step_takes_from_where_it_serves_least():

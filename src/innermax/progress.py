@@ -23,7 +23,7 @@ class Progress:
         self._begun = time.perf_counter()
         self._threshold: float | None = None
 
-    def start(self, epoch: int, batches: int, examples: int, threshold: float | None) -> None:
+    def start(self, epoch: int, batches: int, threshold: float | None) -> None:
         """An epoch begins."""
         self._head = f"epoch {epoch + 1}/{self._epochs}"
         self._epoch, self._batches, self._threshold = epoch, batches, threshold
@@ -31,8 +31,8 @@ class Progress:
         if self._bar is not None and self._task is None:
             self._task = self._bar.add_task("", total=self._epochs * batches, completed=epoch * batches)
 
-    def batch(self, done: int, totals: Mapping[str, float]) -> None:
-        """A batch is done; totals are sums over the epoch's examples so far."""
+    def batch(self, done: int, totals: Mapping[str, float], fosc: float | None) -> None:
+        """A batch is done; totals are sums over the epoch's examples so far, fosc their mean gauge."""
         if self._bar is None or self._task is None:
             return
         seconds = time.perf_counter() - self._begun
@@ -41,7 +41,7 @@ class Progress:
             f"batch {done}/{self._batches}",
             f"loss {totals['loss'] / totals['examples']:.3f}",
             *([] if self._threshold is None else [f"c_t {self._threshold:.3f}"]),
-            *([f"FOSC {totals['fosc'] / totals['gauged']:.3f}"] if totals.get("gauged") else []),
+            *([] if fosc is None else [f"FOSC {fosc:.3f}"]),
             *([self._robust] if self._robust else []),
             f"{totals['examples'] / seconds:,.0f} img/s",
         ]

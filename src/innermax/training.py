@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 import torch
@@ -224,7 +225,7 @@ class _Loop:
         order = randomness.permutation(seed, len(self.data), _ORDER, self.epoch).to(self.device)
         batches = order.tensor_split(math.ceil(len(order) / self.options["batch_size"]))
         stride = max(1, len(batches) // _GAUGED_BATCHES)
-        show.start(self.epoch, len(batches), len(order), getattr(attack, "stop_at", None))
+        show.start(self.epoch, len(batches), getattr(attack, "stop_at", None))
         while self.batch < len(batches):
             moment = (self.epoch + self.batch / len(batches)) / epochs
             measured = self.update(batches[self.batch], attack, objective, moment, self.batch % stride == 0)
@@ -232,7 +233,7 @@ class _Loop:
                 self.totals[name] = self.totals.get(name, 0.0) + value
             self.batch += 1
             self.whole = True
-            show.batch(self.batch, self.totals)
+            show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None)
             if interrupted():
                 raise KeyboardInterrupt
         return self._row(attack)
@@ -241,52 +242,55 @@ class _Loop:
         self, index: Tensor, attack: PGD | None, objective: Objective, moment: float, gauge: bool
     ) -> dict[str, float]:
         """One attack and one descent step; sums over the batch's examples."""
-        seed, epoch = self.options["seed"], self.epoch
         x, y = self.data.batch(index)
         if self.options["shift"] or self.options["flip"]:
-            keys = randomness.keys(seed, index, _AUGMENT, epoch)
+            keys = randomness.keys(self.options["seed"], index, _AUGMENT, self.epoch)
             x = augment(x, keys, shift=self.options["shift"], flip=self.options["flip"])
-        measured = {"examples": float(len(y))}
-        x_adv, gauges = x, dict[str, list[float]]()
+        x_adv, measured = x, {"examples": float(len(y))}
         if attack is not None:
-            found = attack(self.oracle, x, y, seed=randomness.number(seed, _ATTACK, epoch), index=index, final="none")
+            seed = randomness.number(self.options["seed"], _ATTACK, self.epoch)
+            found = attack(self.oracle, x, y, seed=seed, index=index, final="none")
             x_adv = found.x_adv
             measured["gradients"] = float(found.gradient_calls.sum())
-            if gauge:  # its gradient is no part of the training's cost
-                gradient, feasible = self._gradient(attack, x_adv, y), attack.threat.around(x)
-                fosc, relative = (feasible.gap(gradient, x_adv, relative=relative) for relative in (False, True))
-                gauges = {"fosc": fosc.tolist(), "relative_fosc": relative.nan_to_num(0.0).tolist()}
-                measured |= {"gauged": float(len(y)), "fosc": float(fosc.sum())}
-                measured["zero_gradients"] = float((gradient == 0).flatten(1).all(1).sum())
+        gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
+        self.whole = False
+        measured |= self._descend(objective, x, y, x_adv, moment)
+        for name, values in gauges.items():
+            self.gauged.setdefault(name, []).extend(values)
+        return measured
+
+    def _descend(self, objective: Objective, x: Tensor, y: Tensor, x_adv: Tensor, moment: float) -> dict[str, float]:
+        """One update of the weights, and of all that follows them."""
+        where = f"epoch {self.epoch + 1}, batch {self.batch + 1}; lower lr"
         # The model's own draws (dropout) belong to the batch, so that a resumed run repeats them.
-        torch.manual_seed(randomness.number(seed, _MODEL, epoch, self.batch))
+        torch.manual_seed(randomness.number(self.options["seed"], _MODEL, self.epoch, self.batch))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(moment, self.options)
-        self.whole = False
-        loss, logits = objective(self.model, x, y, x_adv, epoch)
-        measured["loss"] = float(loss.detach()) * len(y)
-        if not math.isfinite(measured["loss"]):
-            raise FloatingPointError(
-                f"the loss is {float(loss.detach())} in epoch {epoch + 1}, batch {self.batch + 1}; lower lr"
-            )
+        loss, logits = objective(self.model, x, y, x_adv, self.epoch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} in {where}")
         self.fabric.backward(loss)
         if self.options["clip"] is not None:
-            length = self.fabric.clip_gradients(
-                self.model, self.optimizer, max_norm=self.options["clip"], error_if_nonfinite=False
-            )
+            limit = self.options["clip"]
+            length = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
             if not math.isfinite(length):
-                raise FloatingPointError(
-                    f"the gradient's norm is {float(length)} in epoch {epoch + 1}, batch {self.batch + 1}; lower lr"
-                )
+                raise FloatingPointError(f"the gradient's norm is {float(length)} in {where}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.averaged is not None:
             self.averaged.update_parameters(unwrapped(self.model))
         self.oracle.refresh()
-        for name, values in gauges.items():
-            self.gauged.setdefault(name, []).extend(values)
-        measured["correct"] = float((logits.detach().argmax(1) == y).sum())
-        return measured
+        return {"loss": value * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
+
+    def _gauges(self, attack: PGD, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, list[float]]:
+        """How converged a batch's examples are; the gradient this takes is no part of the training's cost."""
+        gradient, feasible = self._gradient(attack, x_adv, y), attack.threat.around(x)
+        return {
+            "fosc": feasible.gap(gradient, x_adv).tolist(),
+            "relative_fosc": feasible.gap(gradient, x_adv, relative=True).nan_to_num(0.0).tolist(),
+            "zero_gradient": (gradient == 0).flatten(1).all(1).double().tolist(),
+        }
 
     def measures(self, strategy: Strategy) -> dict[str, Any]:
         """What the strategy wants to find in the history, beside what every epoch records."""
@@ -344,12 +348,13 @@ class _Loop:
             "threshold": None if attack is None else attack.stop_at,
             "gradients": totals.get("gradients", 0.0) / examples,
         }
-        if totals.get("gauged"):
-            row["fosc"] = totals["fosc"] / totals["gauged"]
-            row["zero_gradients"] = totals["zero_gradients"] / totals["gauged"]
-        levels = torch.linspace(0, 1, 11, dtype=torch.float64)
-        for name, values in self.gauged.items():  # the deciles of the distribution
-            row[f"{name}_deciles"] = torch.tensor(values, dtype=torch.float64).quantile(levels).tolist()
+        if self.gauged:
+            row["fosc"] = fmean(self.gauged["fosc"])
+            row["zero_gradients"] = fmean(self.gauged["zero_gradient"])
+            levels = torch.linspace(0, 1, 11, dtype=torch.float64)
+            for name in ("fosc", "relative_fosc"):
+                values = torch.tensor(self.gauged[name], dtype=torch.float64)
+                row[f"{name}_deciles"] = values.quantile(levels).tolist()
         return row
 
 
