@@ -125,7 +125,7 @@ def reference(model, thresholds, *, steps, eps, gauge, batch_size, lr, drops, mo
     parameters = list(model.parameters())
     velocity, rows = [torch.zeros_like(p) for p in parameters], []
     for epoch, threshold in enumerate(thresholds):
-        row = {"gradients": 0.0, "loss": 0.0, "accuracy": 0.0, "fosc": 0.0}
+        row, measured = {"gradients": 0.0, "loss": 0.0, "accuracy": 0.0, "fosc": 0.0}, []
         order = randomness.permutation(seed, len(labels), training._ORDER, epoch)
         for index in order.split(batch_size):
             x, y = images[index], labels[index]
@@ -144,9 +144,10 @@ def reference(model, thresholds, *, steps, eps, gauge, batch_size, lr, drops, mo
             share = len(y) / len(labels)
             row["gradients"] += float(calls.mean()) * share
             row["fosc"] += float(gauges.mean()) * share
+            measured += gauges.tolist()
             row["loss"] += float(loss.detach()) * share
             row["accuracy"] += float((logits.argmax(1) == y).float().mean()) * share
-        rows.append(row)
+        rows.append(row | {"fosc_deciles": np.quantile(measured, np.arange(11) / 10).tolist()})
     return rows
 
 
@@ -800,6 +801,7 @@ def test_ema_is_what_is_evaluated_and_saved(tmp_path):
     options = {"epochs": 2, "lr": 0.2, "validation_set": VALIDATION}
     _, seen = steps_taken(**options)
     run, averaged_seen = steps_taken(**options, ema=0.7, run_dir=tmp_path / "run")
+    assert not run.model.training
     assert all(same(one, other) for one, other in zip(seen, averaged_seen, strict=True))  # the learner does not notice
     average = {name: value.double() for name, value in seen[1].items()}
     for after in seen[2:]:
@@ -814,7 +816,9 @@ def test_ema_is_what_is_evaluated_and_saved(tmp_path):
     assert same(weights(saved), found)
     clean = im.evaluate(run.model, VALIDATION, {}).accuracy["clean"].value
     assert run.history[-1]["validation_clean"] == clean
-    assert not run.model.training
+    learner = cnn()
+    assert train(learner, epochs=1, ema=0.7).model is not learner
+    assert not learner.training
 
 
 @pytest.mark.parametrize(
