@@ -77,6 +77,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
 
     import innermax as im
     from innermax.attacks.named import named_attacks
+    from innermax.progress import show_evaluation
     from innermax.settings import build_strategy
     from innermax.tables import format_table
     from innermax.training import chosen_device
@@ -104,7 +105,10 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     if run.best is not None:
         im.load_model(folder / "best.safetensors", run.model)
         which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
-    evaluation = im.evaluate(run.model, data.test, attacks, precision=chosen.precision, seed=chosen.seed, device=device)
+    with show_evaluation() as show:
+        evaluation = im.evaluate(
+            run.model, data.test, attacks, precision=chosen.precision, seed=chosen.seed, device=device, progress=show
+        )
     evaluation.to_json(folder / "evaluation.json")
     console = Console()
     console.print(format_table(evaluation))
@@ -156,6 +160,7 @@ def _run_evaluation(source: str, chosen: Any) -> None:
 
     import innermax as im
     from innermax.attacks.named import named_attacks
+    from innermax.progress import show_evaluation
     from innermax.runs import read_config
     from innermax.tables import format_table
     from innermax.training import chosen_device
@@ -173,16 +178,9 @@ def _run_evaluation(source: str, chosen: Any) -> None:
         raise ValueError(f"json {chosen.json} cannot be written: its folder does not exist")
     model = im.load_model(path / "best.safetensors" if chosen.best else source)
     test = im.load_data(name, validation=0).test
-    evaluation = im.evaluate(
-        model,
-        test[: chosen.limit],
-        attacks,
-        batch_size=chosen.batch_size,
-        seed=chosen.seed,
-        quantize=chosen.quantize,
-        precision=chosen.precision,
-        device=device,
-    )
+    options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
+    with show_evaluation() as show:
+        evaluation = im.evaluate(model, test[: chosen.limit], attacks, **options, device=device, progress=show)
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
     Console().print(format_table(evaluation))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 
@@ -86,6 +86,25 @@ def show_progress(epochs: int, speak: bool) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("left"), TimeRemainingColumn())
     with Bar(*columns, console=console) as bar:
         yield Progress(epochs, console, bar)
+
+
+@contextmanager
+def show_evaluation() -> Iterator[Callable[[str, int, int], None]]:
+    """What `evaluate` calls after each batch: a bar an attack while it runs, on a terminal only."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda name, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done)
+
+        yield show
 
 
 @contextmanager

@@ -373,11 +373,15 @@ class L1(Threat):
         A step on the single largest coordinate stalls once that one is at its bound, and a projection takes from every
         coordinate alike; this exchange stays in the ball by itself and rests at the maximizer of a linear loss.
         """
-        step_size = min(step_size, self.eps)  # more than the ball holds would be for the projection to undo
-        excess = (self.norm(u) + step_size - self.eps).clamp(min=0)[:, None]
+
+        def room(u: Flat) -> Flat:
+            return torch.where(gradient > 0, ceiling - u, u - floor).clamp(min=0) * (gradient != 0)
+
+        # Neither more than there is room for nor more than the ball holds: a projection would have to undo it.
+        amount = room(u).sum(1, keepdim=True).clamp(max=min(step_size, self.eps))
+        excess = (self.norm(u)[:, None] + amount - self.eps).clamp(min=0)
         u = u - u.sign() * _fill(-gradient * u.sign(), u.abs(), excess)
-        room = torch.where(gradient > 0, ceiling - u, u - floor) * (gradient != 0)
-        return self._nearest(u + gradient.sign() * _fill(gradient.abs(), room, step_size), floor, ceiling)
+        return self._nearest(u + gradient.sign() * _fill(gradient.abs(), room(u), amount), floor, ceiling)
 
     def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
         best = self._vertex(gradient, floor, ceiling)
