@@ -1,7 +1,7 @@
-"""Makes results/mnist.md and results/mnist.json out of run folders.
+"""Makes results/mnist.md, results/mnist.json and the README's table out of run folders.
 
 innermax train mnist --epochs 10 --validation 0 --strategy STRATEGY --seed SEED --run-dir runs/mnist-STRATEGY-seedSEED
-python bench/mnist_table.py runs results/mnist.md
+python bench/mnist_table.py runs results/mnist.md README.md
 """
 
 import json
@@ -86,6 +86,26 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def summary(records: list[dict[str, Any]]) -> list[str]:
+    """One row a strategy: the mean over its seeds, and the span of their 95 % intervals."""
+    names = [name for name in records[0]["accuracy"] if name != "worst_case"]
+    head = ["Clean", *map(shown_name, names[1:])]
+    lines = [f"| defence (seeds) | {' | '.join(head)} | gradients |", f"| --- |{' --- |' * (len(head) + 1)}"]
+    for strategy in ORDER:
+        own = [record for record in records if record["strategy"] == strategy]
+        if not own:
+            continue
+        cells = []
+        for name in names:
+            values = [record["accuracy"][name] for record in own]
+            low, high = min(value["low"] for value in values), max(value["high"] for value in values)
+            mean = statistics.mean(value["value"] for value in values)
+            cells.append(f"{100 * mean:.1f} <sub>{100 * low:.1f}–{100 * high:.1f}</sub>")
+        gradients = statistics.mean(record["gradients"] for record in own)
+        lines.append(f"| {TITLES[strategy].partition(' (')[0]} ({len(own)}) | {' | '.join(cells)} | {gradients:.1f} |")
+    return lines
+
+
 def differences(records: list[dict[str, Any]], strategy: str) -> list[str]:
     """How a strategy differs from Standard with the same seed, in points: paired over images, then over seeds."""
     standard = {record["seed"]: record for record in records if record["strategy"] == "standard"}
@@ -106,19 +126,23 @@ def differences(records: list[dict[str, Any]], strategy: str) -> list[str]:
     ]
 
 
-def main(folder: Path, target: Path) -> None:
-    """Writes the table and the numbers behind it, between the marks of an existing page if there is one."""
+def put(text: str, page: Path) -> None:
+    """Replaces what stands between the marks of a page."""
+    begin, end = "<!-- measured -->", "<!-- /measured -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
+
+
+def main(folder: Path, target: Path, readme: Path) -> None:
+    """Writes the tables into the pages, and the numbers behind them beside the first."""
     records = collect(folder)
     parts = [table(records)]
     parts += [differences(records, strategy) for strategy in ("dynamic", "dynamic-exact")]
-    text = "\n\n".join("\n".join(part) for part in parts if part)
-    begin, end = "<!-- measured -->", "<!-- /measured -->"
-    page = target.read_text() if target.exists() else f"{begin}\n{end}\n"
-    before, rest = page.split(begin)
-    target.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
+    put("\n\n".join("\n".join(part) for part in parts if part), target)
+    put("\n".join(summary(records)), readme)
     numbers = [{name: value for name, value in record.items() if name != "evaluation"} for record in records]
     target.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))

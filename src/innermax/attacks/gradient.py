@@ -123,6 +123,8 @@ class PGD:
         """
         if final not in get_args(Final):
             raise unknown("final", final, get_args(Final))
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, came {seed!r}")
         check_inputs(x)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         feasible = self.threat.around(x)

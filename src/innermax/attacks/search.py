@@ -32,7 +32,7 @@ class AttackResult:
         gradient_calls: (B,) int64 gradients each example cost, over all restarts.
         forward_calls: (B,) int64 forward passes without a gradient each example cost.
 
-    What was not computed (see `final`) is None.
+    What was not computed for every example (see `final`) is None.
     """
 
     x_adv: Float[Tensor, "b ..."]
