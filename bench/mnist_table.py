@@ -1,7 +1,8 @@
 """Makes results/mnist.md, results/mnist.json and the README's table out of run folders.
 
-innermax train mnist --epochs 10 --validation 0 --strategy STRATEGY --seed SEED --run-dir runs/mnist-STRATEGY-seedSEED
-python bench/mnist_table.py runs results/mnist.md README.md
+    innermax train mnist --epochs 10 --validation 0 --strategy STRATEGY --seed SEED \\
+        --run-dir runs/mnist-STRATEGY-seedSEED
+    python bench/mnist_table.py runs results/mnist.md README.md
 """
 
 import json
