@@ -334,6 +334,8 @@ def test_an_update_that_is_torn_comes_again_whole(tmp_path, act, after, at):
     learner = model()
     with pytest.raises(KeyboardInterrupt):
         train(learner, objective=Interrupting(at, act, after), run_dir=tmp_path / "run", **options)
+    _, state = load_tensors(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    assert (state["epoch"], state["batch"]) == (at // 3, 0)  # nothing torn was saved
     # The same network goes on, as in a notebook: what the torn update left in it must not matter.
     resumed = train(learner, objective=Interrupting(), run_dir=tmp_path / "run", **options)
     assert same(weights(resumed.model), final)

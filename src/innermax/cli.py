@@ -271,7 +271,7 @@ def _spelled_out(words: Sequence[str]) -> list[str]:
     return result
 
 
-def _share_or_count(validation: float | int) -> float | int:
+def _share_or_count(validation: float) -> float:
     """A validation split of 1 or more is a count."""
     return int(validation) if validation >= 1 or validation == 0 else validation
 

@@ -78,7 +78,7 @@ class RecipeSettings:
 
     data: str
     model: str
-    validation: float | int = 0.1
+    validation: float = 0.1
     init: str | None = None
     strategy: StrategyName = "dynamic"
     switch: float = 1 / 6
