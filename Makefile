@@ -23,7 +23,7 @@ unit: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto
 
 bench: $(VENV)/installed
-	$(BIN)/python bench/training_step.py
+	$(BIN)/python bench/training_step.py --write results/training_step.md
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

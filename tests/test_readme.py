@@ -45,7 +45,10 @@ def test_the_commands_are_known(capsys):
     from innermax.cli import main
     from innermax.settings import recipe_names
 
-    for line in re.findall(r"^innermax .*$", TEXT, re.MULTILINE):
+    blocks = TEXT.split("```")[1::2]
+    lines = re.findall(r"^innermax .*$", "".join(blocks), re.MULTILINE)
+    assert lines
+    for line in lines:
         command, *words = shlex.split(line, comments=True)[1:]
         assert command in ("recipes", "train", "evaluate")
         if command == "train":

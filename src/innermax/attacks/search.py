@@ -148,7 +148,10 @@ def better(one: AttackResult, other: AttackResult) -> AttackResult:
 
 def _converged(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor, gauge: Gauge, stop_at: float) -> Tensor:
     """Whose gauge is at or below the threshold; a zero gradient is nothing to follow, not convergence."""
-    return (measure(feasible, gradient, x_adv, gauge) <= stop_at) & _nonzero(gradient)
+    converged = measure(feasible, gradient, x_adv, gauge) <= stop_at
+    if bool(converged.any()):  # few iterates are: the others need no look at their gradient
+        converged &= _nonzero(gradient)
+    return converged
 
 
 def _won(logits: Tensor, label: Tensor, reach: bool) -> Tensor:
