@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except SystemExit as stop:  # how the parser ends once it has printed a command's help
+        return int(stop.code or 0)
     return 0
 
 
