@@ -8,15 +8,23 @@ from rich.table import Table
 from innermax.evaluation import Convergence, Evaluation
 from innermax.statistics import Accuracy
 
-_HEADINGS = ("accuracy\n%", "95 %\ninterval", "FOSC\nmedian", "FOSC\np90", "zero\ngrad. %", "gradient\ncalls")
+# The columns and the width below which each would be cut: a narrow terminal loses the last ones, never the names.
+_COLUMNS = {
+    "accuracy\n%": 8,
+    "95 %\ninterval": 12,
+    "FOSC\nmedian": 6,
+    "FOSC\np90": 5,
+    "zero\ngrad. %": 7,
+    "gradient\ncalls": 8,
+}
 
 
 def format_table(evaluation: Evaluation) -> Table:
     """A rich table for 80 columns: accuracy on clean images, under each attack and in the worst case; convergence."""
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(evaluation), caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_caption(evaluation), caption_justify="left")
     table.add_column("", min_width=10, overflow="fold")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading, width in _COLUMNS.items():
+        table.add_column(heading, justify="right", overflow="fold", min_width=width)
     table.add_row("Clean", *_accuracy(evaluation.accuracy["clean"]))
     for name, convergence in evaluation.convergence.items():
         table.add_row(shown_name(name), *_accuracy(evaluation.accuracy[name]), *_search(convergence))
