@@ -182,9 +182,9 @@ def test_normalization_inside_equals_outside():
 
 
 def test_layers_of_the_plain_networks():
-    block = ["Conv2d", "BatchNorm2d", "ReLU"]
-    mnist = [*block, "MaxPool2d"] * 2 + ["Flatten", "Linear", "ReLU", "Linear"]
-    cifar = [*block, *block, "MaxPool2d"] * 3 + ["Flatten", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    block, last = ["Conv2d", "BatchNorm2d", "ReLU"], ["Conv2d", "BatchNorm2d", "MaxPool2d", "ReLU"]
+    mnist = last * 2 + ["Flatten", "Linear", "ReLU", "Linear"]
+    cifar = [*block, *last] * 3 + ["Flatten", "Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert [type(layer).__name__ for layer in small("mnist-cnn")] == mnist
     assert [type(layer).__name__ for layer in small("cifar-cnn")] == cifar
 

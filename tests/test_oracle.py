@@ -321,9 +321,9 @@ def test_a_fast_oracle_shares_nothing_with_the_learner(precision, traceable):
     x, y = batch()
     model = learn(convnet(), x, y)
     if not traceable:
-        model = Net(lambda net, x: net.body(x) if len(x) > 0 else x, body=model)
+        model = Net(lambda net, x: next(iter(net.body))(x) if x.sum() < 0 else net.body(x), body=model)
     oracle = Oracle.fast(model, x, precision)
-    assert oracle.plan.startswith("3 BatchNorm folded" if traceable else "unfolded")
+    assert oracle.plan.startswith("3 BatchNorm folded" + (", " if traceable else " module by module"))
     learners = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
     assert learners.isdisjoint(t.data_ptr() for t in (*oracle._network.parameters(), *oracle._network.buffers()))
     assert not any(parameter.requires_grad for parameter in oracle._network.parameters())
@@ -611,17 +611,77 @@ def data_dependent(net, x):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_an_untraceable_model_works_unfolded(precision):
+def test_an_untraceable_model_is_folded_module_by_module(precision):
     torch.manual_seed(0)
     x, y = batch()
     model = Net(data_dependent, body=convnet())
+    oracle = Oracle.fast(model, x, precision)
+    reason = "TraceError: symbolically traced variables cannot be used as inputs to control flow"
+    assert oracle.plan == f"3 BatchNorm folded module by module ({reason}), channels last, {precision}"
+    learn(model, x, y)
+    oracle.refresh()
+    assert close(oracle.logits(x), plain(model, x), 1e-4 if precision == "float32" else 0.05)
+    torch.testing.assert_close(-oracle.logits(-x), Oracle(model.body).logits(-x), rtol=0.05, atol=0.05)
+
+
+def nested(net, x):
+    z = net.stem(x)
+    for block in net.blocks:
+        z = block(z) if z.sum() > -1e9 else z
+    return net.head(z.mean((2, 3)))
+
+
+def conv_norm(before, after):
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
+
+
+def test_modules_within_modules_are_folded():
+    torch.manual_seed(0)
+    x, y = batch()
+    blocks = nn.ModuleList([conv_norm(5, 5), Net(data_dependent, body=conv_norm(5, 5))])
+    model = Net(nested, stem=conv_norm(2, 5), blocks=blocks, head=nn.Linear(5, 4))
+    assert pairs(model) == {("stem.0", "stem.1"), ("blocks.0.0", "blocks.0.1"), ("blocks.1.body.0", "blocks.1.body.1")}
+    oracle = Oracle.fast(model, x, "float32")
+    learn(model, x, y)
+    oracle.refresh()
+    assert close(oracle.logits(x), plain(model, x))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_what_cannot_be_traced_at_all_works_unfolded(precision):
+    def forward(net, x):
+        return net.head((net.norm(net.conv(x)) if x.mean() > 0 else x).flatten(1))
+
+    torch.manual_seed(0)
+    x, y = batch()
+    model = Net(forward, conv=nn.Conv2d(2, 5, 3), norm=nn.BatchNorm2d(5), head=nn.Linear(80, 4))
     oracle = Oracle.fast(model, x, precision)
     assert oracle.plan.startswith("unfolded (TraceError: ")
     assert oracle.plan.endswith(precision)
     learn(model, x, y)
     oracle.refresh()
     assert close(oracle.logits(x), plain(model, x), 1e-5 if precision == "float32" else 0.05)
-    torch.testing.assert_close(-oracle.logits(-x), Oracle(model.body).logits(-x), rtol=0.05, atol=0.05)
+
+
+def test_a_compiled_network_that_is_right_no_more_is_left():
+    """A branch that the first check did not see uses a layer a second time, so it must not be folded."""
+
+    def forward(net, x):
+        z = net.block(x)
+        return net.head((z + net.block[0](x) if float(net.head.bias.sum()) > 100 else z).flatten(1))
+
+    torch.manual_seed(0)
+    x, _ = batch()
+    model = Net(forward, block=conv_norm(2, 5), head=nn.Linear(180, 4))
+    oracle = Oracle.fast(model, x, "float32")
+    assert oracle.rechecked() is oracle
+    with torch.no_grad():
+        model.head.bias.fill_(1000.0)
+    fresh = oracle.rechecked()
+    assert fresh is not oracle
+    assert close(fresh.logits(x), plain(model, x))
+    exact = Oracle(model)
+    assert exact.rechecked() is exact
 
 
 # Lower precision

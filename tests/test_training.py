@@ -484,8 +484,10 @@ def test_a_run_folder(tmp_path):
     assert [row["epoch"] for row in rows] == list(range(5))
     numbers = {"loss", "accuracy", "lr", "attack_steps", "threshold", "gradients", "fosc", "zero_gradients"}
     numbers |= {"fosc_deciles", "relative_fosc_deciles", "validation_clean", "validation_robust", "validation_fosc"}
-    assert all(row.keys() == numbers | {"epoch", "validation_accuracy", "seconds", "images_per_second"} for row in rows)
+    others = {"epoch", "attack_network", "validation_accuracy", "seconds", "images_per_second"}
+    assert all(row.keys() == numbers | others for row in rows)
     for row in rows:
+        assert row["attack_network"].startswith("3 BatchNorm folded, channels last, ")
         assert row["validation_accuracy"] == row["validation_robust"] <= row["validation_clean"]
         for name in ("fosc_deciles", "relative_fosc_deciles"):
             assert len(row[name]) == 11

@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from innermax.kernels import InputConvolution
+
 _AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 @dataclass(frozen=True)
 class Folded:
-    """The rewritten network, and the (layer, BatchNorm) pairs, by name in the original, that became one layer."""
+    """The rewritten network, and the (layer, BatchNorm) pairs, by name in the original, that became one layer.
 
-    network: fx.GraphModule
+    `untraced`: why the network could be rewritten only module by module, if so.
+    """
+
+    network: nn.Module
     pairs: tuple[tuple[str, str], ...]
+    untraced: str | None = None
 
     @torch.no_grad()
     def refresh(self, source: nn.Module) -> None:
@@ -36,18 +42,51 @@ class Folded:
 def fold(network: nn.Module) -> Folded:
     """Merges BatchNorm into the convolution or linear layer before it and pools before the ReLU instead of after.
 
+    Where the network as a whole cannot be traced, its modules are rewritten that can be, each for itself.
+
     Args:
         network: in evaluation mode; its own copy, which the result may share tensors with.
 
     Raises:
-        Exception: whatever torch.fx raises where the network cannot be traced.
+        Exception: whatever torch.fx raises where neither the network nor any of its modules can be traced.
     """
-    graph = fx.symbolic_trace(network)
-    pairs = tuple(_fold_norms(graph))
-    _pool_first(graph)
-    graph.graph.lint()
-    graph.recompile()
-    return Folded(graph, pairs)
+    try:
+        return Folded(*_rewritten(network))
+    except Exception as failure:
+        pairs = tuple(_fold_modules(network, ""))
+        if not pairs:
+            raise
+        return Folded(network, pairs, untraced=in_short(failure))
+
+
+def in_short(failure: Exception) -> str:
+    """An exception's type and first sentence."""
+    return f"{type(failure).__name__}: {str(failure).splitlines()[0].partition('. ')[0]}"
+
+
+def _rewritten(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:
+    traced = fx.symbolic_trace(network)
+    pairs = tuple(_fold_norms(traced))
+    _pool_first(traced)
+    _few_channels(traced)
+    traced.graph.lint()
+    traced.recompile()
+    return traced, pairs
+
+
+def _fold_modules(network: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
+    """Puts a rewritten module in the place of each largest one that can be traced."""
+    for name, module in list(network.named_children()):
+        if not any(isinstance(inner, _BatchNorm) for inner in module.modules()) or isinstance(module, _BatchNorm):
+            continue
+        try:
+            rewritten, pairs = _rewritten(module)
+        except Exception:  # noqa: BLE001  whatever tracing raises, its own modules may still be traced
+            yield from _fold_modules(module, f"{prefix}{name}.")
+            continue
+        setattr(network, name, rewritten)
+        for layer, norm in pairs:
+            yield f"{prefix}{name}.{layer}", f"{prefix}{name}.{norm}"
 
 
 def _fold_norms(traced: fx.GraphModule) -> Iterator[tuple[str, str]]:
@@ -83,6 +122,13 @@ def _pool_first(traced: fx.GraphModule) -> None:
         pool.args = (relu.args[0],)
         relu.args = (pool,)
         pool.append(relu)
+
+
+def _few_channels(traced: fx.GraphModule) -> None:
+    """Convolutions over few channels get the kernel made for them."""
+    for name, layer in list(traced.named_modules()):
+        if InputConvolution.fits(layer):
+            traced.set_submodule(name, InputConvolution(cast(nn.Conv2d, layer)))
 
 
 def _is_relu(node: object, modules: dict[str, nn.Module]) -> bool:

@@ -64,7 +64,17 @@ def find_loss(loss: str | Loss) -> Loss:
 def reaching(loss: Loss) -> Loss:
     """What to maximise in order to reach a label instead of leaving it: the loss's own `reach`, or its negative."""
     own: Loss | None = getattr(loss, "reach", None)
-    return own if own is not None else lambda logits, target: -loss(logits, target)
+    return own if own is not None else _Negative(loss)
+
+
+@dataclass(frozen=True)
+class _Negative:
+    """A value, so that two of the same loss are equal."""
+
+    loss: Loss
+
+    def __call__(self, logits: Logits, label: Labels) -> Float[Tensor, " b"]:
+        return -self.loss(logits, label)
 
 
 def _others(logits: Tensor, label: Tensor) -> Tensor:

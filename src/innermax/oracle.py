@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from innermax.checks import unknown
-from innermax.folding import Folded, fold
+from innermax.folding import Folded, fold, in_short
 from innermax.losses import Loss
+from innermax.replay import Replayed
 
 Precision = Literal["auto", "float32", "bf16"]
 _log = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Oracle:
         self._folded: Folded | None = None
         self._memory_format = torch.preserve_format
         self._dtype = next((p.dtype for p in self._source.parameters() if p.is_floating_point()), None)
+        self._replayed: Replayed | None = None
+        self._compiled_for: tuple[Tensor, Precision] | None = None
         self.plan = "as the model is"
 
     @classmethod
@@ -87,8 +90,22 @@ class Oracle:
                 oracle._lower(example, truth)
             else:
                 oracle.plan += ", float32"
+            if example.is_cuda:
+                oracle._replayed = Replayed(oracle._gradient)
+                oracle.plan += ", CUDA graphs"
+            oracle._compiled_for = example, precision
         _log.info("attack network: %s", oracle.plan)
         return oracle
+
+    def rechecked(self) -> "Oracle":
+        """Itself where the compiled network is still right for what the model has learned, else one compiled anew."""
+        if self._compiled_for is None:
+            return self
+        fresh = Oracle.fast(self._source, *self._compiled_for)
+        if fresh.plan == self.plan:
+            return self
+        _log.warning("attack network: %s; it was: %s", fresh.plan, self.plan)
+        return fresh
 
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
@@ -113,6 +130,10 @@ class Oracle:
         Raises:
             ValueError: the model does not take x, or does not return (B, classes); loss does not return (B,).
         """
+        answer: Answer = (self._replayed or self._gradient)(x, label, loss)
+        return answer
+
+    def _gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Answer:
         with torch.inference_mode(False), torch.enable_grad():
             point = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
             label = label.clone() if label.is_inference() else label
@@ -124,7 +145,7 @@ class Oracle:
             gradient = torch.autograd.grad(value.sum(), point, allow_unused=True)[0] if value.requires_grad else None
         if gradient is None:
             gradient = torch.zeros_like(x)
-        gradient = gradient.to(x.dtype, memory_format=torch.contiguous_format)
+        gradient = gradient.to(x.dtype).contiguous()
         return Answer(gradient.nan_to_num_(0.0, 0.0, 0.0), value.detach(), logits.detach())
 
     @contextmanager
@@ -157,24 +178,24 @@ class Oracle:
 
     def _fold(self, example: Tensor) -> None:
         """Switches to the folded network where that computes the same logits, now and after learning."""
+        exact = self._network
         try:
             folded = fold(_shadow(self._source, share=False))
-            learned = _learned(self._source)
-            folded.refresh(learned)
-            with torch.no_grad():
-                truth = learned(self._placed(example))
-                error = float((folded.network(self._placed(example)) - truth).abs().max())
-            folded.refresh(self._source)
+            # In its present state last: that is the one to go on with.
+            errors = [_difference(folded, network, self._placed(example)) for network in (_learned(exact), exact)]
         except Exception as failure:  # noqa: BLE001  whatever tracing raises, the unfolded network is right
-            self.plan = f"unfolded ({type(failure).__name__}: {str(failure).partition(chr(10))[0]})"
-            self._network = _shadow(self._source, share=False)
-            return
-        if error > 1e-4 * (1 + float(truth.abs().max())):
-            self.plan = f"unfolded (folding changes logits by {error:.1e})"
+            reason = in_short(failure)
+        else:
+            same = all(error <= 1e-4 for error in errors)
+            reason = "" if same else f"folding changes logits by {max(errors):.1e} of their size"
+        if reason:
+            self.plan = f"unfolded ({reason})"
             self._network = _shadow(self._source, share=False)
             return
         self._folded, self._network = folded, folded.network
         self.plan = f"{len(folded.pairs)} BatchNorm folded"
+        if folded.untraced is not None:
+            self.plan += f" module by module ({folded.untraced})"
 
     def _lower(self, example: Tensor, truth: Tensor) -> None:
         """Switches to bf16 where the network computes in it and its logits stay close."""
@@ -182,7 +203,7 @@ class Oracle:
         try:
             self._network, self._dtype = copy.deepcopy(self._network).to(torch.bfloat16), torch.bfloat16
             if self._folded is not None:
-                self._folded = Folded(cast(torch.fx.GraphModule, self._network), self._folded.pairs)
+                self._folded = replace(self._folded, network=self._network)
             self.refresh()
             error = float((self.logits(example) - truth).abs().max())
             if error <= 0.05 * (1 + float(truth.abs().max())):
@@ -247,6 +268,14 @@ def _learned(model: nn.Module) -> nn.Module:
             cast(Tensor, module.running_mean).sub_(spread)  # upwards, where ReLUs let a difference pass
             cast(Tensor, module.running_var).mul_(spread)
     return shadow
+
+
+@torch.no_grad()
+def _difference(folded: Folded, exact: nn.Module, x: Tensor) -> float:
+    """By how much folding changes logits, over 1 + the largest."""
+    folded.refresh(exact)
+    truth = exact(x.clone())
+    return float((folded.network(x.clone()) - truth).abs().max()) / (1 + float(truth.abs().max()))
 
 
 def _state(network: nn.Module) -> Iterator[Tensor]:

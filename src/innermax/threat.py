@@ -271,7 +271,7 @@ class Linf(Threat):
 
     def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
         # The way to the vertex; where the gradient is 0 either bound will do. As few passes over the batch as can be.
-        way = torch.copysign(gradient.new_tensor(self.eps), gradient).clamp_(floor, ceiling).sub_(u)
+        way = torch.copysign(gradient.new_full((), self.eps), gradient).clamp_(floor, ceiling).sub_(u)
         return way.mul_(gradient).sum(1).clamp(min=0)
 
 

@@ -221,10 +221,14 @@ class _Loop:
     ) -> dict[str, Any]:
         """Trains from the current batch to the epoch's end; what was measured, a value a name."""
         epochs, seed = self.options["epochs"], self.options["seed"]
+        if self.batch == 0:
+            self.oracle = self.oracle.rechecked()
         attack = strategy.attack_at(self.epoch / epochs, self.history)
         order = randomness.permutation(seed, len(self.data), _ORDER, self.epoch).to(self.device)
         batches = order.tensor_split(math.ceil(len(order) / self.options["batch_size"]))
         stride = max(1, len(batches) // _GAUGED_BATCHES)
+        if attack is not None and (not self.history or self.history[-1].get("attack_network") != self.oracle.plan):
+            show.say(f"attack network: {self.oracle.plan}")
         show.start(self.epoch, len(batches), getattr(attack, "stop_at", None))
         while self.batch < len(batches):
             moment = (self.epoch + self.batch / len(batches)) / epochs
@@ -347,6 +351,7 @@ class _Loop:
             "attack_steps": 0 if attack is None else attack.steps,
             "threshold": None if attack is None else attack.stop_at,
             "gradients": totals.get("gradients", 0.0) / examples,
+            "attack_network": self.oracle.plan,
         }
         if self.gauged:
             row["fosc"] = fmean(self.gauged["fosc"])
@@ -383,10 +388,9 @@ def chosen_device(device: str) -> torch.device:
 
 def _optimizer(model: nn.Module, options: Mapping[str, Any]) -> torch.optim.Optimizer:
     if options["optimizer"] == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=options["lr"], weight_decay=options["weight_decay"])
-    return torch.optim.SGD(
-        model.parameters(), lr=options["lr"], momentum=options["momentum"], weight_decay=options["weight_decay"]
-    )
+        return torch.optim.AdamW(model.parameters(), options["lr"], weight_decay=options["weight_decay"], fused=True)
+    momentum, decay = options["momentum"], options["weight_decay"]
+    return torch.optim.SGD(model.parameters(), options["lr"], momentum, weight_decay=decay, fused=True)
 
 
 def _validated(

@@ -152,7 +152,7 @@ class PGD:
         """The best of the restarts; with stop_on_success only survivors start again."""
         loss = self.objective()
         options: dict[str, Any] = {
-            "loss": _checked(reaching(loss) if reach else loss, label, "target" if reach else "y"),
+            "loss": _Checked(reaching(loss) if reach else loss, "target" if reach else "y", int(label.max())),
             "step_sizes": self.step_sizes(),
             "reach": reach,
             "gauge": self.gauge,
@@ -191,16 +191,18 @@ def CW(threat: Threat, steps: int = 30, confidence: float = 0.0) -> PGD:
     return PGD(threat, steps=steps, loss=CappedMargin(confidence))
 
 
-def _checked(loss: Loss, labels: Int[Tensor, " b"], name: str) -> Loss:
-    """The loss, which refuses labels that the model has no class for."""
-    highest = int(labels.max())  # read once: every look at a device's numbers waits for it
+@dataclass(frozen=True)
+class _Checked:
+    """A loss that refuses labels the model has no class for; a value, so that a recorded computation is found again."""
 
-    def checked(logits: Tensor, label: Tensor) -> Tensor:
-        if highest >= logits.shape[1]:
-            check_labels(labels, len(labels), logits.shape[1], name)
-        return loss(logits, label)
+    loss: Loss
+    name: str
+    highest: int  # read once: every look at a device's numbers waits for it
 
-    return checked
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
+        if self.highest >= logits.shape[1]:
+            check_labels(label, len(label), logits.shape[1], self.name)
+        return self.loss(logits, label)
 
 
 def _inspected(result: AttackResult, y: Tensor) -> AttackResult:

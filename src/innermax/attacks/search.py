@@ -149,7 +149,7 @@ def better(one: AttackResult, other: AttackResult) -> AttackResult:
 def _converged(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor, gauge: Gauge, stop_at: float) -> Tensor:
     """Whose gauge is at or below the threshold; a zero gradient is nothing to follow, not convergence."""
     converged = measure(feasible, gradient, x_adv, gauge) <= stop_at
-    if bool(converged.any()):  # few iterates are: the others need no look at their gradient
+    if converged.is_cuda or bool(converged.any()):  # few are; a GPU looks at all gradients sooner than it waits
         converged &= _nonzero(gradient)
     return converged
 

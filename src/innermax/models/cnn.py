@@ -1,6 +1,7 @@
 """Plain convolutional networks: the paper's two and a small one for 8×8 digits.
 
-Each is one flat `nn.Sequential` of convolution → BatchNorm → ReLU (→ max-pool), so that BatchNorm can be folded.
+Each is one flat `nn.Sequential` of convolution → BatchNorm (→ max-pool) → ReLU, so that BatchNorm can be folded. ReLU
+and max-pool commute; this way round ReLU has a quarter of the work.
 """
 
 import math
@@ -55,7 +56,7 @@ def _cnn(
         for before, after in pairwise((channels, *block)):
             # BatchNorm's shift takes the place of the convolution's bias
             layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        layers.append(nn.MaxPool2d(2))
+        layers.insert(-1, nn.MaxPool2d(2))
         channels = block[-1]
     features = channels * math.prod(size // shrink for size in sizes)
     layers += [nn.Flatten(), nn.Linear(features, dense, bias=not dense_norm)]
