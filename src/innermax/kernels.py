@@ -76,12 +76,9 @@ def _input_gradient(
     kernels, _, rows, columns = weight.shape
     down, right = gradient.shape[2:]
     sent = weight.permute(1, 2, 3, 0).reshape(-1, kernels) @ gradient.permute(0, 2, 3, 1).reshape(-1, kernels).t()
-    sent = sent.reshape(channels, rows, columns, batch, down, right)
     # Sums over a kernel's overlaps are kept in float32: bf16 would round each of them.
-    canvas = gradient.new_zeros(
-        (channels, batch, height + 2 * padding[0], width + 2 * padding[1]),
-        dtype=torch.promote_types(gradient.dtype, torch.float32),
-    )
+    sent = sent.to(torch.promote_types(sent.dtype, torch.float32)).reshape(channels, rows, columns, batch, down, right)
+    canvas = sent.new_zeros((channels, batch, height + 2 * padding[0], width + 2 * padding[1]))
     for i in range(rows):
         for j in range(columns):
             top, left = i * dilation[0], j * dilation[1]

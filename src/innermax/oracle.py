@@ -6,10 +6,10 @@ gradients are never touched and nothing has to be restored.
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -20,8 +20,11 @@ from innermax.checks import unknown
 from innermax.folding import Folded, fold, in_short
 from innermax.losses import Loss
 from innermax.replay import Replayed
+from innermax.workers import Workers
 
 Precision = Literal["auto", "float32", "bf16"]
+T = TypeVar("T")
+_WORTH_A_THREAD = 4  # examples
 _log = logging.getLogger(__name__)
 
 
@@ -59,6 +62,8 @@ class Oracle:
         self._memory_format = torch.preserve_format
         self._dtype = next((p.dtype for p in self._source.parameters() if p.is_floating_point()), None)
         self._replayed: Replayed | None = None
+        self._threads = 1  # that may share a batch
+        self._workers: Workers | None = None
         self._compiled_for: tuple[Tensor, Precision] | None = None
         self.plan = "as the model is"
 
@@ -93,6 +98,9 @@ class Oracle:
             if example.is_cuda:
                 oracle._replayed = Replayed(oracle._gradient)
                 oracle.plan += ", CUDA graphs"
+            elif torch.get_num_threads() > 1 and not oracle._draws(example):
+                oracle._threads = torch.get_num_threads()
+                oracle.plan += f", {oracle._threads} threads"
             oracle._compiled_for = example, precision
         _log.info("attack network: %s", oracle.plan)
         return oracle
@@ -148,6 +156,14 @@ class Oracle:
         gradient = gradient.to(x.dtype).contiguous()
         return Answer(gradient.nan_to_num_(0.0, 0.0, 0.0), value.detach(), logits.detach())
 
+    def side_by_side(self, work: Callable[[Tensor], T], rows: Int[Tensor, " k"]) -> list[T]:
+        """`work` of the rows of a batch: of all at once, or of a part for each core."""
+        if self._threads == 1 or len(rows) < _WORTH_A_THREAD * self._threads:
+            return [work(rows)]
+        if self._workers is None:
+            self._workers = Workers(self._threads)
+        return self._workers.map(work, rows.tensor_split(self._threads))
+
     @contextmanager
     def private_randomness(self, seed: int) -> Iterator[None]:
         """Inside, a model that draws random numbers draws them from `seed`; the global random state is left alone."""
@@ -157,6 +173,13 @@ class Oracle:
             for generator in generators:  # torch.manual_seed would seed devices that were not put aside, too
                 generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
             yield
+
+    def _draws(self, example: Tensor) -> bool:
+        """Whether the network draws random numbers, which threads would draw in any order."""
+        with self.private_randomness(0):
+            before = torch.get_rng_state()
+            self.logits(example)
+            return not torch.equal(before, torch.get_rng_state())
 
     def _placed(self, x: Tensor) -> Tensor:
         """A copy of x in the network's precision and memory format, which the network may change in place."""

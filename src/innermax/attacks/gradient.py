@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from innermax import randomness
-from innermax.attacks.search import AttackResult, Final, Gauge, better, search
+from innermax.attacks.search import AttackResult, Final, Gauge, better, concatenated, search
 from innermax.checks import check_inputs, check_labels, unknown
 from innermax.losses import CappedMargin, Loss, find_loss, reaching
 from innermax.oracle import Oracle
@@ -166,14 +166,16 @@ class PGD:
             start = chosen.sample(randomness.keys(seed, index[rows], restart)) if self.random_start else chosen.x
             return search(oracle, chosen, start, label[rows], **options)
 
-        rows = torch.arange(len(label), device=label.device)
-        best = once(rows, 0)
-        for restart in range(1, self.restarts):
-            if self.stop_on_success:
-                rows = (~cast(Tensor, best.misclassified)).nonzero()[:, 0]
-            if len(rows) > 0:
-                best = best.updated(rows, better(best[rows], once(rows, restart)))
-        return best
+        def best_of(rows: Tensor) -> AttackResult:
+            best, again = once(rows, 0), torch.arange(len(rows), device=rows.device)
+            for restart in range(1, self.restarts):
+                if self.stop_on_success:
+                    again = (~cast(Tensor, best.misclassified)).nonzero()[:, 0]
+                if len(again) > 0:
+                    best = best.updated(again, better(best[again], once(rows[again], restart)))
+            return best
+
+        return concatenated(oracle.side_by_side(best_of, torch.arange(len(label), device=label.device)))
 
 
 def FGSM(threat: Threat, loss: str | Loss = "cross_entropy") -> PGD:

@@ -130,6 +130,16 @@ def measure(
     return feasible.gap(gradient, x_adv, relative=gauge == "relative")
 
 
+def concatenated(results: Sequence[AttackResult]) -> AttackResult:
+    """The examples of several results, one after the other; what one lacks, the whole lacks."""
+    values = {field.name: [getattr(result, field.name) for result in results] for field in fields(AttackResult)}
+    joined: dict[str, Any] = {
+        name: None if any(part is None for part in parts) else torch.cat(parts) for name, parts in values.items()
+    }
+    whole: AttackResult = replace(results[0], **joined)
+    return whole
+
+
 def better(one: AttackResult, other: AttackResult) -> AttackResult:
     """Of two searches the better for each example: the one that made it fall, then the higher loss; costs add up."""
     if one.loss is None or other.loss is None or one.misclassified is None or other.misclassified is None:
@@ -205,11 +215,6 @@ def _nonzero(gradient: Tensor) -> Tensor:
 
 
 def _joined(pieces: list[tuple[Tensor, AttackResult]]) -> AttackResult:
-    """The pieces in the batch's order; what one piece lacks, the whole lacks."""
+    """The pieces in the batch's order."""
     rows, results = zip(*pieces, strict=True)
-    order = torch.cat(rows).argsort()
-    values = {field.name: [getattr(result, field.name) for result in results] for field in fields(AttackResult)}
-    lacking = {name: None for name, parts in values.items() if any(part is None for part in parts)}
-    joined = {name: torch.cat(parts)[order] for name, parts in values.items() if name not in lacking}
-    whole: AttackResult = replace(results[0], **joined, **lacking)
-    return whole
+    return concatenated(results)[torch.cat(rows).argsort()]

@@ -1,0 +1,42 @@
+"""Examples worked on side by side: threads that share a batch, instead of operations that each share their threads."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Workers:
+    """Threads each of which computes alone.
+
+    An operation on many cores waits for the slowest of them; a small one also costs more to hand out than to do. A part
+    of the batch for each core meets the others once, at the end.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="innermax")
+        threads, together = torch.get_num_threads(), threading.Barrier(count)
+
+        def settle() -> None:
+            torch.get_num_threads()  # a thread takes over the process's number when it first looks, and not again
+            torch.set_num_threads(1)
+            together.wait()
+
+        wait([self._pool.submit(settle) for _ in range(count)])
+        torch.set_num_threads(threads)  # the process's number, for threads to come
+
+    def map(self, work: Callable[[Tensor], T], parts: Sequence[Tensor]) -> list[T]:
+        """`work` of each part; all have ended when this returns or raises what the first failing one raised."""
+
+        def without_gradients(part: Tensor) -> T:
+            with torch.no_grad():
+                return work(part)
+
+        running = [self._pool.submit(without_gradients, part) for part in parts]
+        wait(running)
+        return [one.result() for one in running]
