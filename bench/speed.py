@@ -2,7 +2,7 @@
 
     make bench                                   # writes results/speed.md and results/speed.json
     python bench/speed.py --rounds 3             # a quick look
-    python bench/speed.py --only attacks steps   # some of the sections
+    python bench/speed.py --only attacks steps   # some of the sections; of a page that is there the others are kept
 
 All variants of a table take turns in one process, so that a machine that slows down slows them all; figures are medians
 of ratios, turn by turn, with quartiles. Peers are installed as bench/peers.py says; those that are not are left out.
@@ -134,8 +134,7 @@ def steps(rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, setting in SETTINGS.items():
         torch.manual_seed(0)
-        batch = 128 if setting.batch == 128 else 64
-        x, y = setting.images(batch)
+        x, y = setting.images(128)
         ours = Ours(setting, x, y, "auto")
         variants: dict[str, Callable[[], object]] = {
             "ours, fast": ours,
@@ -148,8 +147,8 @@ def steps(rounds: int) -> dict[str, Any]:
         seconds = timed(variants, rounds)
         parts = {key: seconds.pop(key) for key in ("attack", "update", "refresh")}
         found[name] = {
-            "batch": batch,
-            "images/s": {key: batch / statistics.median(values) for key, values in seconds.items()},
+            "batch": len(x),
+            "images/s": {key: len(x) / statistics.median(values) for key, values in seconds.items()},
             "over ours": {key: ratio(values, seconds["ours, fast"]) for key, values in seconds.items()},
             "milliseconds": {key: 1e3 * statistics.median(values) for key, values in parts.items()},
             "refresh over attack": ratio(parts["refresh"], parts["attack"]),
@@ -326,7 +325,10 @@ if __name__ == "__main__":
     import os
 
     cpu = torch.device("cpu")
-    found: dict[str, Any] = {
+    found: dict[str, Any] = {}
+    if arguments.write is not None and arguments.only != list(SECTIONS) and arguments.write.exists():
+        found = json.loads(arguments.write.with_suffix(".json").read_text())  # the other sections stay as they are
+    found |= {
         "machine": machine(),
         "torch": torch.__version__,
         "wait policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
