@@ -363,7 +363,8 @@ class Bench:
 
     def attack_oracle(self, model: nn.Module, exact: Oracle, precision: Precision) -> Oracle:
         """The oracle that attacks search with."""
-        return exact if precision == "float32" else Oracle.fast(model, self.example(), precision)
+        with exact.private_randomness(self.seed):  # what a model draws here must not depend on what came before
+            return exact if precision == "float32" else Oracle.fast(model, self.example(), precision)
 
     def batches(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Index, images and labels of each batch, on the device."""
