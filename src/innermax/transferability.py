@@ -43,7 +43,7 @@ class Transfer:
     """Who is right on images made on others; everything else is computed from these columns, (N,) bool each.
 
     Attributes:
-        settings: what was evaluated, and how.
+        settings: what was evaluated, and how; `attack_network` holds the plan of each surrogate's oracle.
         clean_correct: target → who is right on the clean images.
         transferred_correct: surrogate → target → attack → who is right on the images made on the surrogate.
         white_box: the pairs (surrogate, target) that are one model, which is then attacked directly.
@@ -138,7 +138,7 @@ def transfer(
         targets: models by name; a name stands for the same model on both sides.
         test_set: (images, labels) tensors or whatever `as_image_set` takes: uint8 images, or floats in [0, 1].
         attacks: attacks by name; "clean" and "worst_case" are taken.
-        batch_size: ≥ 1; never more images than these are held, and it changes no result but for rounding.
+        batch_size: ≥ 1; never more adversarial images are held, and it changes no result but for rounding.
         seed: any integer; with the example's position it decides all random starts.
         quantize: 1…16: only images of this many bits a value count; clean images must have no more.
         precision: "float32", or what attacks may search in: "bf16", "auto" where that is fast. Scores are float32.
