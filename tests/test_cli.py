@@ -207,7 +207,7 @@ def test_a_folder_of_another_configuration_is_left_alone(folder, capsys):
     assert said(capsys, "train", "mnist", "--run-dir", "run", *FAST, "--lr", "0.5", "--overwrite")[0] == 0
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["evaluate", "-h"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["evaluate", "-h"], ["transfer", "--help"]])
 def test_help_needs_nothing_and_reads_well(words):
     result = subprocess.run(
         [sys.executable, "-m", "innermax.cli", *words], capture_output=True, text=True, check=False, timeout=60

@@ -16,16 +16,16 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 @pytest.mark.parametrize("number", range(2))
 def test_examples_run_as_written(number, tmp_path, monkeypatch, capsys):
-    """The first and second block belong together; the third stands alone."""
+    """The first three blocks belong together; the fourth stands alone."""
     monkeypatch.chdir(tmp_path)
-    code = EXAMPLES[0] + EXAMPLES[1] if number == 0 else EXAMPLES[2]
+    code = "".join(EXAMPLES[:3]) if number == 0 else EXAMPLES[3]
     code = code.replace("epochs=10", "epochs=1")
     exec(compile(code, "README.md", "exec"), {})
     assert "Accuracy(" in capsys.readouterr().out
 
 
-def test_there_are_three_examples_and_the_first_has_ten_lines():
-    assert len(EXAMPLES) == 3
+def test_there_are_four_examples_and_the_first_has_ten_lines():
+    assert len(EXAMPLES) == 4
     assert len([line for line in EXAMPLES[0].splitlines() if line.strip()]) == 10
 
 
@@ -50,7 +50,7 @@ def test_the_commands_are_known(capsys):
     assert lines
     for line in lines:
         command, *words = shlex.split(line, comments=True)[1:]
-        assert command in ("recipes", "train", "evaluate")
+        assert command in ("recipes", "train", "evaluate", "transfer")
         if command == "train":
             assert words[0] in recipe_names()
         assert main([command, "--help"]) == 0

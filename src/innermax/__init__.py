@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured
     from innermax.threat import L1, L2, Linf
     from innermax.training import Run, train
+    from innermax.transferability import Transfer, transfer
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _HOMES = {
     "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured"),
     "innermax.threat": ("L1", "L2", "Linf"),
     "innermax.training": ("Run", "train"),
+    "innermax.transferability": ("Transfer", "transfer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -51,6 +53,7 @@ __all__ = [
     "Oracle",
     "Run",
     "Standard",
+    "Transfer",
     "Unsecured",
     "build_model",
     "evaluate",
@@ -58,6 +61,7 @@ __all__ = [
     "load_model",
     "save_model",
     "train",
+    "transfer",
 ]
 
 

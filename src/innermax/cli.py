@@ -1,9 +1,10 @@
 """The command line: a thin door to training and evaluation."""
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ Train classifiers that withstand adversarial examples, and know whether a robust
   innermax train digits                       train a robust classifier, a minute on two cores
   innermax train mnist --strategy standard    the paper's setting, with another defence
   innermax evaluate runs/digits               attack a trained model
+  innermax transfer runs/other runs/digits    make images on one model, score them on others
 
 innermax COMMAND --help lists what a command takes. Fractions such as 8/255 are read as numbers.
 """
@@ -44,7 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     from jsonargparse import ArgumentError
 
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "evaluate": _evaluate, "recipes": _recipes}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "transfer": _transfer,
+        "recipes": _recipes,
+    }
     try:
         if words[0] not in commands:
             from innermax.checks import unknown
@@ -131,16 +138,45 @@ def _model(name: str, classes: int, shape: Sequence[int], seed: int, init: str |
 
 def _evaluate(words: list[str]) -> None:
     """Attacks a trained model with the test images."""
+    parser = _evaluation_parser(
+        "evaluate RUN_OR_MODEL", "Attack a trained model: a run folder, a model file or folder, or a Hub id.", set()
+    )
+    if not words or words[0].startswith("-"):
+        if words and words[0] not in ("-h", "--help"):
+            raise ValueError("evaluate takes a run folder or a model first, such as: innermax evaluate runs/digits")
+        words = ["", "--help"]
+    chosen = parser.parse_args(_spelled_out(words[1:]))
+    _run_evaluation(words[0], chosen)
+
+
+def _transfer(words: list[str]) -> None:
+    """Attacks one trained model with the test images and shows others what came out."""
+    parser = _evaluation_parser(
+        "transfer SURROGATE TARGET…",
+        "Attack one trained model, the surrogate, and score the images on others, the targets: black-box robustness. "
+        "Each is a run folder, a model file or folder, or a Hub id.",
+        {"best", "limit"},
+    )
+    parser.add_argument("--count", type=int | None, help="only so many test images, the first ones")
+    sources = list(takewhile(lambda word: not word.startswith("-"), words))
+    options = words[len(sources) :]
+    if len(sources) < 2:
+        if words and not {"-h", "--help"} & set(words):
+            raise ValueError(
+                "transfer takes a surrogate and then its targets, such as: innermax transfer runs/other runs/digits"
+            )
+        options = ["--help"]
+    _run_transfer(sources, parser.parse_args(_spelled_out(options)))
+
+
+def _evaluation_parser(command: str, description: str, skip: set[str | int]) -> Any:
+    """The parser of a command that attacks trained models."""
     from jsonargparse import ArgumentParser
 
     from innermax.settings import EvaluateSettings, ThreatSettings
 
-    parser = ArgumentParser(
-        prog="innermax evaluate RUN_OR_MODEL",
-        description="Attack a trained model: a run folder, a model file or folder, or a Hub id.",
-        exit_on_error=False,
-    )
-    parser.add_class_arguments(EvaluateSettings, as_group=False)
+    parser = ArgumentParser(prog=f"innermax {command}", description=description, exit_on_error=False)
+    parser.add_class_arguments(EvaluateSettings, as_group=False, skip=skip)
     parser.add_argument(
         "--threat.norm",
         type=ThreatSettings.__annotations__["norm"] | None,
@@ -149,12 +185,7 @@ def _evaluate(words: list[str]) -> None:
     parser.add_argument(
         "--threat.eps", type=float | None, help="largest perturbation, e.g. 8/255; empty for the run's own"
     )
-    if not words or words[0].startswith("-"):
-        if words and words[0] not in ("-h", "--help"):
-            raise ValueError("evaluate takes a run folder or a model first, such as: innermax evaluate runs/digits")
-        words = ["", "--help"]
-    chosen = parser.parse_args(_spelled_out(words[1:]))
-    _run_evaluation(words[0], chosen)
+    return parser
 
 
 def _run_evaluation(source: str, chosen: Any) -> None:
@@ -174,10 +205,8 @@ def _run_evaluation(source: str, chosen: Any) -> None:
         raise ValueError(f"{source} is no run folder, so its data set is not known: give --data")
     attacks = named_attacks(chosen.attacks, _threat(source, told.get("threat", {}), **vars(chosen.threat)))
     device = chosen_device(chosen.device)
-    if chosen.limit is not None and chosen.limit < 1:
-        raise ValueError(f"limit must be at least 1, came {chosen.limit}")
-    if chosen.json is not None and not Path(chosen.json).absolute().parent.is_dir():
-        raise ValueError(f"json {chosen.json} cannot be written: its folder does not exist")
+    _check_count("limit", chosen.limit)
+    _check_json(chosen.json)
     model = im.load_model(path / "best.safetensors" if chosen.best else source)
     test = im.load_data(name, validation=0).test
     options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
@@ -186,6 +215,78 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
     Console().print(format_table(evaluation))
+
+
+def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
+    from rich.console import Console
+
+    import innermax as im
+    from innermax.attacks.named import named_attacks
+    from innermax.progress import show_evaluation
+    from innermax.tables import format_transfer
+    from innermax.training import chosen_device
+
+    surrogate, *targets = sources
+    name = chosen.data or _agreed(sources, "data", "--data")
+    if name is None:
+        raise ValueError(f"none of {', '.join(sources)} is a run folder, so their data set is not known: give --data")
+    asked = vars(chosen.threat)
+    own = _agreed(sources, "threat", "--threat.norm and --threat.eps") if None in asked.values() else None
+    attacks = named_attacks(chosen.attacks, _threat(surrogate, own or {}, **asked))
+    device = chosen_device(chosen.device)
+    _check_count("count", chosen.count)
+    _check_json(chosen.json)
+    models = _loaded(sources)
+    test = im.load_data(name, validation=0).test
+    options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
+    with show_evaluation() as show:
+        transfer = im.transfer(
+            {surrogate: models[surrogate]},
+            {target: models[target] for target in targets},
+            test[: chosen.count],
+            attacks,
+            **options,
+            device=device,
+            progress=show,
+        )
+    if chosen.json is not None:
+        transfer.to_json(chosen.json)
+    Console().print(format_transfer(transfer))
+
+
+def _agreed(sources: Sequence[str], setting: str, option: str) -> Any:
+    """What the run folders among the sources say of a setting, None where none does. ValueError where they differ."""
+    from innermax.runs import read_config
+
+    runs = [source for source in sources if (Path(source) / "config.yaml").is_file()]
+    told = {source: read_config(Path(source))["settings"].get(setting) for source in runs}
+    known = [(source, value) for source, value in told.items() if value is not None]
+    for source, value in known:
+        if value != known[0][1]:
+            raise ValueError(f"{known[0][0]} and {source} differ in their {setting}: give {option}")
+    return known[0][1] if known else None
+
+
+def _loaded(sources: Sequence[str]) -> dict[str, Any]:
+    """Source → model; one model for what lies at one place, however it is spelled."""
+    import innermax as im
+
+    places = {os.path.realpath(source): source for source in sources}
+    models = {place: im.load_model(source) for place, source in places.items()}
+    return {source: models[os.path.realpath(source)] for source in sources}
+
+
+def _check_count(name: str, count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError(f"{name} must be at least 1, came {count}")
+
+
+def _check_json(path: str | None) -> None:
+    """Raises where a file cannot be written, before the work that goes into it."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"json {path} cannot be written: its folder does not exist")
+    if path is not None and Path(path).is_dir():
+        raise ValueError(f"json {path} cannot be written: it is a folder")
 
 
 def _threat(source: str, own: dict[str, Any], norm: Any, eps: float | None) -> Any:

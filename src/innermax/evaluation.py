@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -275,36 +276,22 @@ def evaluate(
         ValueError, TypeError: an argument is outside what is said above; labels are not among the model's classes, the
             model returns NaN, or an image lies outside an attack's bounds.
     """
-    _check(attacks, batch_size, seed, quantize, precision)
+    check_arguments(attacks, batch_size, seed, quantize, precision)
     images = as_image_set(test_set)
-    model, device = _on_device(model, images, device)
-    bench = _Bench(Oracle(model), images, device, batch_size, seed, quantize, progress)
-    # Under a caller's autocast or inference mode neither scores nor gradients would be float32's.
-    float32 = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), float32, bench.exact.private_randomness(seed):
-        logits = bench.clean(attacks)
-        oracle = bench.exact
-        if precision != "float32" and attacks:
-            example, _ = images[:32].to(device).batch(torch.arange(min(32, len(images)), device=device))
-            oracle = Oracle.fast(model, example, precision)
+    model, device = on_device(model, images, device)
+    bench = Bench(images, device, batch_size, seed, quantize, progress)
+    exact = Oracle(model)
+    with bench.in_float32(exact):
+        logits = _clean(bench, exact, attacks)
+        oracle = bench.attack_oracle(model, exact, precision) if attacks else exact
         with warnings.catch_warnings():
             if looks_like_probabilities(logits):
                 message = "the model seems to return probabilities"
                 warnings.warn(f"{message}; attacks and gauges need logits (leave the softmax out)", stacklevel=2)
                 warnings.filterwarnings("ignore", message=message)  # each attack would say so on each batch
-            results = {name: bench.attacked(name, attack, oracle) for name, attack in attacks.items()}
+            results = {name: _attacked(bench, name, attack, oracle, exact) for name, attack in attacks.items()}
     return Evaluation(
-        settings=Settings(
-            count=len(images),
-            seed=seed,
-            quantize=quantize,
-            precision=precision,
-            batch_size=batch_size,
-            attacks={name: repr(attack) for name, attack in attacks.items()},
-            attack_network=oracle.plan,
-            torch=torch.__version__,
-            device=str(device),
-        ),
+        settings=bench.settings(attacks, precision, oracle.plan),
         label=images.labels.cpu().numpy().copy(),
         clean_prediction=logits.argmax(1).numpy(),
         rows={name: rows for name, (rows, _) in results.items()},
@@ -341,11 +328,20 @@ def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -
     return rounded(high)
 
 
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """The examples in batches, and the exact oracle that scores them."""
+@dataclass(frozen=True)
+class Attacked:
+    """A batch after an attack: the (B, *features) image to score, its labels, the attack's report and its seconds."""
 
-    exact: Oracle
+    image: Tensor
+    label: Tensor
+    result: AttackResult
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """The examples in batches, and what of an evaluation does not depend on who is evaluated."""
+
     images: ImageSet
     device: torch.device
     batch_size: int
@@ -353,31 +349,25 @@ class _Bench:
     quantize: int | None
     progress: Progress | None
 
-    def clean(self, attacks: Mapping[str, Attack]) -> Float[Tensor, "n classes"]:
-        """The clean images' logits; labels, bounds and grid are known to fit before the first long search."""
-        logits = []
-        for _, x, y in self._batches("clean"):
-            _check_images(x, attacks, self.quantize)
-            logits.append(self._logits(x, y).cpu())
-        return torch.cat(logits)
+    @contextmanager
+    def in_float32(self, oracle: Oracle) -> Iterator[None]:
+        """Inside, a caller's autocast or inference mode changes nothing, and random numbers are drawn from the seed."""
+        autocast = torch.autocast(self.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast, oracle.private_randomness(self.seed):
+            yield
 
-    def attacked(self, name: str, attack: Attack, oracle: Oracle) -> tuple[AttackRows, float]:
-        """An attack's rows, and the seconds it took."""
-        parts, seconds = [], 0.0
-        for index, x, y in self._batches(name):
-            feasible = attack.threat.around(x)
-            began = time.perf_counter()
-            # Copies: an attack that works in place must not move what it is measured against.
-            result = attack(oracle, x.clone(), y.clone(), seed=self.seed, index=index, final="gradient")
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            seconds += time.perf_counter() - began
-            logits = self._logits(self._admitted(name, result, feasible), y)
-            parts.append(_rows(result, logits, y))
-        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(AttackRows)}
-        return AttackRows(**{key: np.concatenate(values) for key, values in columns.items()}), seconds
+    def example(self) -> Float[Tensor, "b ..."]:
+        """The first few images."""
+        index = torch.arange(min(32, len(self.images)), device=self.device)
+        return self.images[:32].to(self.device).batch(index)[0]
 
-    def _batches(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def attack_oracle(self, model: nn.Module, exact: Oracle, precision: Precision) -> Oracle:
+        """The oracle that attacks search with."""
+        with exact.private_randomness(self.seed):  # what a model draws here must not depend on what came before
+            return exact if precision == "float32" else Oracle.fast(model, self.example(), precision)
+
+    def batches(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Index, images and labels of each batch, on the device."""
         for start in range(0, len(self.images), self.batch_size):
             stop = min(start + self.batch_size, len(self.images))
             index = torch.arange(start, stop)
@@ -386,6 +376,32 @@ class _Bench:
             yield index.to(self.device), x.to(self.device), y.to(self.device)
             if self.progress is not None:
                 self.progress(name, stop, len(self.images))
+
+    def attacked(self, name: str, attack: Attack, oracle: Oracle) -> Iterator[Attacked]:
+        """Each batch after an attack."""
+        for index, x, y in self.batches(name):
+            feasible = attack.threat.around(x)
+            began = time.perf_counter()
+            # Copies: an attack that works in place must not move what it is measured against.
+            result = attack(oracle, x.clone(), y.clone(), seed=self.seed, index=index, final="gradient")
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            seconds = time.perf_counter() - began
+            yield Attacked(self._admitted(name, result, feasible), y, result, seconds)
+
+    def settings(self, attacks: Mapping[str, Attack], precision: Precision, attack_network: str) -> Settings:
+        """What is evaluated, and how."""
+        return Settings(
+            count=len(self.images),
+            seed=self.seed,
+            quantize=self.quantize,
+            precision=precision,
+            batch_size=self.batch_size,
+            attacks={name: repr(attack) for name, attack in attacks.items()},
+            attack_network=attack_network,
+            torch=torch.__version__,
+            device=str(self.device),
+        )
 
     def _admitted(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
         """The image to score: what the attack returned, if need be moved into X(x), then onto the grid."""
@@ -399,13 +415,34 @@ class _Bench:
         x_adv = torch.where(inside, x_adv, feasible.project(x_adv))
         return x_adv if self.quantize is None else quantized(x_adv, feasible, self.quantize)
 
-    def _logits(self, x: Tensor, y: Tensor) -> Tensor:
-        logits = self.exact.logits(x)
-        bad = int(torch.isnan(logits).any(1).sum())
-        if bad:
-            raise ValueError(f"the model returns NaN logits for {bad} of {len(x)} inputs")
-        check_labels(y, len(y), logits.shape[1], name="the labels of test_set")
-        return logits
+
+def scoring_logits(exact: Oracle, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"]) -> Float[Tensor, "b classes"]:
+    """The logits that decide. Raises ValueError where they are NaN or lack a class for a label."""
+    logits = exact.logits(x)
+    bad = int(torch.isnan(logits).any(1).sum())
+    if bad:
+        raise ValueError(f"the model returns NaN logits for {bad} of {len(x)} inputs")
+    check_labels(y, len(y), logits.shape[1], name="the labels of test_set")
+    return logits
+
+
+def _clean(bench: Bench, exact: Oracle, attacks: Mapping[str, Attack]) -> Float[Tensor, "n classes"]:
+    """The clean images' logits; labels, bounds and grid are known to fit before the first long search."""
+    logits = []
+    for _, x, y in bench.batches("clean"):
+        check_images(x, attacks, bench.quantize)
+        logits.append(scoring_logits(exact, x, y).cpu())
+    return torch.cat(logits)
+
+
+def _attacked(bench: Bench, name: str, attack: Attack, oracle: Oracle, exact: Oracle) -> tuple[AttackRows, float]:
+    """An attack's rows, and the seconds it took."""
+    parts, seconds = [], 0.0
+    for batch in bench.attacked(name, attack, oracle):
+        parts.append(_rows(batch.result, scoring_logits(exact, batch.image, batch.label), batch.label))
+        seconds += batch.seconds
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(AttackRows)}
+    return AttackRows(**{key: np.concatenate(values) for key, values in columns.items()}), seconds
 
 
 def _rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:
@@ -463,7 +500,7 @@ def _quantiles(values: Column) -> tuple[float, float]:
     return float(median), float(ninth)
 
 
-def _check(
+def check_arguments(
     attacks: Mapping[str, Attack], batch_size: int, seed: int, quantize: int | None, precision: Precision
 ) -> None:
     """Raises for any argument that is wrong by itself."""
@@ -495,7 +532,7 @@ def _check(
         raise unknown("precision", precision, get_args(Precision))
 
 
-def _check_images(x: Tensor, attacks: Mapping[str, Attack], quantize: int | None) -> None:
+def check_images(x: Tensor, attacks: Mapping[str, Attack], quantize: int | None) -> None:
     """Raises where clean images are outside an attack's bounds or off the grid."""
     for name, attack in attacks.items():
         try:
@@ -508,7 +545,7 @@ def _check_images(x: Tensor, attacks: Mapping[str, Attack], quantize: int | None
             raise ValueError(f"quantize={quantize} needs images of test_set whose values are multiples of 1/{levels}")
 
 
-def _on_device(model: nn.Module, images: ImageSet, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
+def on_device(model: nn.Module, images: ImageSet, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
     """The model where it is to compute, a copy where it has to move; and that device."""
     model = unwrapped(model)
     here = next((p.device for p in (*model.parameters(), *model.buffers())), None)

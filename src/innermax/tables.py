@@ -1,12 +1,16 @@
 """What the terminal shows of an evaluation."""
 
 import math
+from collections.abc import Sequence
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from innermax.evaluation import Convergence, Evaluation
 from innermax.statistics import Accuracy
+from innermax.transferability import Transfer
 
 # The columns and the width below which each would be cut: a narrow terminal loses the last ones, never the names.
 _COLUMNS = {
@@ -17,6 +21,7 @@ _COLUMNS = {
     "zero\ngrad. %": 7,
     "gradient\ncalls": 8,
 }
+_ATTACKS_ABREAST = 4  # in 80 columns, beside the clean images
 
 
 def format_table(evaluation: Evaluation) -> Table:
@@ -33,11 +38,36 @@ def format_table(evaluation: Evaluation) -> Table:
     return table
 
 
+def format_transfer(transfer: Transfer) -> Group:
+    """Rich tables for 80 columns, one a surrogate and four attacks: each target's accuracy, clean and transferred."""
+    attacks = list(transfer.settings.attacks)
+    rows = [attacks[start : start + _ATTACKS_ABREAST] for start in range(0, len(attacks), _ATTACKS_ABREAST)]
+    tables = [_transferred(transfer, surrogate, abreast) for surrogate in transfer.accuracy for abreast in rows]
+    caption = f"{transfer.settings.count:,} examples. Accuracy in %, its 95 % interval below."
+    if transfer.white_box:
+        caption += " White box: the target is the surrogate."
+    return Group(*tables, caption)
+
+
 def shown_name(name: str) -> str:
     """An attack's name as tables print it: FGSM, PGD-20, C&W∞ for "fgsm", "pgd-20", "cw-30"; others as they are."""
     if name.startswith("cw-"):
         return "C&W∞" if name == "cw-30" else f"C&W∞-{name.removeprefix('cw-')}"
     return name.upper() if name == "fgsm" or name.startswith("pgd-") else name
+
+
+def _transferred(transfer: Transfer, surrogate: str, attacks: Sequence[str]) -> Table:
+    """One surrogate's images: a row a target, a column an attack."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), title_justify="left", title_style="")
+    table.title = Text(f"Images made on {surrogate}")
+    table.add_column("target", min_width=10, overflow="fold")
+    for heading in ("Clean", *map(shown_name, attacks)):
+        table.add_column(Text(heading), justify="right", overflow="fold", min_width=10)
+    for target, accuracy in transfer.accuracy[surrogate].items():
+        name = Text(target + ("\n(white box)" if (surrogate, target) in transfer.white_box else ""))
+        cells = (transfer.clean_accuracy[target], *(accuracy[attack] for attack in attacks))
+        table.add_row(name, *(f"{100 * cell.value:.2f}\n{_interval(cell)}" for cell in cells))
+    return table
 
 
 def _caption(evaluation: Evaluation) -> str:
@@ -52,6 +82,10 @@ def _caption(evaluation: Evaluation) -> str:
 
 def _accuracy(value: Accuracy) -> tuple[str, str]:
     return f"{100 * value.value:.2f}", f"{100 * value.low:.2f}–{100 * value.high:.2f}"
+
+
+def _interval(value: Accuracy) -> str:
+    return f"{100 * value.low:.1f}–{100 * value.high:.1f}"
 
 
 def _search(convergence: Convergence) -> tuple[str, ...]:
