@@ -34,6 +34,24 @@ def dlr(logits: Logits, label: Labels) -> Float[Tensor, " b"]:
     return margin(logits, label) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def difference(logits: Logits, label: Labels, target: Labels) -> Float[Tensor, " b"]:
+    """The target's logit − the label's."""
+    return (logits.gather(1, target[:, None]) - logits.gather(1, label[:, None]))[:, 0]
+
+
+def targeted_dlr(logits: Logits, label: Labels, target: Labels) -> Float[Tensor, " b"]:
+    """The difference over (largest − mean of third and fourth largest logit) (Croce & Hein 2020, Eq. 7)."""
+    if logits.shape[1] < 4:
+        raise ValueError(f"the targeted loss 'dlr' needs at least 4 classes, the model has {logits.shape[1]}")
+    top = logits.topk(4, dim=1).values
+    return difference(logits, label, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def likeliest_others(logits: Logits, label: Labels, count: int = 1) -> Int[Tensor, "b k"]:
+    """The classes other than the label with the `count` largest logits, largest first."""
+    return _others(logits, label).topk(count, dim=1).indices
+
+
 @dataclass(frozen=True)
 class CappedMargin:
     """The margin, constant once it exceeds `confidence`: the objective of C&W∞ (Carlini & Wagner 2017, f₆)."""
