@@ -1,7 +1,6 @@
 """APGD: projected gradient ascent with momentum that chooses its own step sizes."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -14,7 +13,7 @@ from innermax import randomness
 from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
 from innermax.attacks.search import AttackResult, joined
 from innermax.checks import check_count
-from innermax.losses import Loss, difference, dlr, find_loss, likeliest_others, margin, reaching, targeted_dlr
+from innermax.losses import Loss, Paired, TowardsLikeliest, dlr, find_loss, margin, reaching, targeted
 from innermax.oracle import Answer
 from innermax.threat import L1, FeasibleSet, Linf
 
@@ -76,60 +75,48 @@ class APGD(VerdictAttack):
         classes = clean.shape[1]
         if self._loss(classes) is not find_loss(self.loss):
             _log.warning("loss %r needs more than the model's %d classes: the margin is maximised", self.loss, classes)
-        aims: tuple[Tensor | None, ...] = (None,)
-        if self.targets is not None:
-            aims = likeliest_others(clean, problem.y, min(self.targets, classes - 1)).unbind(1)
-        loss = self.gauge_loss(problem, clean)
+        loss = self.reported_loss(classes, problem.reach)
         found = reported(problem, problem.feasible.x, loss(clean, problem.label), clean)
-        for number, aim in enumerate(aims):
+        aimed = (problem,) if self.targets is None else problem.towards(self.targets, clean)
+        for number, one in enumerate(aimed):
             for restart in range(self.restarts):
-                found = pursued(found, partial(self._once, replace(problem, aim=aim), classes, (number, restart)))
+                found = pursued(found, partial(self._once, one, loss, (number, restart)))
         return found
 
-    def gauge_loss(self, problem: Problem, logits: Float[Tensor, "b classes"]) -> Loss:
-        """The loss that is maximised, with targets that for the wrong class with the largest logit."""
-        aim = None if self.targets is None else likeliest_others(logits, problem.y)[:, 0]
-        return self._objective(replace(problem, aim=aim), logits.shape[1])
+    def reported_loss(self, classes: int, reach: bool) -> Loss:
+        """The loss that is maximised; with targets that for the wrong class with the largest logit."""
+        loss = self._loss(classes)
+        if self.targets is not None:
+            return TowardsLikeliest(targeted(loss))
+        return reaching(loss) if reach else loss
 
     def _loss(self, classes: int) -> Loss:
         loss = find_loss(self.loss)
         return margin if loss is dlr and classes < (3 if self.targets is None else 4) else loss
 
-    def _objective(self, problem: Problem, classes: int) -> Loss:
-        """What is maximised, a function of (logits, problem.label)."""
-        loss, aim = self._loss(classes), problem.aim
-        if aim is None:
-            return reaching(loss) if problem.reach else loss
-        if loss in (dlr, margin):
-            return partial(targeted_dlr if loss is dlr else difference, target=aim)
-        return lambda logits, label: reaching(loss)(logits, aim)
-
-    def _once(self, problem: Problem, classes: int, streams: tuple[int, int], rows: Int[Tensor, " k"]) -> AttackResult:
-        """One search of some of the examples."""
+    def _once(self, problem: Problem, loss: Loss, streams: tuple[int, int], rows: Int[Tensor, " k"]) -> AttackResult:
+        """One search of some of the examples; its result is told in the reported loss."""
         problem = problem[rows]
-        objective = partial(self._objective, classes=classes)
+        climbed = Paired(loss.loss) if isinstance(loss, TowardsLikeliest) else loss
+        key = problem.keys(*streams)
         if isinstance(self.threat, L1):
-            found = self._shrinking(problem, objective, problem.keys(*streams))
+            found = self._shrinking(problem, climbed, key)
         else:
-            start = problem.feasible.sample(problem.keys(*streams))
-            found = _climb(problem, objective, start, self.steps)
-        if self.targets is None:
+            found = _climb(problem, climbed, problem.feasible.sample(key), self.steps)
+        if climbed is loss:
             return found
-        logits = cast(Tensor, found.logits)
-        return replace(found, loss=self.gauge_loss(problem, logits)(logits, problem.y))
+        return replace(found, loss=loss(cast(Tensor, found.logits), problem.y))
 
-    def _shrinking(
-        self, problem: Problem, objective: Callable[[Problem], Loss], key: Int[Tensor, " b"]
-    ) -> AttackResult:
+    def _shrinking(self, problem: Problem, loss: Loss, key: Int[Tensor, " b"]) -> AttackResult:
         """One search in L1: three tenths of the steps in balls of 3ε and 2ε each, where nothing counts as fallen."""
         feasible, third = problem.feasible, 3 * self.steps // 10
         noise = randomness.normal(key, feasible.floor.shape[1]).to(feasible.x)
         point, cost = feasible.x + noise.reshape(feasible.x.shape), torch.zeros_like(problem.y)
         for factor in (3, 2) if third > 0 else ():
             ball = replace(problem, feasible=_enlarged(feasible, factor))
-            found = _climb(ball, objective, ball.feasible.project(point), third, stop=False)
+            found = _climb(ball, loss, ball.feasible.project(point), third, stop=False)
             point, cost = found.x_adv, cost + found.gradient_calls
-        found = _climb(problem, objective, feasible.project(point), self.steps - 2 * third)
+        found = _climb(problem, loss, feasible.project(point), self.steps - 2 * third)
         return replace(found, steps=found.steps + 2 * third, gradient_calls=found.gradient_calls + cost)
 
 
@@ -201,21 +188,15 @@ class _Climb:
         return replace(self, point=_either(again, self.best, self.point), answer=answer)
 
 
-def _climb(
-    problem: Problem,
-    objective: Callable[[Problem], Loss],
-    start: Float[Tensor, "b ..."],
-    steps: int,
-    stop: bool = True,
-) -> AttackResult:
+def _climb(problem: Problem, loss: Loss, start: Float[Tensor, "b ..."], steps: int, stop: bool = True) -> AttackResult:
     """Climbs from `start` over X(x); where told, an example stops once the adversary has what it wants."""
-    search = _begun(problem, start, problem.gradient(start, objective(problem)))
+    search = _begun(problem, start, problem.gradient(start, loss))
     checkpoints = _checkpoints(steps, isinstance(problem.feasible.threat, L1))
     pieces: list[tuple[Tensor, AttackResult]] = []
     for step in range(steps + 1):
         if step > 0:
             point = search.moved(problem.feasible, step == 1)
-            search = search.advanced(point, problem.gradient(point, objective(problem)), step)
+            search = search.advanced(point, problem.gradient(point, loss), step)
         won = problem.won(search.answer.logits)
         if stop and bool(won.any()):
             done, going = won.nonzero()[:, 0], (~won).nonzero()[:, 0]
@@ -274,7 +255,7 @@ def _direction(feasible: FeasibleSet, gradient: Float[Tensor, "b d"], sparsity: 
         return gradient.sign()
     size = gradient.abs()
     if isinstance(feasible.threat, L1):
-        count = (sparsity / _DENSER).ceil().long().clamp(min=1)
+        count = (sparsity / _DENSER).long().clamp(min=1)
         smallest = size.topk(int(count.max()), dim=1).values.gather(1, count[:, None] - 1)
         chosen = gradient.sign() * (size >= smallest)
         return chosen / chosen.abs().sum(1, keepdim=True).clamp(min=1)

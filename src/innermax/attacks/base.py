@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from innermax import randomness
 from innermax.attacks.search import AttackResult, Final, better, gauges, has_won
 from innermax.checks import check_inputs, check_labels, unknown
-from innermax.losses import Loss, margin
+from innermax.losses import Loss, likeliest_others, margin
 from innermax.oracle import Answer, Oracle
 from innermax.threat import L1, L2, FeasibleSet, Linf, Threat
 
@@ -29,7 +29,8 @@ class Problem:
         target: (B,) labels to reach; None: y is to be left.
         seed: with index it decides all that is random.
         index: (B,) example numbers.
-        aim: (B,) the wrong class that a search makes for, where it makes for one; it has won wherever y is left.
+        pair: (B,) y · classes + the wrong class that a search makes for, where it makes for one: what `losses.Paired`
+            takes. Such a search has won wherever y is left.
         samples: answers averaged, each time the network is asked (expectation over transformation).
     """
 
@@ -39,7 +40,7 @@ class Problem:
     target: Int[Tensor, " b"] | None
     seed: int
     index: Int[Tensor, " b"]
-    aim: Int[Tensor, " b"] | None = None
+    pair: Int[Tensor, " b"] | None = None
     samples: int = 1
 
     @classmethod
@@ -77,8 +78,14 @@ class Problem:
             y=self.y[rows],
             target=None if self.target is None else self.target[rows],
             index=self.index[rows],
-            aim=None if self.aim is None else self.aim[rows],
+            pair=None if self.pair is None else self.pair[rows],
         )
+
+    def towards(self, targets: int, clean: Float[Tensor, "b classes"]) -> "Iterator[Problem]":
+        """The problem with one wrong class after the other to make for, the most likely on the clean input first."""
+        classes = clean.shape[1]
+        for aim in likeliest_others(clean, self.y, min(targets, classes - 1)).unbind(1):
+            yield replace(self, pair=self.y * classes + aim)
 
     @property
     def reach(self) -> bool:
@@ -107,11 +114,12 @@ class Problem:
 
     def gradient(self, point: Float[Tensor, "b ..."], loss: Loss) -> Answer:
         """Gradient, loss and logits at a point of each example, the means of `samples` answers."""
-        total = self.oracle.gradient(point, self.label, loss)
+        label = self.label if self.pair is None else self.pair
+        answer = self.oracle.gradient(point, label, loss)
         for _ in range(1, self.samples):
-            answer = self.oracle.gradient(point, self.label, loss)
-            total = Answer(total.gradient + answer.gradient, total.loss + answer.loss, total.logits + answer.logits)
-        return Answer(total.gradient / self.samples, total.loss / self.samples, total.logits / self.samples)
+            more = self.oracle.gradient(point, label, loss)
+            answer = Answer(answer.gradient + more.gradient, answer.loss + more.loss, answer.logits + more.logits)
+        return Answer(answer.gradient / self.samples, answer.loss / self.samples, answer.logits / self.samples)
 
 
 @dataclass(frozen=True)
@@ -182,12 +190,13 @@ class VerdictAttack(ABC):
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
         """What was found, without FOSC, given the clean inputs' logits; `misclassified` is where the search has won."""
 
-    def gauge_loss(self, problem: Problem, logits: Float[Tensor, "b classes"]) -> Loss:
-        """The loss that is reported, with FOSC, where the search has ended with these logits."""
+    def reported_loss(self, classes: int, reach: bool) -> Loss:
+        """The loss (logits, label) → (B,) that results report, and whose FOSC."""
         return margin
 
     def _gauged(self, problem: Problem, found: AttackResult) -> AttackResult:
-        answer = problem.gradient(found.x_adv, self.gauge_loss(problem, cast(Tensor, found.logits)))
+        classes = cast(Tensor, found.logits).shape[1]
+        answer = problem.gradient(found.x_adv, self.reported_loss(classes, problem.reach))
         return replace(
             found,
             loss=answer.loss,

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +11,7 @@ from torch import Tensor
 from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
 from innermax.attacks.search import AttackResult, joined
 from innermax.checks import check_count
-from innermax.losses import difference, likeliest_others, margin
+from innermax.losses import Paired, difference, margin
 from innermax.threat import L1, Column, Flat, Linf, Threat, fill
 
 _TOWARDS_X = 0.1  # α_max: largest share of the step that starts from x
@@ -51,10 +50,9 @@ class FAB(VerdictAttack):
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
         """What was found, without FOSC, given the clean inputs' logits."""
         found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
-        aims = likeliest_others(clean, problem.y, min(self.targets, clean.shape[1] - 1)).unbind(1)
-        for number, aim in enumerate(aims):
+        for number, aimed in enumerate(problem.towards(self.targets, clean)):
             for restart in range(self.restarts):
-                found = pursued(found, partial(self._once, replace(problem, aim=aim), (number, restart)))
+                found = pursued(found, partial(self._once, aimed, (number, restart)))
         return found
 
     def _once(self, problem: Problem, streams: tuple[int, int], rows: Int[Tensor, " k"]) -> AttackResult:
@@ -118,7 +116,7 @@ class _Approach:
 def _stepped(problem: Problem, point: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
     """Beyond the boundary's linearisation, by a mean of the shortest ways there from the iterate and from x."""
     threat, x = problem.feasible.threat, problem.feasible.x.flatten(1)
-    answer = problem.gradient(point, partial(difference, target=cast(Tensor, problem.aim)))
+    answer = problem.gradient(point, Paired(difference))
     slope, there, (low, high) = answer.gradient.flatten(1), point.flatten(1), threat.box(problem.feasible.x)
     lacking = -answer.loss[:, None]
     on = shortest_way(threat, slope, lacking, low - there, high - there)
@@ -140,9 +138,10 @@ def shortest_way(threat: Threat, slope: Flat, amount: Column, down: Flat, up: Fl
     worth, direction = slope.abs(), slope.sign() * amount.sign()
     room = torch.where(direction == 0, 0.0, torch.where(direction > 0, up, -down).clamp(min=0))
     if isinstance(threat, L1):
-        return direction * fill(worth, worth * room, amount.abs()) / torch.where(worth > 0, worth, 1.0)
-    pace = torch.ones_like(worth) if isinstance(threat, Linf) else worth
-    length = _level(pace, worth, room, amount.abs()) * pace
+        length = fill(worth, worth * room, amount.abs()) / torch.where(worth > 0, worth, 1.0)
+    else:
+        pace = torch.ones_like(worth) if isinstance(threat, Linf) else worth
+        length = _level(pace, worth, room, amount.abs()) * pace
     return direction * torch.where(room > 0, length.minimum(room), 0.0)
 
 
