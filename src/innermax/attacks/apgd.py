@@ -19,14 +19,14 @@ from innermax.threat import L1, FeasibleSet, Linf
 
 _NEW = 0.75  # α: share of the new step in a move; the rest repeats the move before
 _RISES = 0.75  # ρ: a step size lasts while the loss rises in at least this share of the steps
-_DENSER = 1.5  # L1: a step moves fewer coordinates than the best point's by this factor, and shrinks by it
-_SPARSER = 0.95  # L1: a best point with fewer coordinates than this share is progress
+_THINNING = 1.5  # L1: a step moves fewer coordinates than the best point has moved by this factor, and shrinks by it
+_SPARSER = 0.95  # L1: below this share of the moved coordinates before, a point has become sparser
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class APGD(VerdictAttack):
-    """Auto-PGD (Croce & Hein 2020a, Algorithm 1; for L1: Croce & Hein 2021, Algorithm 1).
+    """Auto-PGD (Croce & Hein 2020a, Algorithm 1; for L1: Croce & Hein 2021).
 
     L∞ and L2: steps of 2ε with momentum, halved at checkpoints where the loss rose too seldom, with a new start from
     the best point. L1: steps on a few coordinates, whose number follows the best point's sparsity, first in balls of
@@ -175,7 +175,7 @@ class _Climb:
         if isinstance(feasible.threat, L1):
             sparsity, eps = _nonzeros(self.best - feasible.x), feasible.threat.eps
             again = sparsity < _SPARSER * self.sparsity
-            step_size = torch.where(again, eps, (self.step_size / _DENSER).clamp(min=eps / 10))
+            step_size = torch.where(again, eps, (self.step_size / _THINNING).clamp(min=eps / 10))
             return replace(self, step_size=step_size, sparsity=sparsity)._restarted(again)
         highest = self.best_answer.loss
         again = (self.rises < _RISES * interval) | (~self.reduced & (highest == self.checked))
@@ -200,20 +200,20 @@ def _climb(problem: Problem, loss: Loss, start: Float[Tensor, "b ..."], steps: i
         won = problem.won(search.answer.logits)
         if stop and bool(won.any()):
             done, going = won.nonzero()[:, 0], (~won).nonzero()[:, 0]
-            there, answer = search.point[done], search.answer[done]
             pieces.append(
-                (search.rows[done], reported(problem[done], there, answer.loss, answer.logits, step, step + 1))
+                (search.rows[done], _ended(problem[done], search.point[done], search.answer[done], step, step))
             )
             if len(going) == 0:
                 return joined(pieces)
             search, problem = search[going], problem[going]
         if step in checkpoints:
             search = search.checkpoint(problem.feasible, checkpoints[step])
-    answer = search.best_answer
-    pieces.append(
-        (search.rows, reported(problem, search.best, answer.loss, answer.logits, search.best_step, steps + 1))
-    )
-    return joined(pieces)
+    return joined([*pieces, (search.rows, _ended(problem, search.best, search.best_answer, search.best_step, steps))])
+
+
+def _ended(problem: Problem, x_adv: Tensor, answer: Answer, reached: int | Tensor, steps: int) -> AttackResult:
+    """The result of searches that took so many steps; x_adv is where they were at step `reached`."""
+    return reported(problem, x_adv, answer.loss, answer.logits, reached, gradients=steps + 1)
 
 
 def _begun(problem: Problem, start: Tensor, answer: Answer) -> _Climb:
@@ -255,7 +255,7 @@ def _direction(feasible: FeasibleSet, gradient: Float[Tensor, "b d"], sparsity: 
         return gradient.sign()
     size = gradient.abs()
     if isinstance(feasible.threat, L1):
-        count = (sparsity / _DENSER).long().clamp(min=1)
+        count = (sparsity / _THINNING).long().clamp(min=1)
         smallest = size.topk(int(count.max()), dim=1).values.gather(1, count[:, None] - 1)
         chosen = gradient.sign() * (size >= smallest)
         return chosen / chosen.abs().sum(1, keepdim=True).clamp(min=1)

@@ -62,9 +62,7 @@ class FAB(VerdictAttack):
         if streams[1] > 0:
             start = start + (problem.feasible.sample(problem.keys(*streams)) - start) / 2
         rows = torch.arange(len(start), device=start.device)
-        search = _Approach(
-            rows, start, start, torch.full(rows.shape, math.inf, dtype=torch.float64, device=rows.device)
-        )
+        search = _Approach(rows, start, start, torch.full_like(rows, math.inf, dtype=torch.float64))
         pieces: list[tuple[Tensor, AttackResult]] = []
         for step in range(1, self.steps + 1):
             point = _stepped(problem, search.point)
@@ -130,7 +128,7 @@ def _stepped(problem: Problem, point: Float[Tensor, "b ..."]) -> Float[Tensor, "
 def shortest_way(threat: Threat, slope: Flat, amount: Column, down: Flat, up: Flat) -> Flat:
     """The d in [down, up] with ⟨slope, d⟩ = amount whose norm is smallest; where there is none, as far as it goes.
 
-    Projection onto a hyperplane within a box (Croce & Hein 2020b, Eq. 6).
+    The projection onto a hyperplane within a box (Croce & Hein 2020b).
     """
     largest = slope.abs().amax(1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)

@@ -21,7 +21,7 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after wh
 
 @dataclass(frozen=True)
 class Square(VerdictAttack):
-    """Square Attack (Andriushchenko et al. 2020; for L1: Croce & Hein 2021, Section 5): random search on the margin.
+    """Square Attack (Andriushchenko et al. 2020; for L1: Croce & Hein 2021): random search on the margin.
 
     A square of random place and sign replaces part of the perturbation, and stays where the margin grows. Squares
     shrink with the number of queries, by the schedule of AutoAttack, which does not depend on `queries`.
