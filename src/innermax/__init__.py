@@ -7,8 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from innermax.attacks.apgd import APGD
+    from innermax.attacks.ensemble import AutoAttack
+    from innermax.attacks.fab import FAB
     from innermax.attacks.gradient import CW, FGSM, PGD
     from innermax.attacks.search import AttackResult
+    from innermax.attacks.square import Square
     from innermax.checkpoints import load_model, save_model
     from innermax.data import Data, ImageSet, load_data
     from innermax.evaluation import Evaluation, evaluate
@@ -22,8 +26,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "innermax.attacks.apgd": ("APGD",),
+    "innermax.attacks.ensemble": ("AutoAttack",),
+    "innermax.attacks.fab": ("FAB",),
     "innermax.attacks.gradient": ("CW", "FGSM", "PGD"),
     "innermax.attacks.search": ("AttackResult",),
+    "innermax.attacks.square": ("Square",),
     "innermax.checkpoints": ("load_model", "save_model"),
     "innermax.data": ("Data", "ImageSet", "load_data"),
     "innermax.evaluation": ("Evaluation", "evaluate"),
@@ -37,12 +45,15 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "APGD",
     "CW",
+    "FAB",
     "FGSM",
     "L1",
     "L2",
     "PGD",
     "AttackResult",
+    "AutoAttack",
     "Curriculum",
     "Data",
     "Dynamic",
@@ -52,6 +63,7 @@ __all__ = [
     "Linf",
     "Oracle",
     "Run",
+    "Square",
     "Standard",
     "Transfer",
     "Unsecured",

@@ -15,6 +15,14 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
 
 
+def check_count(value: object, name: str) -> None:
+    """Raises unless value is an integer ≥ 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, came {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, came {value}")
+
+
 def check_inputs(x: Tensor, name: str = "x") -> None:
     """Raises unless x is a non-empty finite float tensor (B, *features)."""
     if not isinstance(x, Tensor):

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from innermax import randomness
-from innermax.attacks.gradient import looks_like_probabilities
+from innermax.attacks.base import looks_like_probabilities
 from innermax.attacks.search import AttackResult, Final
 from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set

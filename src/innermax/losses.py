@@ -13,6 +13,7 @@ from innermax.checks import unknown
 Logits = Float[Tensor, "b classes"]
 Labels = Int[Tensor, " b"]
 Loss = Callable[[Tensor, Tensor], Tensor]
+TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Logits, label: Labels) -> Float[Tensor, " b"]:
@@ -32,6 +33,47 @@ def dlr(logits: Logits, label: Labels) -> Float[Tensor, " b"]:
         raise ValueError(f"loss 'dlr' needs at least 3 classes, the model has {logits.shape[1]}")
     top = logits.topk(3, dim=1).values
     return margin(logits, label) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def difference(logits: Logits, label: Labels, target: Labels) -> Float[Tensor, " b"]:
+    """The target's logit − the label's."""
+    return (logits.gather(1, target[:, None]) - logits.gather(1, label[:, None]))[:, 0]
+
+
+def targeted_dlr(logits: Logits, label: Labels, target: Labels) -> Float[Tensor, " b"]:
+    """The difference over (largest − mean of third and fourth largest logit) (Croce & Hein 2020, Eq. 7)."""
+    if logits.shape[1] < 4:
+        raise ValueError(f"the targeted loss 'dlr' needs at least 4 classes, the model has {logits.shape[1]}")
+    top = logits.topk(4, dim=1).values
+    return difference(logits, label, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A loss of (logits, label, target) as one of (logits, pair), so that one number an example says both classes."""
+
+    loss: TargetedLoss
+
+    def __call__(self, logits: Logits, pair: Labels) -> Float[Tensor, " b"]:
+        """The loss for pair = label · classes + target."""
+        classes = logits.shape[1]
+        return self.loss(logits, pair // classes, pair % classes)
+
+
+@dataclass(frozen=True)
+class TowardsLikeliest:
+    """A loss of (logits, label, target) for the target with the largest logit."""
+
+    loss: TargetedLoss
+
+    def __call__(self, logits: Logits, label: Labels) -> Float[Tensor, " b"]:
+        """The loss for the label and the most likely other class."""
+        return self.loss(logits, label, likeliest_others(logits, label)[:, 0])
+
+
+def likeliest_others(logits: Logits, label: Labels, count: int = 1) -> Int[Tensor, "b k"]:
+    """The classes other than the label with the `count` largest logits, largest first."""
+    return _others(logits, label).topk(count, dim=1).indices
 
 
 @dataclass(frozen=True)
@@ -65,6 +107,20 @@ def reaching(loss: Loss) -> Loss:
     """What to maximise in order to reach a label instead of leaving it: the loss's own `reach`, or its negative."""
     own: Loss | None = getattr(loss, "reach", None)
     return own if own is not None else _Negative(loss)
+
+
+def targeted(loss: Loss) -> TargetedLoss:
+    """A loss as a function of (logits, label, target) that leaves the label for the target."""
+    known: dict[Loss, TargetedLoss] = {margin: difference, dlr: targeted_dlr}
+    return known[loss] if loss in known else _Reaching(reaching(loss))
+
+
+@dataclass(frozen=True)
+class _Reaching:
+    loss: Loss
+
+    def __call__(self, logits: Logits, label: Labels, target: Labels) -> Float[Tensor, " b"]:
+        return self.loss(logits, target)
 
 
 @dataclass(frozen=True)

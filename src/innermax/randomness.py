@@ -1,5 +1,7 @@
 """Counter-based random numbers: a pure function of (seed, example, stream), never of a shared generator."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,6 +39,12 @@ def uniform(key: Int[Tensor, " b"], count: int) -> Float[Tensor, "b n"]:
     counter = torch.arange(1, count + 1, device=key.device)
     bits = _mix(key[:, None] + counter * _GOLDEN)
     return ((bits >> 41) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
+
+
+def normal(key: Int[Tensor, " b"], count: int) -> Float[Tensor, "b n"]:
+    """count standard normal numbers an example (Box & Muller 1958)."""
+    draws = uniform(key, 2 * count)
+    return torch.sqrt(-2 * draws[:, :count].log()) * torch.cos(2 * math.pi * draws[:, count:])
 
 
 def permutation(seed: int, count: int, *streams: int) -> Int[Tensor, " n"]:

@@ -120,7 +120,7 @@ class EvaluateSettings:
 
     Args:
         data: data set name or folder; empty for the run's own.
-        attacks: separated by commas: fgsm, pgd-K and cw-K with K steps.
+        attacks: separated by commas: fgsm, autoattack, and pgd-K, cw-K, apgd-K, fab-K or square-K with K steps.
         limit: only so many test images, the first ones.
         quantize: score images rounded to so many bits.
         precision: what attacks compute in; scores are float32 always.

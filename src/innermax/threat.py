@@ -53,10 +53,7 @@ class Threat(ABC):
         """The set X(x) for a batch of clean inputs. Raises ValueError where x is not finite or outside the bounds."""
         check_inputs(x)
         flat = x.detach().flatten(1)
-        if self.bounds is None:
-            ceiling = torch.full_like(flat, self.eps)
-            return FeasibleSet(self, x.detach(), -ceiling, ceiling)
-        low, high = (_expand(bound, x) for bound in self.bounds)
+        low, high = self.box(x)
         if bool(((flat < low) | (flat > high)).any()):
             raise ValueError(f"x must lie within the bounds, came values from {float(x.min()):g} to {float(x.max()):g}")
         largest = float(self.norm(high - low).max())
@@ -64,6 +61,11 @@ class Threat(ABC):
             raise ValueError(f"eps must be at most {largest:g}, the size of the bounds, came {self.eps:g}")
         floor, ceiling = (low - flat).clamp(min=-self.eps), (high - flat).clamp(max=self.eps)
         return FeasibleSet(self, x.detach(), floor, ceiling)
+
+    def box(self, x: Float[Tensor, "b ..."]) -> tuple[Flat, Flat]:
+        """(low, high) of every coordinate of x, flat; −∞ and ∞ without bounds."""
+        low, high = (-math.inf, math.inf) if self.bounds is None else self.bounds
+        return _expand(low, x), _expand(high, x)
 
     def project(self, x_adv: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """The point of X(x) nearest to x_adv in Euclidean distance."""
@@ -288,9 +290,9 @@ class L2(Threat):
         return length
 
     def _draw(self, key: Int[Tensor, " b"], d: int) -> Flat:
-        draws = randomness.uniform(key, 2 * d + 1)
-        normal = torch.sqrt(-2 * draws[:, :d].log()) * torch.cos(2 * math.pi * draws[:, d:-1])  # Box & Muller 1958
-        return normal / self.norm(normal)[:, None] * draws[:, -1:].pow(1 / d)
+        normal = randomness.normal(key, d)
+        radius = randomness.uniform(key, 2 * d + 1)[:, -1:].pow(1 / d)
+        return normal / self.norm(normal)[:, None] * radius
 
     def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
         return (self._scale(u, floor, ceiling).clamp(max=1.0) * u).clamp(floor, ceiling)
@@ -369,7 +371,7 @@ class L1(Threat):
 
     def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
         room = torch.where(gradient > 0, ceiling, -floor) * (gradient != 0)
-        return gradient.sign() * _fill(gradient.abs(), room, self.eps)
+        return gradient.sign() * fill(gradient.abs(), room, self.eps)
 
     def _ascend(self, u: Flat, gradient: Flat, step_size: float, floor: Flat, ceiling: Flat) -> Flat:
         """Moves mass `step_size` from where it serves least to the largest coordinates with room left.
@@ -384,8 +386,8 @@ class L1(Threat):
         # Neither more than there is room for nor more than the ball holds: a projection would have to undo it.
         amount = room(u).sum(1, keepdim=True).clamp(max=min(step_size, self.eps))
         excess = (self.norm(u)[:, None] + amount - self.eps).clamp(min=0)
-        u = u - u.sign() * _fill(-gradient * u.sign(), u.abs(), excess)
-        return self._nearest(u + gradient.sign() * _fill(gradient.abs(), room(u), amount), floor, ceiling)
+        u = u - u.sign() * fill(-gradient * u.sign(), u.abs(), excess)
+        return self._nearest(u + gradient.sign() * fill(gradient.abs(), room(u), amount), floor, ceiling)
 
     def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
         best = self._vertex(gradient, floor, ceiling)
@@ -398,7 +400,7 @@ class L1(Threat):
         return terms.clamp(min=0).sum(1) + multiplier[:, 0] * (self.eps - self.norm(u)).clamp(min=0)
 
 
-def _fill(worth: Flat, room: Flat, amount: float | Column) -> Flat:
+def fill(worth: Flat, room: Flat, amount: float | Column) -> Flat:
     """How much of `amount` each coordinate takes when the worthiest are filled to their room first."""
     order = worth.argsort(dim=1, descending=True, stable=True)
     room = room.clamp(max=amount).gather(1, order)

@@ -1,21 +1,20 @@
 """FGSM, PGD and C&W∞: a loss, step sizes and a stopping rule over the one search."""
 
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from innermax import randomness
+from innermax.attacks.base import Problem, inspected
 from innermax.attacks.search import AttackResult, Final, Gauge, better, concatenated, search
-from innermax.checks import check_inputs, check_labels, unknown
+from innermax.checks import check_count, check_labels, unknown
 from innermax.losses import CappedMargin, Loss, find_loss, reaching
 from innermax.oracle import Oracle
-from innermax.threat import FeasibleSet, Threat
+from innermax.threat import Threat
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,8 @@ class PGD:
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat):
             raise TypeError(f"threat must be a threat model such as Linf(8 / 255), came {self.threat!r}")
-        for name in ("steps", "restarts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, came {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, came {value}")
+        check_count(self.steps, "steps")
+        check_count(self.restarts, "restarts")
         if self.restarts > 1 and not self.random_start:
             raise ValueError("restarts need random_start=True: without it every restart is the same search")
         if self.gauge not in get_args(Gauge):
@@ -121,36 +116,14 @@ class PGD:
         Raises:
             ValueError, TypeError: x, y, target or index do not fit, or the model's answer is not (B, classes) numbers.
         """
-        if final not in get_args(Final):
-            raise unknown("final", final, get_args(Final))
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer, came {seed!r}")
-        check_inputs(x)
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        feasible = self.threat.around(x)
-        for name, label in (("y", y), ("target", y if target is None else target)):
-            check_labels(label, len(x), name=name)
-        index = torch.arange(len(x), device=x.device) if index is None else index
-        check_labels(index, len(x), name="index")
-        oracle = Oracle.of(model)
-        with oracle.private_randomness(seed):
-            result = self._best(
-                oracle, feasible, y if target is None else target, target is not None, seed, index, final
-            )
-        return _inspected(result, y)
+        problem = Problem.of(self.threat, model, x, y, target=target, seed=seed, index=index, final=final)
+        with problem.oracle.private_randomness(seed):
+            result = self._best(problem, final)
+        return inspected(result, y)
 
-    def _best(
-        self,
-        oracle: Oracle,
-        feasible: FeasibleSet,
-        label: Tensor,
-        reach: bool,
-        seed: int,
-        index: Tensor,
-        final: Final,
-    ) -> AttackResult:
+    def _best(self, problem: Problem, final: Final) -> AttackResult:
         """The best of the restarts; with stop_on_success only survivors start again."""
-        loss = self.objective()
+        loss, label, reach = self.objective(), problem.label, problem.reach
         options: dict[str, Any] = {
             "loss": _Checked(reaching(loss) if reach else loss, "target" if reach else "y", int(label.max())),
             "step_sizes": self.step_sizes(),
@@ -162,9 +135,9 @@ class PGD:
         }
 
         def once(rows: Tensor, restart: int) -> AttackResult:
-            chosen = feasible[rows]
-            start = chosen.sample(randomness.keys(seed, index[rows], restart)) if self.random_start else chosen.x
-            return search(oracle, chosen, start, label[rows], **options)
+            part = problem[rows]
+            start = part.feasible.sample(part.keys(restart)) if self.random_start else part.feasible.x
+            return search(part.oracle, part.feasible, start, part.label, **options)
 
         def best_of(rows: Tensor) -> AttackResult:
             best, again = once(rows, 0), torch.arange(len(rows), device=rows.device)
@@ -175,7 +148,7 @@ class PGD:
                     best = best.updated(again, better(best[again], once(rows[again], restart)))
             return best
 
-        return concatenated(oracle.side_by_side(best_of, torch.arange(len(label), device=label.device)))
+        return concatenated(problem.oracle.side_by_side(best_of, torch.arange(len(label), device=label.device)))
 
 
 def FGSM(threat: Threat, loss: str | Loss = "cross_entropy") -> PGD:
@@ -205,25 +178,3 @@ class _Checked:
         if self.highest >= logits.shape[1]:
             check_labels(label, len(label), logits.shape[1], self.name)
         return self.loss(logits, label)
-
-
-def _inspected(result: AttackResult, y: Tensor) -> AttackResult:
-    """The result with its verdicts. Raises ValueError where the model answered NaN, warns of probabilities."""
-    if result.logits is None:
-        return result
-    classes = result.logits.shape[1]
-    check_labels(y, len(y), classes)
-    bad = int(torch.isnan(result.logits).any(1).sum())
-    if bad:
-        raise ValueError(f"the model returns NaN logits for {bad} of {len(y)} inputs")
-    if looks_like_probabilities(result.logits):
-        warnings.warn(
-            "the model seems to return probabilities; attacks and gauges need logits (leave the softmax out)",
-            stacklevel=3,
-        )
-    return replace(result, misclassified=result.logits.argmax(1) != y)
-
-
-def looks_like_probabilities(logits: Float[Tensor, "b classes"]) -> bool:
-    """Whether every row is non-negative and sums to one."""
-    return bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all())

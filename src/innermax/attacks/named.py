@@ -1,22 +1,43 @@
 """Attacks by the names that tables and command lines use."""
 
+from innermax.attacks.apgd import APGD
+from innermax.attacks.base import VerdictAttack
+from innermax.attacks.ensemble import AutoAttack
+from innermax.attacks.fab import FAB
 from innermax.attacks.gradient import CW, FGSM, PGD
+from innermax.attacks.square import Square
 from innermax.checks import unknown
 from innermax.threat import Threat
 
-_EXAMPLES = ("fgsm", "pgd-10", "pgd-20", "pgd-100", "cw-30")
+_EXAMPLES = ("fgsm", "pgd-10", "pgd-20", "pgd-100", "cw-30", "apgd-100", "fab-100", "square-5000", "autoattack")
 
 
-def named_attack(name: str, threat: Threat) -> PGD:
-    """The attack called "fgsm", "pgd-K" or "cw-K" (K steps of ε/4); raises ValueError for any other name."""
-    kind, _, steps = name.partition("-")
+def named_attack(name: str, threat: Threat) -> PGD | VerdictAttack:
+    """The attack called by a name, where K and Q are at most 10,000; raises ValueError for any other name.
+
+    "fgsm", "pgd-K" and "cw-K" (K steps of ε/4), "apgd-K" (on the cross-entropy) and "fab-K" (K steps), "square-Q" (Q
+    queries), "autoattack" (its standard version).
+    """
     if name == "fgsm":
         return FGSM(threat)
-    if kind in ("pgd", "cw") and steps.isdecimal() and 1 <= int(steps) <= 10_000:
-        return PGD(threat, steps=int(steps)) if kind == "pgd" else CW(threat, steps=int(steps))
+    if name == "autoattack":
+        return AutoAttack(threat)
+    kind, _, number = name.partition("-")
+    if number.isdecimal() and 1 <= int(number) <= 10_000:
+        match kind:
+            case "pgd":
+                return PGD(threat, steps=int(number))
+            case "cw":
+                return CW(threat, steps=int(number))
+            case "apgd":
+                return APGD(threat, steps=int(number))
+            case "fab":
+                return FAB(threat, steps=int(number))
+            case "square":
+                return Square(threat, queries=int(number))
     raise unknown("attack", name, _EXAMPLES)
 
 
-def named_attacks(names: str, threat: Threat) -> dict[str, PGD]:
+def named_attacks(names: str, threat: Threat) -> dict[str, PGD | VerdictAttack]:
     """The attacks of a comma-separated list."""
     return {name: named_attack(name, threat) for name in filter(None, map(str.strip, names.split(",")))}

@@ -107,7 +107,7 @@ def search(
         if stop_at is not None and step > 0:
             stopping |= _converged(feasible, gradient, x_adv, gauge, stop_at)
         if stop_on_success:
-            stopping |= _won(answer.logits, label, reach)
+            stopping |= has_won(answer.logits, label, reach)
         if (stop_at is not None or stop_on_success) and bool(stopping.any()):
             done, going = stopping.nonzero()[:, 0], (~stopping).nonzero()[:, 0]
             pieces.append((rows[done], _measured(feasible[done], x_adv[done], answer[done], label[done], reach, step)))
@@ -118,7 +118,7 @@ def search(
         x_adv = feasible.step(x_adv, gradient, step_size)
     else:
         pieces.append((rows, _last(oracle, feasible, x_adv, label, loss, reach, len(step_sizes), final)))
-    return _joined(pieces)
+    return joined(pieces)
 
 
 def measure(
@@ -138,6 +138,15 @@ def concatenated(results: Sequence[AttackResult]) -> AttackResult:
     }
     whole: AttackResult = replace(results[0], **joined)
     return whole
+
+
+def gauges(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor) -> dict[str, Any]:
+    """What an AttackResult says of the gradient at x_adv."""
+    return {
+        "fosc": feasible.gap(gradient, x_adv),
+        "relative_fosc": feasible.gap(gradient, x_adv, relative=True),
+        "zero_gradient": ~_nonzero(gradient),
+    }
 
 
 def better(one: AttackResult, other: AttackResult) -> AttackResult:
@@ -164,7 +173,7 @@ def _converged(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor, gauge: Ga
     return converged
 
 
-def _won(logits: Tensor, label: Tensor, reach: bool) -> Tensor:
+def has_won(logits: Tensor, label: Tensor, reach: bool) -> Tensor:
     """Where the adversary has what it wants."""
     predicted = logits.argmax(1)
     return predicted == label if reach else predicted != label
@@ -187,7 +196,7 @@ def _last(
     if final == "none":
         return AttackResult(x_adv, None, None, None, None, None, None, count, count, nothing)
     logits = oracle.logits(x_adv)
-    won = _won(logits, label, reach)
+    won = has_won(logits, label, reach)
     return AttackResult(x_adv, loss(logits, label), logits, None, None, None, won, count, count, nothing + 1)
 
 
@@ -200,10 +209,8 @@ def _measured(
         x_adv=x_adv,
         loss=answer.loss,
         logits=answer.logits,
-        fosc=feasible.gap(answer.gradient, x_adv),
-        relative_fosc=feasible.gap(answer.gradient, x_adv, relative=True),
-        zero_gradient=~_nonzero(answer.gradient),
-        misclassified=_won(answer.logits, label, reach),
+        **gauges(feasible, answer.gradient, x_adv),
+        misclassified=has_won(answer.logits, label, reach),
         steps=count,
         gradient_calls=count + 1,
         forward_calls=torch.zeros_like(count),
@@ -214,7 +221,7 @@ def _nonzero(gradient: Tensor) -> Tensor:
     return (gradient != 0).flatten(1).any(1)
 
 
-def _joined(pieces: list[tuple[Tensor, AttackResult]]) -> AttackResult:
+def joined(pieces: list[tuple[Tensor, AttackResult]]) -> AttackResult:
     """The pieces in the batch's order."""
     rows, results = zip(*pieces, strict=True)
     return concatenated(results)[torch.cat(rows).argsort()]

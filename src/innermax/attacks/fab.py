@@ -1,0 +1,164 @@
+"""FAB: the nearest point beyond the decision boundary, by steps onto the boundary's linearisation."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
+from innermax.attacks.search import AttackResult, joined
+from innermax.checks import check_count
+from innermax.losses import Paired, difference, margin
+from innermax.threat import L1, Column, Flat, Linf, Threat, fill
+
+_TOWARDS_X = 0.1  # α_max: largest share of the step that starts from x
+_OVERSHOOT = 1.05  # η: how far beyond the linearised boundary a step goes
+_BACK = 0.9  # β: what is left of the way from x once the boundary is crossed
+
+
+@dataclass(frozen=True)
+class FAB(VerdictAttack):
+    """The targeted Fast Adaptive Boundary attack (Croce & Hein 2020b, Algorithm 1; targeted as in 2020a).
+
+    For one wrong class after the other, it looks for the misclassified point with the smallest perturbation in the
+    threat's norm; an example has fallen once that is at most ε. Of the others the nearest such point, or else the last
+    iterate, is projected onto X(x).
+
+    Args:
+        threat: Linf, L2 or L1.
+        steps: ≥ 1 in each search, at most.
+        restarts: ≥ 1 searches for each class; the first starts at x, the others at random.
+        targets: the number ≥ 1 of wrong classes, the most likely on the clean input first; a class that does not exist
+            is left out.
+
+    Raises:
+        ValueError, TypeError: an argument is outside what is said above.
+    """
+
+    steps: int = 100
+    restarts: int = 1
+    targets: int = 9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "restarts", "targets"):
+            check_count(getattr(self, name), name)
+
+    def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
+        """What was found, without FOSC, given the clean inputs' logits."""
+        found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
+        for number, aimed in enumerate(problem.towards(self.targets, clean)):
+            for restart in range(self.restarts):
+                found = pursued(found, partial(self._once, aimed, (number, restart)))
+        return found
+
+    def _once(self, problem: Problem, streams: tuple[int, int], rows: Int[Tensor, " k"]) -> AttackResult:
+        """One search of some of the examples."""
+        problem = problem[rows]
+        start = problem.feasible.x
+        if streams[1] > 0:
+            start = start + (problem.feasible.sample(problem.keys(*streams)) - start) / 2
+        rows = torch.arange(len(start), device=start.device)
+        search = _Approach(rows, start, start, torch.full_like(rows, math.inf, dtype=torch.float64))
+        pieces: list[tuple[Tensor, AttackResult]] = []
+        for step in range(1, self.steps + 1):
+            point = _stepped(problem, search.point)
+            logits = problem.logits(point)
+            search = search.crossed(problem, point, problem.won(logits))
+            fallen = search.distance <= self.threat.eps
+            if bool(fallen.any()):
+                done, going = fallen.nonzero()[:, 0], (~fallen).nonzero()[:, 0]
+                pieces.append((search.rows[done], _ended(problem[done], point[done], logits[done], step, step)))
+                if len(going) == 0:
+                    return joined(pieces)
+                search, problem = search[going], problem[going]
+        x_adv = problem.feasible.project(search.nearest)
+        result = _ended(problem, x_adv, problem.logits(x_adv), self.steps, self.steps + 1)
+        return joined([*pieces, (search.rows, result)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Approach:
+    """Where searches are; each value has a row an example, and rows leave together.
+
+    `nearest` is the misclassified point nearest to x, at `distance` in the threat's norm; as long as there is none, the
+    last iterate.
+    """
+
+    rows: Int[Tensor, " b"]
+    point: Float[Tensor, "b ..."]
+    nearest: Float[Tensor, "b ..."]
+    distance: Float[Tensor, " b"]
+
+    def __getitem__(self, rows: Tensor) -> "_Approach":
+        """Some of the searches."""
+        return _Approach(*(value[rows] for value in vars(self).values()))
+
+    def crossed(self, problem: Problem, point: Float[Tensor, "b ..."], wrong: Bool[Tensor, " b"]) -> "_Approach":
+        """The searches at their next iterates; those beyond the boundary turn back some of the way."""
+        x, column = problem.feasible.x, (-1, *[1] * (point.ndim - 1))
+        distance = problem.feasible.threat.norm((point.double() - x.double()).flatten(1))
+        nearer = wrong & (distance < self.distance)
+        kept = torch.isfinite(self.distance) & ~nearer
+        return replace(
+            self,
+            point=torch.where(wrong.reshape(column), x + _BACK * (point - x), point),
+            nearest=torch.where(kept.reshape(column), self.nearest, point),
+            distance=torch.where(nearer, distance, self.distance),
+        )
+
+
+def _stepped(problem: Problem, point: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+    """Beyond the boundary's linearisation, by a mean of the shortest ways there from the iterate and from x."""
+    threat, x = problem.feasible.threat, problem.feasible.x.flatten(1)
+    answer = problem.gradient(point, Paired(difference))
+    slope, there, (low, high) = answer.gradient.flatten(1), point.flatten(1), threat.box(problem.feasible.x)
+    lacking = -answer.loss[:, None]
+    on = shortest_way(threat, slope, lacking, low - there, high - there)
+    afresh = shortest_way(threat, slope, lacking + (slope * (there - x)).sum(1, keepdim=True), low - x, high - x)
+    near, far = (threat.norm(way)[:, None].clamp(min=1e-8) for way in (on, afresh))
+    share = (near / (near + far)).clamp(max=_TOWARDS_X)
+    mean = (1 - share) * (there + _OVERSHOOT * on) + share * (x + _OVERSHOOT * afresh)
+    return mean.clamp(low, high).reshape(point.shape)
+
+
+def shortest_way(threat: Threat, slope: Flat, amount: Column, down: Flat, up: Flat) -> Flat:
+    """The d in [down, up] with ⟨slope, d⟩ = amount whose norm is smallest; where there is none, as far as it goes.
+
+    The projection onto a hyperplane within a box (Croce & Hein 2020b).
+    """
+    largest = slope.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    slope, amount = slope / largest, (amount / largest).nan_to_num(0.0, 1e30, -1e30)
+    worth, direction = slope.abs(), slope.sign() * amount.sign()
+    room = torch.where(direction == 0, 0.0, torch.where(direction > 0, up, -down).clamp(min=0))
+    if isinstance(threat, L1):
+        length = fill(worth, worth * room, amount.abs()) / torch.where(worth > 0, worth, 1.0)
+    else:
+        pace = torch.ones_like(worth) if isinstance(threat, Linf) else worth
+        length = _level(pace, worth, room, amount.abs()) * pace
+    return direction * torch.where(room > 0, length.minimum(room), 0.0)
+
+
+def _level(pace: Flat, worth: Flat, room: Flat, amount: Column) -> Column:
+    """The least s ≥ 0 with Σ worth·min(s·pace, room) = amount; infinite where none reaches it.
+
+    The sum is concave and piecewise linear in s, so Newton's method climbs to the root from the left in finitely many
+    steps, each of which finds further coordinates without room.
+    """
+    level = torch.zeros_like(amount)
+    while True:
+        free = level * pace < room
+        left = (amount - torch.where(free, 0.0, worth * room).sum(1, keepdim=True)).clamp(min=0)
+        rate = torch.where(free, worth * pace, 0.0).sum(1, keepdim=True)
+        further = torch.where(rate > 0, left / rate, math.inf)
+        if not bool((further > level * (1 + 4 * torch.finfo(level.dtype).eps)).any()):
+            return level
+        level = torch.maximum(level, further)
+
+
+def _ended(problem: Problem, x_adv: Tensor, logits: Tensor, steps: int, forwards: int) -> AttackResult:
+    return reported(problem, x_adv, margin(logits, problem.y), logits, steps, steps, forwards)

@@ -1,0 +1,192 @@
+"""Square: a random search that changes one square of the image at a time and needs nothing but logits."""
+
+import math
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from innermax import randomness
+from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
+from innermax.attacks.search import AttackResult, better, joined
+from innermax.checks import check_count
+from innermax.losses import margin
+from innermax.threat import L1, FeasibleSet, Linf, Threat
+
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which squares have half the area
+
+
+@dataclass(frozen=True)
+class Square(VerdictAttack):
+    """Square Attack (Andriushchenko et al. 2020; for L1: Croce & Hein 2021): random search on the margin.
+
+    A square of random place and sign replaces part of the perturbation, and stays where the margin grows. Squares
+    shrink with the number of queries, by the schedule of AutoAttack, which does not depend on `queries`.
+
+    Args:
+        threat: Linf, L2 or L1.
+        queries: ≥ 1 in each search, at most.
+        restarts: ≥ 1 searches with different draws, of survivors only.
+        p_init: share of the image in (0, 1] that the first squares cover.
+
+    Raises:
+        ValueError, TypeError: an argument is outside what is said above; when called, x is not of shape (B, C, H, W).
+    """
+
+    queries: int = 5000
+    restarts: int = 1
+    p_init: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.queries, "queries")
+        check_count(self.restarts, "restarts")
+        if isinstance(self.p_init, bool) or not isinstance(self.p_init, int | float):
+            raise TypeError(f"p_init must be a number, came {self.p_init!r}")
+        if not 0 < self.p_init <= 1:
+            raise ValueError(f"p_init must be in (0, 1], came {self.p_init}")
+
+    def check(self, problem: Problem) -> None:
+        """Raises ValueError where inputs are no images or a label is to be reached."""
+        super().check(problem)
+        if problem.feasible.x.ndim != 4:
+            raise ValueError(f"x must be images (B, C, H, W) for Square, came {tuple(problem.feasible.x.shape)}")
+
+    def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
+        """What was found, without FOSC, given the clean inputs' logits."""
+        found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
+        for restart in range(self.restarts):
+            found = pursued(found, partial(self._once, problem, restart))
+        return found
+
+    def _once(self, problem: Problem, restart: int, rows: Int[Tensor, " k"]) -> AttackResult:
+        """One search of some of the examples."""
+        problem = problem[rows]
+        rows = torch.arange(len(rows), device=rows.device)
+        best = _asked(problem, _begun(problem.feasible, problem.keys(restart, 0)), 0)
+        pieces: list[tuple[Tensor, AttackResult]] = []
+        for query in range(1, self.queries):
+            won = cast(Tensor, best.misclassified)
+            if bool(won.any()):
+                done, going = won.nonzero()[:, 0], (~won).nonzero()[:, 0]
+                pieces.append((rows[done], best[done]))
+                if len(going) == 0:
+                    return joined(pieces)
+                rows, problem, best = rows[going], problem[going], best[going]
+            side = self.side(query, *best.x_adv.shape[2:])
+            point = _repainted(problem.feasible, best.x_adv, problem.keys(restart, query), side)
+            best = better(best, _asked(problem, point, query))
+        return joined([*pieces, (rows, best)])
+
+    def side(self, query: int, height: int, width: int) -> int:
+        """The length of the squares' sides at a query; the first square is tried at query 1."""
+        share = self.p_init / 2 ** sum(query > last + 1 for last in _HALVINGS)
+        side = round(math.sqrt(share * height * width))
+        if not isinstance(self.threat, Linf):
+            side = max(side, 3) // 2 * 2 + 1  # odd, as the pattern has a middle
+        return min(max(side, 1), height, width)
+
+
+def _asked(problem: Problem, point: Float[Tensor, "b c h w"], query: int) -> AttackResult:
+    logits = problem.logits(point)
+    return reported(problem, point, margin(logits, problem.y), logits, query, forwards=1)
+
+
+def _begun(feasible: FeasibleSet, key: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+    """L∞: vertical stripes of ±ε; L2 and L1: a grid of tiles with the pattern of later squares."""
+    x, threat = feasible.x, feasible.threat
+    batch, channels, height, width = x.shape
+    if isinstance(threat, Linf):
+        stripes = _signs(randomness.uniform(key, channels * width)).reshape(batch, channels, 1, width).to(x)
+        return feasible.project(x + threat.eps * stripes)
+    side = max(min(height, width) // 5, 1)
+    down, across = height // side, width // side
+    draws = randomness.uniform(key, (channels + 1) * down * across).reshape(batch, -1, down, across)
+    tiles = _patterns(isinstance(threat, L1), side).to(x)[(draws[:, 0] > 0.5).long()]
+    tiles = tiles.transpose(2, 3).reshape(batch, 1, down * side, across * side)
+    signs = _signs(draws[:, 1:]).to(x).repeat_interleave(side, 2).repeat_interleave(side, 3)
+    u, top, left = torch.zeros_like(x), (height - down * side) // 2, (width - across * side) // 2
+    u[:, :, top : top + down * side, left : left + across * side] = signs * tiles
+    return feasible.project(x + _filled(feasible, u))
+
+
+def _repainted(
+    feasible: FeasibleSet, x_adv: Float[Tensor, "b c h w"], key: Int[Tensor, " b"], side: int
+) -> Float[Tensor, "b c h w"]:
+    """x_adv with one square of the perturbation replaced; L2 and L1: and with the mass of a second one moved there."""
+    x, threat = feasible.x, feasible.threat
+    channels, height, width = x.shape[1:]
+    draws = randomness.uniform(key, 5 + channels)
+    signs, u = _signs(draws[:, 5:])[:, :, None, None].to(x), x_adv - x
+    down, across = _offsets(draws[:, 0], height, side), _offsets(draws[:, 1], width, side)
+    here = _within(down, across, side)
+    if isinstance(threat, Linf):
+        return feasible.project(x + torch.where(here, threat.eps * signs, u))
+    there = _within(_offsets(draws[:, 2], height, side), _offsets(draws[:, 3], width, side), side)
+    turned = (draws[:, 4] > 0.5).long()[:, None, None]
+    place = turned, down.clamp(0, side - 1)[:, :, None], across.clamp(0, side - 1)[:, None, :]
+    pattern = _patterns(isinstance(threat, L1), side).to(x)[place][:, None]
+    old = torch.where(here, u, 0.0)
+    new = torch.where(here, signs * pattern, 0.0) + old / _length(threat, old).clamp(min=1e-12)
+    new = new / _length(threat, new).clamp(min=1e-12) * _budget(feasible, u, here | there)
+    return feasible.project(x + _filled(feasible, torch.where(here, new, torch.where(there, 0.0, u))))
+
+
+def _budget(feasible: FeasibleSet, u: Tensor, windows: Tensor) -> Float[Tensor, "b c 1 1"]:
+    """The norm of a new square in each channel: what both squares held, and a share of what the ball has left."""
+    threat, channels = feasible.threat, u.shape[1]
+    held = _length(threat, torch.where(windows, u, 0.0))
+    size = threat.norm(u.flatten(1))[:, None, None, None]
+    if isinstance(threat, L1):
+        return (threat.eps - size).clamp(min=0) + channels * held
+    return ((threat.eps**2 - size.square()).clamp(min=0) / channels + held.square()).sqrt()
+
+
+def _filled(feasible: FeasibleSet, u: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """L2: the perturbation at the length ε; L1: as it is, since projection brings it there."""
+    threat = feasible.threat
+    if isinstance(threat, L1):
+        return u
+    return u * (threat.eps / threat.norm(u.flatten(1)).clamp(min=1e-12))[:, None, None, None]
+
+
+def _length(threat: Threat, u: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 1 1"]:
+    """The norm of each channel."""
+    return threat.norm(u.flatten(0, 1).flatten(1)).reshape(*u.shape[:2], 1, 1)
+
+
+def _signs(draws: Tensor) -> Tensor:
+    return 1.0 - 2.0 * (draws < 0.5)
+
+
+def _offsets(draw: Float[Tensor, " b"], length: int, side: int) -> Int[Tensor, "b n"]:
+    """Each coordinate's distance from the start of an interval of that length, at random in 0…length − 1."""
+    start = (draw * (length - side + 1)).long()
+    return torch.arange(length, device=draw.device) - start[:, None]
+
+
+def _within(down: Int[Tensor, "b h"], across: Int[Tensor, "b w"], side: int) -> Bool[Tensor, "b 1 h w"]:
+    """The pixels of a square."""
+    rows, columns = (down >= 0) & (down < side), (across >= 0) & (across < side)
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+@cache
+def _patterns(sparse: bool, side: int) -> Float[Tensor, "2 s s"]:
+    """Two peaks of opposite sign, one above the other and side by side; of Euclidean length 1, or of L1 norm 1."""
+    half = side // 2
+    pattern = torch.cat([_peak(half, side, sparse), -_peak(side - half, side, sparse)])
+    pattern = pattern / torch.linalg.vector_norm(pattern, ord=1 if sparse else 2)
+    return torch.stack([pattern, pattern.T])
+
+
+def _peak(height: int, width: int, sparse: bool) -> Float[Tensor, "h w"]:
+    """Square rings around the middle: the n-th of N is Σ 1/k² over k = n…N high, in L1 Σ 1/k⁴; of norm 1."""
+    away = (torch.arange(height) - height // 2).abs()[:, None].maximum((torch.arange(width) - width // 2).abs())
+    rings = torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64).pow(-4.0 if sparse else -2.0)
+    peak = rings.flip(0).cumsum(0).flip(0)[away]
+    length: Tensor = torch.linalg.vector_norm(peak, ord=1 if sparse else 2)
+    return peak / length
