@@ -16,16 +16,16 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 @pytest.mark.parametrize("number", range(2))
 def test_examples_run_as_written(number, tmp_path, monkeypatch, capsys):
-    """The first three blocks belong together; the fourth stands alone."""
+    """The first three blocks belong together, as do the other two."""
     monkeypatch.chdir(tmp_path)
-    code = "".join(EXAMPLES[:3]) if number == 0 else EXAMPLES[3]
+    code = "".join(EXAMPLES[:3] if number == 0 else EXAMPLES[3:])
     code = code.replace("epochs=10", "epochs=1")
     exec(compile(code, "README.md", "exec"), {})
     assert "Accuracy(" in capsys.readouterr().out
 
 
-def test_there_are_four_examples_and_the_first_has_ten_lines():
-    assert len(EXAMPLES) == 4
+def test_there_are_five_examples_and_the_first_has_ten_lines():
+    assert len(EXAMPLES) == 5
     assert len([line for line in EXAMPLES[0].splitlines() if line.strip()]) == 10
 
 

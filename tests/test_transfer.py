@@ -416,7 +416,7 @@ def said(capsys, *words):
 
 def test_the_command(runs, capsys, monkeypatch):
     monkeypatch.chdir(runs)
-    words = ("--attacks", "fgsm,pgd-2", "--count", "50", "--batch-size", "30", "--json", "t.json")
+    words = ("--attacks", "fgsm,pgd-2", "--limit", "50", "--batch-size", "30", "--json", "t.json")
     status, out, err = said(capsys, "transfer", "run", "bare", str(runs / "run"), *words)
     assert (status, err) == (0, "")
     assert "Images made on run" in out
@@ -435,9 +435,9 @@ def test_the_command(runs, capsys, monkeypatch):
 
 def test_the_command_asks_where_runs_differ(runs, capsys, monkeypatch):
     monkeypatch.chdir(runs)
-    status, _, err = said(capsys, "transfer", "bare", "run", "wide", "--count", "8", "--attacks", "fgsm")
+    status, _, err = said(capsys, "transfer", "bare", "run", "wide", "--limit", "8", "--attacks", "fgsm")
     assert (status, err) == (2, "innermax: run and wide differ in their threat: give --threat.norm and --threat.eps\n")
-    options = ["--threat.norm", "l2", "--threat.eps", "1/2", "--count", "8", "--attacks", "fgsm"]
+    options = ["--threat.norm", "l2", "--threat.eps", "1/2", "--limit", "8", "--attacks", "fgsm"]
     status, out, err = said(capsys, "transfer", "bare", "run", "wide", *options)
     assert (status, err) == (0, "")
     assert "Images made on bare" in out
@@ -455,8 +455,7 @@ def test_the_command_asks_where_runs_differ(runs, capsys, monkeypatch):
         (["run", "large"], "target 'large': the model fails on x of shape (32, 1, 8, 8)"),
         (["run", "bare", "--attacks", "pdg-10"], "did you mean 'pgd-10'"),
         (["run", "bare", "--attacks", ""], "at least one attack"),
-        (["run", "bare", "--count", "0"], "count must be at least 1, came 0"),
-        (["run", "bare", "--limit", "5"], "--limit"),
+        (["run", "bare", "--limit", "0"], "limit must be at least 1, came 0"),
         (["run", "bare", "--json", "no/where.json"], "its folder does not exist"),
         (["run", "bare", "--json", "run"], "it is a folder"),
         (["run", "bare", "--quantize", "40"], "quantize must be in 1…16"),

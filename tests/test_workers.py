@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from innermax import CW, PGD, Linf
+from innermax import APGD, CW, FAB, PGD, Linf, Square
 from innermax.oracle import Oracle
 from innermax.workers import Workers
 
@@ -38,6 +38,9 @@ def batch(count=30):
         PGD(Linf(0.2), steps=6, restarts=3, stop_on_success=True),
         PGD(Linf(0.2), steps=6, stop_at=0.05),
         CW(Linf(0.2), steps=5),
+        APGD(Linf(0.2), steps=10),
+        FAB(Linf(0.2), steps=5, targets=2),
+        Square(Linf(0.2), queries=20),
     ],
 )
 @pytest.mark.parametrize("final", ["gradient", "none"])

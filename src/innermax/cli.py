@@ -155,9 +155,8 @@ def _transfer(words: list[str]) -> None:
         "transfer SURROGATE TARGET…",
         "Attack one trained model, the surrogate, and score the images on others, the targets: black-box robustness. "
         "Each is a run folder, a model file or folder, or a Hub id.",
-        {"best", "limit"},
+        {"best"},
     )
-    parser.add_argument("--count", type=int | None, help="only so many test images, the first ones")
     sources = list(takewhile(lambda word: not word.startswith("-"), words))
     options = words[len(sources) :]
     if len(sources) < 2:
@@ -234,7 +233,7 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
     own = _agreed(sources, "threat", "--threat.norm and --threat.eps") if None in asked.values() else None
     attacks = named_attacks(chosen.attacks, _threat(surrogate, own or {}, **asked))
     device = chosen_device(chosen.device)
-    _check_count("count", chosen.count)
+    _check_count("limit", chosen.limit)
     _check_json(chosen.json)
     models = _loaded(sources)
     test = im.load_data(name, validation=0).test
@@ -243,7 +242,7 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
         transfer = im.transfer(
             {surrogate: models[surrogate]},
             {target: models[target] for target in targets},
-            test[: chosen.count],
+            test[: chosen.limit],
             attacks,
             **options,
             device=device,

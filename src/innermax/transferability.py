@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from innermax.attacks.gradient import looks_like_probabilities
+from innermax.attacks.base import looks_like_probabilities
 from innermax.checkpoints import write_bytes
 from innermax.checks import unknown
 from innermax.data import as_image_set

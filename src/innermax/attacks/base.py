@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from innermax import randomness
-from innermax.attacks.search import AttackResult, Final, better, gauges, has_won
+from innermax.attacks.search import AttackResult, Final, better, concatenated, gauges, has_won
 from innermax.checks import check_inputs, check_labels, unknown
 from innermax.losses import Loss, likeliest_others, margin
 from innermax.oracle import Answer, Oracle
@@ -168,7 +168,9 @@ class VerdictAttack(ABC):
             clean = problem.logits(problem.feasible.x)
             for name, label in (("y", y), ("target", problem.label)):
                 check_labels(label, len(y), clean.shape[1], name)
-            found = self.search(problem, clean)
+            rows = torch.arange(len(y), device=y.device)
+            parts = problem.oracle.side_by_side(lambda rows: self.search(problem[rows], clean[rows]), rows)
+            found = concatenated(parts)
             found = replace(found, forward_calls=found.forward_calls + problem.samples)
             if final == "gradient":
                 found = self._gauged(problem, found)
