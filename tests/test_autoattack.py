@@ -37,6 +37,7 @@ from innermax.attacks.named import named_attack
 from innermax.attacks.search import AttackResult
 from innermax.attacks.square import _HALVINGS, Square, _patterns
 from innermax.losses import cross_entropy, difference, dlr, likeliest_others, margin, targeted_dlr
+from innermax.oracle import Oracle
 from innermax.threat import L1, L2, Linf
 
 settings.register_profile("reproducible", deadline=None, derandomize=True)
@@ -460,6 +461,24 @@ def test_an_examples_result_is_its_own(name, norm, short):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9, equal_nan=True)
     again = attack(model, x[rows], y[rows], seed=3, index=rows)
     assert all(same(getattr(again, f.name).nan_to_num(), getattr(part, f.name).nan_to_num()) for f in fields(part))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_threads_share_a_search(name, short):
+    model, x, y = crowd(20)
+    attack, before = ALL[name](RADII["l2"]), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        oracle = Oracle.fast(model, x, "float32")
+        assert oracle.plan.endswith(", 2 threads")
+        shared = attack(oracle, x, y, seed=3)
+        assert oracle._workers is not None
+    finally:
+        torch.set_num_threads(before)
+    alone = attack(model, x, y, seed=3)
+    for part in (shared, alone):
+        part.steps[~part.misclassified] = 0
+    torch.testing.assert_close(vars(shared), vars(alone), rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -80,7 +80,7 @@ class APGD(VerdictAttack):
         aimed = (problem,) if self.targets is None else problem.towards(self.targets, clean)
         for number, one in enumerate(aimed):
             for restart in range(self.restarts):
-                found = pursued(found, partial(self._once, one, loss, (number, restart)))
+                found = pursued(found, partial(self._once, one, loss, (number, restart)), problem.oracle)
         return found
 
     def reported_loss(self, classes: int, reach: bool) -> Loss:

@@ -233,10 +233,18 @@ def reported(
     )
 
 
-def pursued(found: AttackResult, once: Callable[[Int[Tensor, " k"]], AttackResult]) -> AttackResult:
-    """The better of what was found and of one search more, which only survivors, the rows given to it, undergo."""
+def pursued(
+    found: AttackResult, once: Callable[[Int[Tensor, " k"]], AttackResult], oracle: Oracle | None = None
+) -> AttackResult:
+    """The better of what was found and of one search more, which only survivors, the rows given to it, undergo.
+
+    Where an oracle is given its threads share the search.
+    """
     rows = (~cast(Tensor, found.misclassified)).nonzero()[:, 0]
-    return found.updated(rows, better(found[rows], once(rows))) if len(rows) > 0 else found
+    if len(rows) == 0:
+        return found
+    result = once(rows) if oracle is None else concatenated(oracle.side_by_side(once, rows))
+    return found.updated(rows, better(found[rows], result))
 
 
 def inspected(result: AttackResult, y: Tensor) -> AttackResult:

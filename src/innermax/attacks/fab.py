@@ -52,7 +52,7 @@ class FAB(VerdictAttack):
         found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
         for number, aimed in enumerate(problem.towards(self.targets, clean)):
             for restart in range(self.restarts):
-                found = pursued(found, partial(self._once, aimed, (number, restart)))
+                found = pursued(found, partial(self._once, aimed, (number, restart)), problem.oracle)
         return found
 
     def _once(self, problem: Problem, streams: tuple[int, int], rows: Int[Tensor, " k"]) -> AttackResult:

@@ -59,7 +59,7 @@ class Square(VerdictAttack):
         """What was found, without FOSC, given the clean inputs' logits."""
         found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
         for restart in range(self.restarts):
-            found = pursued(found, partial(self._once, problem, restart))
+            found = pursued(found, partial(self._once, problem, restart), problem.oracle)
         return found
 
     def _once(self, problem: Problem, restart: int, rows: Int[Tensor, " k"]) -> AttackResult:
