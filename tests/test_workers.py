@@ -103,6 +103,15 @@ def test_each_thread_computes_alone_and_the_process_keeps_its_number(two_threads
     assert fresh == [2]
 
 
+def test_work_that_shares_in_its_turn_ends(two_threads):
+    workers = Workers(2)
+
+    def outer(part):
+        return sum(workers.map(lambda inner: int(inner.sum()), part.tensor_split(2)))
+
+    assert workers.map(outer, torch.arange(8).tensor_split(2)) == [6, 22]
+
+
 def test_the_first_failure_is_raised_when_all_have_ended(two_threads):
     ended = []
 

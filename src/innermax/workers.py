@@ -20,11 +20,13 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="innermax")
+        self._here = threading.local()
         threads, together = torch.get_num_threads(), threading.Barrier(count)
 
         def settle() -> None:
             torch.get_num_threads()  # a thread takes over the process's number when it first looks, and not again
             torch.set_num_threads(1)
+            self._here.busy = True
             together.wait()
 
         wait([self._pool.submit(settle) for _ in range(count)])
@@ -32,6 +34,8 @@ class Workers:
 
     def map(self, work: Callable[[Tensor], T], parts: Sequence[Tensor]) -> list[T]:
         """`work` of each part; all have ended when this returns or raises what the first failing one raised."""
+        if getattr(self._here, "busy", False):  # one of them asks: were it to wait for the others, all might
+            return [work(part) for part in parts]
 
         def without_gradients(part: Tensor) -> T:
             with torch.no_grad():

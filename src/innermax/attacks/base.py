@@ -168,9 +168,7 @@ class VerdictAttack(ABC):
             clean = problem.logits(problem.feasible.x)
             for name, label in (("y", y), ("target", problem.label)):
                 check_labels(label, len(y), clean.shape[1], name)
-            rows = torch.arange(len(y), device=y.device)
-            parts = problem.oracle.side_by_side(lambda rows: self.search(problem[rows], clean[rows]), rows)
-            found = concatenated(parts)
+            found = self.search(problem, clean)
             found = replace(found, forward_calls=found.forward_calls + problem.samples)
             if final == "gradient":
                 found = self._gauged(problem, found)
