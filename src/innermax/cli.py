@@ -115,9 +115,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
         im.load_model(folder / "best.safetensors", run.model)
         which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
     with show_evaluation() as show:
-        evaluation = im.evaluate(
-            run.model, data.test, attacks, precision=chosen.precision, seed=chosen.seed, device=device, progress=show
-        )
+        evaluation = im.evaluate(run.model, data.test, attacks, seed=chosen.seed, device=device, progress=show)
     evaluation.to_json(folder / "evaluation.json")
     console = Console()
     console.print(format_table(evaluation))

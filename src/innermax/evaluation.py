@@ -268,7 +268,8 @@ def evaluate(
         batch_size: ≥ 1.
         seed: any integer; with the example's position it decides all random starts.
         quantize: 1…16: only images of this many bits a value count; clean images must have no more.
-        precision: "float32", or what attacks may search in: "bf16", "auto" where that is fast. Scores are float32.
+        precision: what attacks search in, on the compiled model: "float32", "bf16" or "auto". Scores are float32, the
+            model's own.
         device: where to compute; where the model is unless told. On another device a copy of the model is evaluated.
         progress: called as progress(name, examples done, examples in all) after each batch, "clean" first.
 
@@ -364,7 +365,7 @@ class Bench:
     def attack_oracle(self, model: nn.Module, exact: Oracle, precision: Precision) -> Oracle:
         """The oracle that attacks search with."""
         with exact.private_randomness(self.seed):  # what a model draws here must not depend on what came before
-            return exact if precision == "float32" else Oracle.fast(model, self.example(), precision)
+            return Oracle.fast(model, self.example(), precision)
 
     def batches(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Index, images and labels of each batch, on the device."""

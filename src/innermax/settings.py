@@ -123,7 +123,7 @@ class EvaluateSettings:
         attacks: separated by commas: fgsm, autoattack, and pgd-K, cw-K, apgd-K, fab-K or square-K with K steps.
         limit: only so many test images, the first ones.
         quantize: score images rounded to so many bits.
-        precision: what attacks compute in; scores are float32 always.
+        precision: what attacks search in; bf16 and auto are faster and find a little less. Scores are float32 always.
         batch_size: images at a time.
         seed: decides the random starts.
         device: auto, cpu, cuda or cuda:N.
@@ -135,7 +135,7 @@ class EvaluateSettings:
     attacks: str = TABLE
     limit: int | None = None
     quantize: int | None = None
-    precision: Precision = "auto"
+    precision: Precision = "float32"
     batch_size: int = 250
     seed: int = 0
     device: str = "auto"

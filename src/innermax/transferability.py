@@ -141,7 +141,8 @@ def transfer(
         batch_size: ≥ 1; never more adversarial images are held, and it changes no result but for rounding.
         seed: any integer; with the example's position it decides all random starts.
         quantize: 1…16: only images of this many bits a value count; clean images must have no more.
-        precision: "float32", or what attacks may search in: "bf16", "auto" where that is fast. Scores are float32.
+        precision: what attacks search in, on the compiled model: "float32", "bf16" or "auto". Scores are float32, the
+            model's own.
         device: where to compute; where the first surrogate is unless told. Models elsewhere are copied there.
         progress: called as progress(name, examples done, examples in all) after each batch, "clean" first, then
             "<surrogate>: <attack>".
