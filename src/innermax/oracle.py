@@ -65,6 +65,7 @@ class Oracle:
         self._threads = 1  # that may share a batch
         self._workers: Workers | None = None
         self._compiled_for: tuple[Tensor, Precision] | None = None
+        self._exact: Oracle | None = None
         self.plan = "as the model is"
 
     @classmethod
@@ -96,7 +97,8 @@ class Oracle:
             else:
                 oracle.plan += ", float32"
             if example.is_cuda:
-                oracle._replayed = Replayed(oracle._gradient)
+                for one in {oracle, oracle.precise}:
+                    one._replayed = Replayed(one._gradient)
                 oracle.plan += ", CUDA graphs"
             elif torch.get_num_threads() > 1 and not oracle._draws(example):
                 oracle._threads = torch.get_num_threads()
@@ -115,8 +117,15 @@ class Oracle:
         _log.warning("attack network: %s; it was: %s", fresh.plan, self.plan)
         return fresh
 
+    @property
+    def precise(self) -> "Oracle":
+        """The same network in float32, for what bf16 is too coarse for: itself, where it is not in bf16."""
+        return self if self._exact is None else self._exact
+
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
+        if self._exact is not None:
+            self._exact.refresh()
         if self._folded is not None:
             self._folded.refresh(self._source)
             return
@@ -222,7 +231,7 @@ class Oracle:
 
     def _lower(self, example: Tensor, truth: Tensor) -> None:
         """Switches to bf16 where the network computes in it and its logits stay close."""
-        exact = self._network, self._folded, self._dtype
+        exact = copy.copy(self)
         try:
             self._network, self._dtype = copy.deepcopy(self._network).to(torch.bfloat16), torch.bfloat16
             if self._folded is not None:
@@ -230,12 +239,12 @@ class Oracle:
             self.refresh()
             error = float((self.logits(example) - truth).abs().max())
             if error <= 0.05 * (1 + float(truth.abs().max())):
-                self.plan += ", bf16"
+                self.plan, self._exact = f"{self.plan}, bf16", exact
                 return
             reason = f"bf16 changes logits by {error:.1e}"
         except ValueError as failure:
             reason = str(failure)
-        self._network, self._folded, self._dtype = exact
+        self._network, self._folded, self._dtype = exact._network, exact._folded, exact._dtype
         self.plan += f", float32 ({reason})"
 
 

@@ -196,7 +196,8 @@ class VerdictAttack(ABC):
 
     def _gauged(self, problem: Problem, found: AttackResult) -> AttackResult:
         classes = cast(Tensor, found.logits).shape[1]
-        answer = problem.gradient(found.x_adv, self.reported_loss(classes, problem.reach))
+        precise = replace(problem, oracle=problem.oracle.precise)
+        answer = precise.gradient(found.x_adv, self.reported_loss(classes, problem.reach))
         return replace(
             found,
             loss=answer.loss,
