@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from innermax.checks import unknown
-from innermax.folding import Folded, fold, in_short
+from innermax.checks import in_short, unknown
+from innermax.folding import Folded, fold
 from innermax.losses import Loss
 from innermax.replay import Replayed
 from innermax.workers import Workers
@@ -191,9 +191,8 @@ class Oracle:
             logits = self._network(x)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {reason}") from error
+        except Exception as error:  # anything: it may be other people's code
+            raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {in_short(error)}") from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
             came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model must return logits of shape ({batch}, classes ≥ 2), came {came}")
