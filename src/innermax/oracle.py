@@ -58,6 +58,7 @@ class Oracle:
     def __init__(self, model: nn.Module) -> None:
         self._source = unwrapped(model)
         self._network: nn.Module = _shadow(self._source, share=True)
+        self._exact: nn.Module | None = None  # where the network computes in bf16: the one that does not
         self._folded: Folded | None = None
         self._memory_format = torch.preserve_format
         self._dtype = next((p.dtype for p in self._source.parameters() if p.is_floating_point()), None)
@@ -85,14 +86,14 @@ class Oracle:
             raise unknown("precision", precision, get_args(Precision))
         with torch.inference_mode(False):
             oracle = cls(model)
-            truth = oracle.logits(example)
+            exact, truth = oracle._network, oracle.logits(example)
             oracle._fold(example)
             if any(isinstance(module, nn.Conv2d) for module in oracle._network.modules()):
                 oracle._network = cast(nn.Module, oracle._network.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
                 oracle._memory_format = torch.channels_last
                 oracle.plan += ", channels last"
             if precision == "bf16" or (precision == "auto" and has_fast_bf16(example.device)):
-                oracle._lower(example, truth)
+                oracle._lower(example, truth, exact)
             else:
                 oracle.plan += ", float32"
             if example.is_cuda:
@@ -117,18 +118,30 @@ class Oracle:
 
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
+        if self._exact is not None:
+            _take_over(self._exact, self._source)
         if self._folded is not None:
             self._folded.refresh(self._source)
-            return
-        with torch.no_grad():
-            for mine, theirs in zip(_state(self._network), _state(self._source), strict=True):
-                if mine.data_ptr() != theirs.data_ptr():
-                    mine.copy_(theirs)
+        else:
+            _take_over(self._network, self._source)
 
     def logits(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
         """(B, classes) float32 logits."""
         with torch.no_grad():
             return self._forward(self._placed(x), len(x))
+
+    @property
+    def lowered(self) -> bool:
+        """Whether it computes in bf16 what the model does not."""
+        return self._exact is not None
+
+    def confirmed_logits(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
+        """(B, classes) float32 logits that are never computed in bf16, for verdicts."""
+        if self._exact is None:
+            return self.logits(x)
+        with torch.no_grad():
+            dtype = next((p.dtype for p in self._exact.parameters() if p.is_floating_point()), x.dtype)
+            return self._checked(self._exact, x.to(dtype), len(x))
 
     def gradient(self, x: Float[Tensor, "b ..."], label: Int[Tensor, " b"], loss: Loss) -> Answer:
         """The gradient of each example's loss in its own input, with loss and logits.
@@ -187,8 +200,12 @@ class Oracle:
         return x.to(self._dtype or x.dtype, memory_format=memory_format, copy=True)
 
     def _forward(self, x: Tensor, batch: int) -> Tensor:
+        return self._checked(self._network, x, batch)
+
+    @staticmethod
+    def _checked(network: nn.Module, x: Tensor, batch: int) -> Tensor:
         try:
-            logits = self._network(x)
+            logits = network(x)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # anything: it may be other people's code
@@ -219,9 +236,9 @@ class Oracle:
         if folded.untraced is not None:
             self.plan += f" module by module ({folded.untraced})"
 
-    def _lower(self, example: Tensor, truth: Tensor) -> None:
+    def _lower(self, example: Tensor, truth: Tensor, exact: nn.Module) -> None:
         """Switches to bf16 where the network computes in it and its logits stay close."""
-        exact = self._network, self._folded, self._dtype
+        before = self._network, self._folded, self._dtype
         try:
             self._network, self._dtype = copy.deepcopy(self._network).to(torch.bfloat16), torch.bfloat16
             if self._folded is not None:
@@ -230,11 +247,12 @@ class Oracle:
             error = float((self.logits(example) - truth).abs().max())
             if error <= 0.05 * (1 + float(truth.abs().max())):
                 self.plan += ", bf16"
+                self._exact = exact if before[2] != torch.bfloat16 else None
                 return
             reason = f"bf16 changes logits by {error:.1e}"
         except ValueError as failure:
             reason = str(failure)
-        self._network, self._folded, self._dtype = exact
+        self._network, self._folded, self._dtype = before
         self.plan += f", float32 ({reason})"
 
 
@@ -298,6 +316,14 @@ def _difference(folded: Folded, exact: nn.Module, x: Tensor) -> float:
     folded.refresh(exact)
     truth = exact(x.clone())
     return float((folded.network(x.clone()) - truth).abs().max()) / (1 + float(truth.abs().max()))
+
+
+@torch.no_grad()
+def _take_over(network: nn.Module, source: nn.Module) -> None:
+    """Copies what a network does not share with its source."""
+    for mine, theirs in zip(_state(network), _state(source), strict=True):
+        if mine.data_ptr() != theirs.data_ptr():
+            mine.copy_(theirs)
 
 
 def _state(network: nn.Module) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, export, fx, nn
+from torch.fx.graph import CodeGen
 
 from innermax.checkpoints import load_saved_model
 from innermax.checks import in_short
@@ -78,12 +79,12 @@ class Exported(nn.Module):
         self.smallest, self.largest = _batch_sizes(program, signature.user_inputs[0])
         module = program.module(check_guards=False)
         # Plain calls instead of its own, and a plain GraphModule, which can be copied and told to evaluate.
-        module.graph.set_codegen(fx.CodeGen())
+        module.graph.set_codegen(CodeGen())
         self.network = fx.GraphModule(module, module.graph)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, *features) → logits (B, classes)."""
-        return torch.cat([self._answer(part) for part in x.split(self.largest or len(x))])
+        return torch.cat([self._answer(part) for part in torch.split(x, self.largest or len(x))])
 
     def _answer(self, x: Tensor) -> Tensor:
         missing = self.smallest - len(x)

@@ -62,8 +62,8 @@ def build_model(
 class Normalize(nn.Module):
     """(x − mean) / std per channel; x: (B, C, H, W). The numbers live in the model's config, not in its weights.
 
-    mean, std: one number a channel, or one for all. Raises ValueError where they differ in length, are not finite or std
-    is not positive.
+    mean, std: one number a channel, or one for all. Raises ValueError where they differ in length, are not finite or
+    std is not positive.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
