@@ -59,6 +59,7 @@ class Oracle:
         self._source = unwrapped(model)
         self._network: nn.Module = _shadow(self._source, share=True)
         self._exact: nn.Module | None = None  # where the network computes in bf16: the one that does not
+        self.doubt = 0.0  # where it does: by how much a difference of two logits was off, at most, when it was compiled
         self._folded: Folded | None = None
         self._memory_format = torch.preserve_format
         self._dtype = next((p.dtype for p in self._source.parameters() if p.is_floating_point()), None)
@@ -134,6 +135,10 @@ class Oracle:
     def lowered(self) -> bool:
         """Whether it computes in bf16 what the model does not."""
         return self._exact is not None
+
+    def exact(self) -> "Oracle":
+        """The exact oracle of the same model."""
+        return Oracle(self._source)
 
     def confirmed_logits(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
         """(B, classes) float32 logits that are never computed in bf16, for verdicts."""
@@ -247,7 +252,8 @@ class Oracle:
             error = float((self.logits(example) - truth).abs().max())
             if error <= 0.05 * (1 + float(truth.abs().max())):
                 self.plan += ", bf16"
-                self._exact = exact if before[2] != torch.bfloat16 else None
+                if before[2] != torch.bfloat16:
+                    self._exact, self.doubt = exact, 2 * error
                 return
             reason = f"bf16 changes logits by {error:.1e}"
         except ValueError as failure:
