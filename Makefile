@@ -31,10 +31,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The libraries that the benchmark compares with; torchattacks and secml-torch ask for what their PGD does not need.
+# The libraries that the benchmarks compare with; torchattacks and secml-torch ask for what their PGD does not need.
 $(VENV)/peers: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1 secml-torch==1.5
+	$(BIN)/pip install --quiet --no-deps torchattacks==3.5.1 secml-torch==1.5 pyautoattack==0.2.0
 	touch $@
 
 clean:

@@ -1002,7 +1002,8 @@ def test_the_model_is_left_as_found_by_an_attack_that_fails(error, mode):
     model = Raising(half_trained(), error)
     with mode():
         before = snapshot(model)
-        with pytest.raises(ValueError if type(error) is RuntimeError else type(error), match="broken"):
+        expected = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else ValueError
+        with pytest.raises(expected, match="broken"):
             PGD(Linf(0.1), steps=5)(model, x, y)
         assert same(snapshot(model), before)
 
@@ -1167,3 +1168,37 @@ def test_settings_are_values():
     assert CW(Linf(0.1)) == CW(Linf(0.1))
     assert hash(FGSM(Linf(0.1))) == hash(FGSM(Linf(0.1)))
     assert set(inspect.signature(PGD.__call__).parameters) >= {"model", "x", "y", "target", "seed", "index", "final"}
+
+
+@pytest.mark.parametrize(("final", "coarse", "precise"), [("none", 8, 0), ("loss", 6, 2), ("gradient", 6, 3)])
+def test_where_an_end_is_scored_the_last_quarter_of_the_steps_is_asked_in_float32(final, coarse, precise, monkeypatch):
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.rand(2, 1, 3, 4), torch.tensor([0, 1])
+    oracle = Oracle.fast(model, x, "bf16")
+    asked = []
+    for one in (oracle, oracle.precise):
+        answer = one.gradient
+
+        def counted(*arguments, one=one, answer=answer):
+            asked.append(one)
+            return answer(*arguments)
+
+        monkeypatch.setattr(one, "gradient", counted)
+    PGD(Linf(0.1), steps=8)(oracle, x, y, final=final)
+    assert asked == [oracle] * coarse + [oracle.precise] * precise
+
+
+def test_an_oracle_in_float32_is_its_own_precise_one():
+    oracle = Oracle.fast(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(2, 1, 2, 2), "float32")
+    assert oracle.precise is oracle
+
+
+def test_the_precise_oracle_learns_with_the_other():
+    torch.manual_seed(0)
+    x = torch.rand(4, 1, 2, 2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    oracle = Oracle.fast(model, x, "bf16")
+    with torch.no_grad():
+        model[1].weight.mul_(-2)
+    oracle.refresh()
+    assert torch.allclose(oracle.precise.logits(x), model(x).detach(), atol=1e-6)

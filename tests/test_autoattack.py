@@ -669,6 +669,44 @@ def test_autoattack_in_an_evaluation(short):
     assert evaluation.convergence["aa"].overturned == 0
 
 
+@pytest.mark.parametrize("norm", RADII)
+def test_no_example_falls_on_the_word_of_bf16(short, norm):
+    """Logits so large that bf16 tells no class from the other: some clean images seem to have fallen in it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 2))
+    model[1].bias.data[:] = 100
+    x = 0.3 + 0.4 * torch.rand(16, 2, 5, 5)
+    y = model(x).argmax(1)
+    oracle = im.Oracle.fast(model, x, "bf16")
+    assert oracle.lowered
+    assert (oracle.logits(x).argmax(1) != y).sum() >= 3
+    assert torch.equal(oracle.precise.logits(x), model(x).detach())
+    for radius in (1e-3, 0.3):
+        threat = replace(RADII[norm], eps=radius * {"linf": 1, "l2": 50**0.5, "l1": 50}[norm])
+        fast = im.evaluate(model, (x, y), {"aa": AutoAttack(threat)}, precision="bf16")
+        exact = im.evaluate(model, (x, y), {"aa": AutoAttack(threat)})
+        assert (fast.correct("aa") == exact.correct("aa")).all()
+    assert not exact.correct("aa").any()
+
+
+def test_survivors_too_near_a_boundary_for_bf16_are_searched_again(short):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 2))
+    slope = (model[1].weight[1] - model[1].weight[0]).detach()
+    x = 0.3 + 0.4 * torch.rand(16, 2, 5, 5)
+    wanted = torch.tensor([0.002] * 8 + [0.2] * 8)
+    lacking = wanted - (model(x)[:, 1] - model(x)[:, 0]).detach()
+    x = x + (lacking[:, None] * slope / slope.square().sum()).reshape(x.shape)
+    y = torch.ones(16, dtype=torch.int64)
+    oracle = im.Oracle.fast(model, x, "bf16")
+    assert 0.002 < oracle.doubt < 0.1
+    attack = AutoAttack(Linf(1e-5))
+    fast, exact = (attack(one, x, y, final="loss") for one in (oracle, model))
+    assert not exact.misclassified.any()
+    assert (fast.gradient_calls[:8] > exact.gradient_calls[:8]).all()
+    assert (fast.gradient_calls[8:] == exact.gradient_calls[8:]).all()
+
+
 def test_names():
     threat = Linf(0.1)
     assert named_attack("autoattack", threat) == im.AutoAttack(threat)

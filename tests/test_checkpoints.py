@@ -11,7 +11,8 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
 import innermax as im
-from innermax.checkpoints import load_model, load_tensors, save_model, save_tensors, write_bytes, write_json
+from innermax.checkpoints import load_tensors, save_model, save_tensors, write_bytes, write_json
+from innermax.sources import load_model
 
 NORMALIZE = [[0.2, 0.4, 0.6], [0.3, 0.5, 0.7]]
 SHAPE = (3, 8, 8)

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from innermax.attacks.gradient import CW, FGSM, PGD
     from innermax.attacks.search import AttackResult
     from innermax.attacks.square import Square
-    from innermax.checkpoints import load_model, save_model
+    from innermax.checkpoints import save_model
     from innermax.data import Data, ImageSet, load_data
     from innermax.evaluation import Evaluation, evaluate
-    from innermax.models import build_model
+    from innermax.models import Normalize, build_model
     from innermax.oracle import Oracle
+    from innermax.sources import load_model
     from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured
     from innermax.threat import L1, L2, Linf
     from innermax.training import Run, train
@@ -32,11 +33,12 @@ _HOMES = {
     "innermax.attacks.gradient": ("CW", "FGSM", "PGD"),
     "innermax.attacks.search": ("AttackResult",),
     "innermax.attacks.square": ("Square",),
-    "innermax.checkpoints": ("load_model", "save_model"),
+    "innermax.checkpoints": ("save_model",),
     "innermax.data": ("Data", "ImageSet", "load_data"),
     "innermax.evaluation": ("Evaluation", "evaluate"),
-    "innermax.models": ("build_model",),
+    "innermax.models": ("Normalize", "build_model"),
     "innermax.oracle": ("Oracle",),
+    "innermax.sources": ("load_model",),
     "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured"),
     "innermax.threat": ("L1", "L2", "Linf"),
     "innermax.training": ("Run", "train"),
@@ -61,6 +63,7 @@ __all__ = [
     "FGSMThenPGD",
     "ImageSet",
     "Linf",
+    "Normalize",
     "Oracle",
     "Run",
     "Square",

@@ -64,7 +64,7 @@ def save_model(folder: str | Path, model: nn.Module, name: str = "model.safetens
         write_json(folder / "config.json", config)
 
 
-def load_model(source: str | Path, model: nn.Module | None = None, revision: str | None = None) -> nn.Module:
+def load_saved_model(source: str | Path, model: nn.Module | None = None, revision: str | None = None) -> nn.Module:
     """A model from a folder or file that innermax wrote, or from the Hugging Face Hub; in evaluation mode.
 
     Args:

@@ -15,6 +15,12 @@ def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
 
 
+def in_short(failure: Exception) -> str:
+    """An exception's type and first sentence."""
+    lines = str(failure).strip().splitlines()
+    return ": ".join([type(failure).__name__, *(line.partition(". ")[0] for line in lines[:1])])
+
+
 def check_count(value: object, name: str) -> None:
     """Raises unless value is an integer ≥ 1."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -20,6 +21,10 @@ Train classifiers that withstand adversarial examples, and know whether a robust
 
 innermax COMMAND --help lists what a command takes. Fractions such as 8/255 are read as numbers.
 """
+_SOURCES = (
+    "a run folder, a model file or folder, a Hub id, timm:NAME, or with --allow-code module:function or a .pt2 program "
+    "of torch.export"
+)
 _FRACTION = r"^(\d+\.?\d*)/(\d+\.?\d*)$"
 # What the recipe and the run say in their own way.
 _NOT_OPTIONS: set[str | int] = {
@@ -57,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from innermax.checks import unknown
 
             raise unknown("command", words[0], commands)
-        commands[words[0]](words[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line  # type: ignore[assignment]  # it takes the rest, and does not look
+            commands[words[0]](words[1:])
     except (ValueError, TypeError, ArgumentError, ArithmeticError, OSError) as error:
         print(f"innermax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -66,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # how the parser ends once it has printed a command's help
         return int(stop.code or 0)
     return 0
+
+
+def _one_line(message: Warning | str, *_: object) -> None:
+    """A warning as this command line says things."""
+    print(f"innermax: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _train(words: list[str]) -> None:
@@ -136,9 +148,7 @@ def _model(name: str, classes: int, shape: Sequence[int], seed: int, init: str |
 
 def _evaluate(words: list[str]) -> None:
     """Attacks a trained model with the test images."""
-    parser = _evaluation_parser(
-        "evaluate RUN_OR_MODEL", "Attack a trained model: a run folder, a model file or folder, or a Hub id.", set()
-    )
+    parser = _evaluation_parser("evaluate SOURCE", f"Attack a trained model: {_SOURCES}.", set())
     if not words or words[0].startswith("-"):
         if words and words[0] not in ("-h", "--help"):
             raise ValueError("evaluate takes a run folder or a model first, such as: innermax evaluate runs/digits")
@@ -152,8 +162,8 @@ def _transfer(words: list[str]) -> None:
     parser = _evaluation_parser(
         "transfer SURROGATE TARGET…",
         "Attack one trained model, the surrogate, and score the images on others, the targets: black-box robustness. "
-        "Each is a run folder, a model file or folder, or a Hub id.",
-        {"best"},
+        f"Each is {_SOURCES}.",
+        {"best", "normalize"},
     )
     sources = list(takewhile(lambda word: not word.startswith("-"), words))
     options = words[len(sources) :]
@@ -204,7 +214,8 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     device = chosen_device(chosen.device)
     _check_count("limit", chosen.limit)
     _check_json(chosen.json)
-    model = im.load_model(path / "best.safetensors" if chosen.best else source)
+    model = im.load_model(path / "best.safetensors" if chosen.best else source, allow_code=chosen.allow_code)
+    model = model if chosen.normalize is None else _normalized(model, chosen.normalize)
     test = im.load_data(name, validation=0).test
     options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
     with show_evaluation() as show:
@@ -233,7 +244,7 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
     device = chosen_device(chosen.device)
     _check_count("limit", chosen.limit)
     _check_json(chosen.json)
-    models = _loaded(sources)
+    models = _loaded(sources, chosen.allow_code)
     test = im.load_data(name, validation=0).test
     options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
     with show_evaluation() as show:
@@ -264,13 +275,26 @@ def _agreed(sources: Sequence[str], setting: str, option: str) -> Any:
     return known[0][1] if known else None
 
 
-def _loaded(sources: Sequence[str]) -> dict[str, Any]:
+def _loaded(sources: Sequence[str], allow_code: bool) -> dict[str, Any]:
     """Source → model; one model for what lies at one place, however it is spelled."""
     import innermax as im
 
     places = {os.path.realpath(source): source for source in sources}
-    models = {place: im.load_model(source) for place, source in places.items()}
+    models = {place: im.load_model(source, allow_code=allow_code) for place, source in places.items()}
     return {source: models[os.path.realpath(source)] for source in sources}
+
+
+def _normalized(model: Any, normalize: Any) -> Any:
+    """The model with a normalisation in front."""
+    import torch
+
+    import innermax as im
+    from innermax.models import IMAGENET_STATISTICS
+
+    pair = IMAGENET_STATISTICS if normalize == "imagenet" else normalize
+    if len(pair) != 2:
+        raise ValueError(f"normalize must be imagenet or [MEAN,STD], came {normalize}")
+    return torch.nn.Sequential(im.Normalize(*pair), model)
 
 
 def _check_count(name: str, count: int | None) -> None:

@@ -27,6 +27,7 @@ from innermax.attacks.base import looks_like_probabilities
 from innermax.attacks.search import AttackResult, Final
 from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set
+from innermax.intake import misgivings
 from innermax.losses import cross_entropy
 from innermax.oracle import Oracle, Precision, unwrapped
 from innermax.statistics import Accuracy, Interval, accuracy, paired_difference
@@ -284,6 +285,8 @@ def evaluate(
     exact = Oracle(model)
     with bench.in_float32(exact):
         logits = _clean(bench, exact, attacks)
+        for sentence in misgivings(exact, images, device):
+            warnings.warn(sentence, stacklevel=2)
         oracle = bench.attack_oracle(model, exact, precision) if attacks else exact
         with warnings.catch_warnings():
             if looks_like_probabilities(logits):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from innermax.checks import in_short
 from innermax.kernels import InputConvolution
 
 _AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -57,11 +58,6 @@ def fold(network: nn.Module) -> Folded:
         if not pairs:
             raise
         return Folded(network, pairs, untraced=in_short(failure))
-
-
-def in_short(failure: Exception) -> str:
-    """An exception's type and first sentence."""
-    return f"{type(failure).__name__}: {str(failure).splitlines()[0].partition('. ')[0]}"
 
 
 def _rewritten(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from innermax.checks import unknown
-from innermax.folding import Folded, fold, in_short
+from innermax.checks import in_short, unknown
+from innermax.folding import Folded, fold
 from innermax.losses import Loss
 from innermax.replay import Replayed
 from innermax.workers import Workers
@@ -58,6 +58,8 @@ class Oracle:
     def __init__(self, model: nn.Module) -> None:
         self._source = unwrapped(model)
         self._network: nn.Module = _shadow(self._source, share=True)
+        self._precise: Oracle | None = None  # where the network computes in bf16: one that does not
+        self.doubt = 0.0  # where it does: by how much a difference of two logits was off, at most, when it was compiled
         self._folded: Folded | None = None
         self._memory_format = torch.preserve_format
         self._dtype = next((p.dtype for p in self._source.parameters() if p.is_floating_point()), None)
@@ -65,7 +67,6 @@ class Oracle:
         self._threads = 1  # that may share a batch
         self._workers: Workers | None = None
         self._compiled_for: tuple[Tensor, Precision] | None = None
-        self._exact: Oracle | None = None
         self.plan = "as the model is"
 
     @classmethod
@@ -97,11 +98,11 @@ class Oracle:
             else:
                 oracle.plan += ", float32"
             if example.is_cuda:
-                for one in {oracle, oracle.precise}:
+                for one in (oracle, oracle.precise):
                     one._replayed = Replayed(one._gradient)
                 oracle.plan += ", CUDA graphs"
             elif torch.get_num_threads() > 1 and not oracle._draws(example):
-                oracle._threads = torch.get_num_threads()
+                oracle._threads = oracle.precise._threads = torch.get_num_threads()
                 oracle.plan += f", {oracle._threads} threads"
             oracle._compiled_for = example, precision
         _log.info("attack network: %s", oracle.plan)
@@ -120,24 +121,26 @@ class Oracle:
     @property
     def precise(self) -> "Oracle":
         """The same network in float32, for what bf16 is too coarse for: itself, where it is not in bf16."""
-        return self if self._exact is None else self._exact
+        return self if self._precise is None else self._precise
 
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
-        if self._exact is not None:
-            self._exact.refresh()
+        if self._precise is not None:
+            self._precise.refresh()
         if self._folded is not None:
             self._folded.refresh(self._source)
-            return
-        with torch.no_grad():
-            for mine, theirs in zip(_state(self._network), _state(self._source), strict=True):
-                if mine.data_ptr() != theirs.data_ptr():
-                    mine.copy_(theirs)
+        else:
+            _take_over(self._network, self._source)
 
     def logits(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
         """(B, classes) float32 logits."""
         with torch.no_grad():
             return self._forward(self._placed(x), len(x))
+
+    @property
+    def lowered(self) -> bool:
+        """Whether it computes in bf16 what the model does not."""
+        return self._precise is not None
 
     def gradient(self, x: Float[Tensor, "b ..."], label: Int[Tensor, " b"], loss: Loss) -> Answer:
         """The gradient of each example's loss in its own input, with loss and logits.
@@ -200,9 +203,8 @@ class Oracle:
             logits = self._network(x)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {reason}") from error
+        except Exception as error:  # anything: it may be other people's code
+            raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {in_short(error)}") from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
             came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model must return logits of shape ({batch}, classes ≥ 2), came {came}")
@@ -231,7 +233,7 @@ class Oracle:
 
     def _lower(self, example: Tensor, truth: Tensor) -> None:
         """Switches to bf16 where the network computes in it and its logits stay close."""
-        exact = copy.copy(self)
+        before = copy.copy(self)
         try:
             self._network, self._dtype = copy.deepcopy(self._network).to(torch.bfloat16), torch.bfloat16
             if self._folded is not None:
@@ -239,12 +241,14 @@ class Oracle:
             self.refresh()
             error = float((self.logits(example) - truth).abs().max())
             if error <= 0.05 * (1 + float(truth.abs().max())):
-                self.plan, self._exact = f"{self.plan}, bf16", exact
+                self.plan += ", bf16"
+                if before._dtype != torch.bfloat16:
+                    self._precise, self.doubt = before, 2 * error
                 return
             reason = f"bf16 changes logits by {error:.1e}"
         except ValueError as failure:
             reason = str(failure)
-        self._network, self._folded, self._dtype = exact._network, exact._folded, exact._dtype
+        self._network, self._folded, self._dtype = before._network, before._folded, before._dtype
         self.plan += f", float32 ({reason})"
 
 
@@ -308,6 +312,14 @@ def _difference(folded: Folded, exact: nn.Module, x: Tensor) -> float:
     folded.refresh(exact)
     truth = exact(x.clone())
     return float((folded.network(x.clone()) - truth).abs().max()) / (1 + float(truth.abs().max()))
+
+
+@torch.no_grad()
+def _take_over(network: nn.Module, source: nn.Module) -> None:
+    """Copies what a network does not share with its source."""
+    for mine, theirs in zip(_state(network), _state(source), strict=True):
+        if mine.data_ptr() != theirs.data_ptr():
+            mine.copy_(theirs)
 
 
 def _state(network: nn.Module) -> Iterator[Tensor]:

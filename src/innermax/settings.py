@@ -128,6 +128,9 @@ class EvaluateSettings:
         seed: decides the random starts.
         device: auto, cpu, cuda or cuda:N.
         best: evaluate a run's best epoch on its validation split instead of its last.
+        normalize: put in front of a model that was trained on normalised images: imagenet, or [MEAN,STD] with a number
+            a channel each or one for all, such as [[0.1307],[0.3081]].
+        allow_code: run the code that module:function or a .pt2 program brings.
         json: file to write everything to, per example.
     """
 
@@ -140,6 +143,8 @@ class EvaluateSettings:
     seed: int = 0
     device: str = "auto"
     best: bool = False
+    normalize: list[list[float]] | Literal["imagenet"] | None = None
+    allow_code: bool = False
     json: str | None = None
 
 

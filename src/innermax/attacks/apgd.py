@@ -197,7 +197,7 @@ def _climb(problem: Problem, loss: Loss, start: Float[Tensor, "b ..."], steps: i
         if step > 0:
             point = search.moved(problem.feasible, step == 1)
             search = search.advanced(point, problem.gradient(point, loss), step)
-        won = problem.won(search.answer.logits)
+        won = problem.won(search.point, search.answer.logits)
         if stop and bool(won.any()):
             done, going = won.nonzero()[:, 0], (~won).nonzero()[:, 0]
             pieces.append(

@@ -101,16 +101,18 @@ class Problem:
         """One key an example for random draws; streams: restart numbers and the like."""
         return randomness.keys(self.seed, self.index, *streams)
 
-    def won(self, logits: Float[Tensor, "b classes"]) -> Tensor:
-        """(B,) where the adversary has what it wants."""
-        return has_won(logits, self.label, self.reach)
+    def won(self, point: Float[Tensor, "b ..."], logits: Float[Tensor, "b classes"]) -> Tensor:
+        """(B,) where the adversary has what it wants at a point with these logits; never on bf16's word alone."""
+        won = has_won(logits, self.label, self.reach)
+        rows = won.nonzero()[:, 0]
+        if len(rows) > 0 and self.oracle.lowered:
+            told = _mean(self.oracle.precise.logits, point[rows], self.samples)
+            won[rows] = has_won(told, self.label[rows], self.reach)
+        return won
 
     def logits(self, point: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
         """The logits at a point of each example, the mean of `samples` answers."""
-        logits = self.oracle.logits(point)
-        for _ in range(1, self.samples):
-            logits = logits + self.oracle.logits(point)
-        return logits / self.samples
+        return _mean(self.oracle.logits, point, self.samples)
 
     def gradient(self, point: Float[Tensor, "b ..."], loss: Loss) -> Answer:
         """Gradient, loss and logits at a point of each example, the means of `samples` answers."""
@@ -207,6 +209,14 @@ class VerdictAttack(ABC):
         )
 
 
+def _mean(logits: Callable[[Tensor], Tensor], point: Tensor, samples: int) -> Tensor:
+    """The mean of so many answers."""
+    total = logits(point)
+    for _ in range(1, samples):
+        total = total + logits(point)
+    return total / samples
+
+
 def reported(
     problem: Problem,
     x_adv: Float[Tensor, "b ..."],
@@ -225,7 +235,7 @@ def reported(
         fosc=None,
         relative_fosc=None,
         zero_gradient=None,
-        misclassified=problem.won(logits),
+        misclassified=problem.won(x_adv, logits),
         steps=zeros + steps,
         gradient_calls=zeros + gradients * problem.samples,
         forward_calls=zeros + forwards * problem.samples,

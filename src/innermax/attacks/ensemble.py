@@ -11,7 +11,7 @@ from innermax import randomness
 from innermax.attacks.apgd import APGD
 from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
 from innermax.attacks.fab import FAB
-from innermax.attacks.search import AttackResult
+from innermax.attacks.search import AttackResult, better
 from innermax.attacks.square import Square
 from innermax.checks import unknown
 from innermax.losses import margin
@@ -71,7 +71,16 @@ class AutoAttack(VerdictAttack):
         for number, attack in enumerate(self.attacks()):
             own = replace(problem, seed=randomness.number(problem.seed, number))
             found = pursued(found, partial(_by, attack, own, clean))
-        return found
+        return self._seen_clearly(problem, clean, found) if problem.oracle.lowered else found
+
+    def _seen_clearly(self, problem: Problem, clean: Float[Tensor, "b classes"], found: AttackResult) -> AttackResult:
+        """What was found in bf16, and by the same search in float32 for survivors too close to a boundary for bf16."""
+        close = ~cast(Tensor, found.misclassified) & (cast(Tensor, found.loss) >= -problem.oracle.doubt)
+        rows = close.nonzero()[:, 0]
+        if len(rows) == 0:
+            return found
+        exact = replace(problem[rows], oracle=problem.oracle.precise)
+        return found.updated(rows, better(found[rows], self.search(exact, clean[rows])))
 
 
 def _by(

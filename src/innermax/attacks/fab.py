@@ -67,7 +67,7 @@ class FAB(VerdictAttack):
         for step in range(1, self.steps + 1):
             point = _stepped(problem, search.point)
             logits = problem.logits(point)
-            search = search.crossed(problem, point, problem.won(logits))
+            search = search.crossed(problem, point, problem.won(point, logits))
             fallen = search.distance <= self.threat.eps
             if bool(fallen.any()):
                 done, going = fallen.nonzero()[:, 0], (~fallen).nonzero()[:, 0]

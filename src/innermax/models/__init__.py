@@ -23,6 +23,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std a channel, of images in [0, 1]
+
+
 def build_model(
     name: str,
     *,
@@ -57,10 +60,18 @@ def build_model(
 
 
 class Normalize(nn.Module):
-    """(x − mean) / std per channel; x: (B, C, H, W). The numbers live in the model's config, not in its weights."""
+    """(x − mean) / std per channel; x: (B, C, H, W). The numbers live in the model's config, not in its weights.
+
+    mean, std: one number a channel, or one for all. Raises ValueError where they differ in length, are not finite or
+    std is not positive.
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        if len(mean) != len(std) or len(mean) == 0:
+            raise ValueError(f"mean and std must hold one number a channel each, came {len(mean)} and {len(std)}")
+        if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
+            raise ValueError(f"mean and std must be finite and std > 0, came {list(mean)} and {list(std)}")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -82,7 +93,7 @@ def _settings(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean_and_std(normalize: Sequence[Sequence[float]], channels: int) -> tuple[list[float], list[float]]:
-    """normalize as two checked lists of one number a channel."""
+    """normalize as two lists of one number a channel."""
     if len(normalize) != 2:
         raise ValueError(f"normalize must be (mean, std), came {len(normalize)} values")
     mean, std = ([float(value) for value in values] for values in normalize)
@@ -90,6 +101,4 @@ def _mean_and_std(normalize: Sequence[Sequence[float]], channels: int) -> tuple[
         raise ValueError(
             f"normalize must hold one mean and std a channel ({channels}), came {len(mean)} and {len(std)}"
         )
-    if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
-        raise ValueError(f"normalize must hold finite numbers and std > 0, came mean {mean}, std {std}")
     return mean, std
