@@ -306,10 +306,7 @@ def page(
             "",
             *pgd_lines(pgds),
             "",
-            "## Time",
-            "",
-            *time_lines(*timed),
-            "",
+            *(["## Time", "", *time_lines(*timed), ""] if timed[2][OURS] else []),
         ]
     )
 
@@ -324,7 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("--agreement", nargs="+", default=default, metavar="MODEL=IMAGES")
     parser.add_argument("--pgd", nargs="+", default=[word.partition("=")[0] for word in default], metavar="MODEL")
     parser.add_argument("--time", default="mnist-linf-standard=64", metavar="MODEL=IMAGES")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3, help="0: no timing")
     parser.add_argument("--models", type=Path, default=Path("runs/models"))
     parser.add_argument("--runs", type=Path, default=Path("runs/autoattack"))
     parser.add_argument("--write", type=Path, help="Markdown file; the numbers go into a .json beside it")

@@ -321,6 +321,8 @@ def test_misgivings_change_no_answer(digits, monkeypatch):
     data, _ = digits
     model = nn.Sequential(Normalised(bare(digits), 0.5, 0.5), Noise())
     state = torch.get_rng_state()
+    assert list(misgivings(im.Oracle(model), data, CPU))
+    assert torch.equal(state, torch.get_rng_state())
     with pytest.warns(UserWarning, match="normalised"):
         one = im.evaluate(model, data[:100], {"pgd": PGD})
     assert torch.equal(state, torch.get_rng_state())
