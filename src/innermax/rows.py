@@ -22,6 +22,7 @@ Column = npt.NDArray[Any]
 CLEAN = "clean"
 _CONFIGURATION = "config.yaml"
 _TABLE = "rows.parquet"
+_LONGEST = 150  # characters that a message says of one setting
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +163,7 @@ def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
         differing = _differing(read_config(folder), configuration)
         if differing:
             raise ValueError(
-                f"rows_dir {folder} belongs to another evaluation ({'; '.join(differing[:4])}); "
+                f"rows_dir {folder} belongs to another evaluation ({'; '.join(map(_short, differing[:4]))}); "
                 "choose another folder, or remove it"
             )
         return
@@ -207,6 +208,10 @@ def _differing(before: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
     if same and np.allclose(np.array(old), np.array(new), 1e-3, 1e-6, equal_nan=True):
         return differences(before | {"answers": new}, now)
     return [*differences(before | {"answers": new}, now), "the model answers the first examples in another way"]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _parquet(columns: Mapping[str, Column], metadata: Mapping[str, object]) -> bytes:

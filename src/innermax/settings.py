@@ -127,6 +127,9 @@ class EvaluateSettings:
         batch_size: images at a time.
         seed: decides the random starts.
         device: auto, cpu, cuda or cuda:N.
+        devices: processes that share the images, on GPUs one a GPU.
+        rows_dir: folder that keeps each example's rows as they come, where the same command goes on if it was stopped;
+            empty for one inside the run folder.
         best: evaluate a run's best epoch on its validation split instead of its last.
         json: file to write everything to, per example.
     """
@@ -139,6 +142,8 @@ class EvaluateSettings:
     batch_size: int = 250
     seed: int = 0
     device: str = "auto"
+    devices: int = 1
+    rows_dir: str | None = None
     best: bool = False
     json: str | None = None
 
