@@ -211,7 +211,7 @@ def _differing(before: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 def _parquet(columns: Mapping[str, Column], metadata: Mapping[str, object]) -> bytes:
