@@ -123,6 +123,33 @@ def test_train_then_evaluate(folder, capsys):
     assert said(capsys, "train", "mnist", "--run-dir", "next", "--init", "run", *FAST)[0] == 0
 
 
+def test_rows_are_kept_and_named(folder, capsys, monkeypatch):
+    assert said(capsys, "train", "mnist", "--run-dir", "run", *FAST)[0] == 0
+    words = ["evaluate", "run", "--attacks", "fgsm,pgd-2"]
+    assert said(capsys, *words)[0] == 0
+    (own,) = Path("run/rows").iterdir()
+    assert f"{own}/rows.parquet" in said(capsys, *words)[1]
+    assert pyarrow.parquet.read_table(own / "rows.parquet").num_rows == 4
+    assert said(capsys, *words, "--seed", "1")[0] == 0
+    assert len(list(Path("run/rows").iterdir())) == 2
+    assert said(capsys, *words, "--rows-dir", "mine")[0] == 0
+    assert "seed: 0 there, 1 here" in refused(capsys, *words, "--rows-dir", "mine", "--seed", "1")
+    assert "devices must be at least 1" in refused(capsys, *words, "--devices", "0")
+
+    def broken(error):
+        def call(*_, **__):
+            raise error
+
+        return call
+
+    monkeypatch.setattr("innermax.attacks.gradient.PGD.__call__", broken(ValueError("it\nbroke")))
+    assert "it broke Rows that are finished are kept in part:" in refused(capsys, *words, "--rows-dir", "part")
+    monkeypatch.setattr("innermax.attacks.gradient.PGD.__call__", broken(KeyboardInterrupt()))
+    status, _, err = said(capsys, *words, "--rows-dir", "part")
+    assert (status, err.count("\n")) == (130, 1)
+    assert "kept in part" in err
+
+
 def test_options_reach_the_training(folder, capsys):
     options = ["--threat.eps", "51/255", "--attack.steps", "3", "--attack.step_size", "[0.1,0.05,0.025]"]
     assert said(capsys, "train", "mnist", "--run-dir", "run", *FAST, *options, "--lr=1e-3", "--flip")[0] == 0

@@ -348,7 +348,7 @@ def test_clean_alone():
     assert list(evaluation.accuracy) == ["clean"]
     assert evaluation.worst_case == evaluation.accuracy["clean"]
     assert evaluation.convergence == {}
-    assert list(evaluation.examples) == ["index", "label", "clean_prediction", "clean_correct"]
+    assert list(evaluation.examples) == ["index", "label", "clean_prediction", "clean_correct", "seed"]
 
 
 def test_progress():
@@ -364,7 +364,9 @@ def test_the_table_of_examples():
     columns = [field.name for field in fields(AttackRows)]
     told = {"correct", "loss", "fosc", "relative_fosc", "zero_gradient", "steps", "gradient_calls"}
     assert told <= set(columns)
-    assert list(table)[4:] == [f"pgd_{column}" for column in columns]
+    assert list(table)[4:] == ["seed", *(f"pgd_{column}" for column in ["success", *columns])]
+    assert (table.pgd_success != table.pgd_correct).all()
+    assert (table.seed == 0).all()
     assert int(table.pgd_correct.sum()) == evaluation.accuracy["pgd"].correct
     assert (table.clean_correct == (table.clean_prediction == table.label)).all()
 
@@ -496,6 +498,8 @@ def test_labels_and_images_must_fit_before_the_first_attack():
         ({"attacks": {"a": lambda *_: None}}, TypeError, None),
         ({"attacks": [PGD]}, TypeError, None),
         ({"attacks": {"a": PGD, "a_relative": PGD}}, ValueError, "would share the column a_relative_fosc"),
+        ({"devices": 0}, ValueError, "devices must be at least 1, came 0"),
+        ({"devices": 2.0}, TypeError, None),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, came 0"),
         ({"batch_size": 2.5}, TypeError, None),
         ({"quantize": 0}, ValueError, "quantize must be in 1…16 or None, came 0"),

@@ -48,9 +48,9 @@ def test_strategies_come_back_equal(number):
     described = runs.describe(STRATEGIES[number])
     again = through_yaml(described)
     assert again == described
-    assert not runs._differences({"strategy": again}, {"strategy": described})
+    assert not runs.differences({"strategy": again}, {"strategy": described})
     others = [through_yaml(runs.describe(other)) for place, other in enumerate(STRATEGIES) if place != number]
-    assert all(runs._differences({"strategy": other}, {"strategy": described}) for other in others)
+    assert all(runs.differences({"strategy": other}, {"strategy": described}) for other in others)
 
 
 def test_what_a_description_says():
@@ -104,17 +104,17 @@ def test_plain_values(value, described):
     assert through_yaml(runs.describe({"value": value})) == {"value": described}
 
 
-def test_differences_name_the_setting_and_both_values():
+def testdifferences_name_the_setting_and_both_values():
     before = {"training": {"lr": 0.01, "clip": None, "lr_drops": [0.4, 0.8]}, "model": {"name": "a"}, "gone": 1}
     now = {"training": {"lr": 0.1, "lr_drops": [0.4, 0.9]}, "model": "b"}
-    assert runs._differences(before, now) == [
+    assert runs.differences(before, now) == [
         "training.lr: 0.01 there, 0.1 here",
         "training.lr_drops: [0.4, 0.8] there, [0.4, 0.9] here",
         "model: {'name': 'a'} there, b here",
         "gone: 1 there, None here",
     ]
-    assert runs._differences(before, before) == []
-    assert runs._differences({"new": None}, {}) == []
+    assert runs.differences(before, before) == []
+    assert runs.differences({"new": None}, {}) == []
 
 
 def configuration(**training):

@@ -63,21 +63,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             raise unknown("command", words[0], commands)
         with warnings.catch_warnings():
-            warnings.showwarning = _one_line  # type: ignore[assignment]  # it takes the rest, and does not look
+            warnings.showwarning = _warn  # type: ignore[assignment]  # it takes the rest, and does not look
             commands[words[0]](words[1:])
     except (ValueError, TypeError, ArgumentError, ArithmeticError, OSError) as error:
-        print(f"innermax: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"innermax: {_one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if _one_line(stop):
+            print(f"innermax: {_one_line(stop)}", file=sys.stderr)
         return 130
     except SystemExit as stop:  # how the parser ends once it has printed a command's help
         return int(stop.code or 0)
     return 0
 
 
-def _one_line(message: Warning | str, *_: object) -> None:
+def _one_line(said: BaseException | str) -> str:
+    """What an exception or warning says, and its notes."""
+    return " ".join(" ".join([str(said), *getattr(said, "__notes__", [])]).split())
+
+
+def _warn(message: Warning | str, *_: object) -> None:
     """A warning as this command line says things."""
-    print(f"innermax: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"innermax: {_one_line(message)}", file=sys.stderr)
 
 
 def _train(words: list[str]) -> None:
@@ -163,7 +170,7 @@ def _transfer(words: list[str]) -> None:
         "transfer SURROGATE TARGET…",
         "Attack one trained model, the surrogate, and score the images on others, the targets: black-box robustness. "
         f"Each is {_SOURCES}.",
-        {"best", "normalize"},
+        {"best", "normalize", "devices", "rows_dir"},
     )
     sources = list(takewhile(lambda word: not word.startswith("-"), words))
     options = words[len(sources) :]
@@ -218,11 +225,31 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     model = model if chosen.normalize is None else _normalized(model, chosen.normalize)
     test = im.load_data(name, validation=0).test
     options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
+    options["device"] = device
+    rows_dir = chosen.rows_dir
+    if rows_dir is None and (path / "config.yaml").is_file() and os.access(path, os.W_OK):
+        rows_dir = _own_rows(path, model, name, attacks, {**options, "limit": chosen.limit})
+    options |= {"devices": chosen.devices, "rows_dir": rows_dir}
     with show_evaluation() as show:
-        evaluation = im.evaluate(model, test[: chosen.limit], attacks, **options, device=device, progress=show)
+        evaluation = im.evaluate(model, test[: chosen.limit], attacks, **options, progress=show)
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
-    Console().print(format_table(evaluation))
+    console = Console()
+    console.print(format_table(evaluation))
+    if rows_dir is not None:
+        console.print(f"Example by example: {Path(rows_dir) / 'rows.parquet'}", highlight=False, soft_wrap=True)
+
+
+def _own_rows(run: Path, model: Any, data: str, attacks: dict[str, Any], options: dict[str, Any]) -> Path:
+    """A folder inside a run folder, another for each evaluation that is asked for."""
+    import torch
+
+    from innermax import __version__
+    from innermax.rows import fingerprint
+    from innermax.runs import describe
+
+    asked = describe([data, attacks, options, __version__, torch.__version__])
+    return run / "rows" / fingerprint([(str(asked), torch.empty(0)), *model.state_dict().items()])
 
 
 def _run_transfer(sources: Sequence[str], chosen: Any) -> None:

@@ -9,15 +9,15 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -25,20 +25,34 @@ from torch import Tensor, nn
 from innermax import randomness
 from innermax.attacks.base import looks_like_probabilities
 from innermax.attacks.search import AttackResult, Final
-from innermax.checks import check_labels, unknown
+from innermax.checks import check_count, check_labels, unknown
 from innermax.data import ImageSet, as_image_set
 from innermax.intake import misgivings
 from innermax.losses import cross_entropy
 from innermax.oracle import Oracle, Precision, unwrapped
+from innermax.rows import (
+    CLEAN,
+    AttackRows,
+    CleanRows,
+    Column,
+    Part,
+    Parts,
+    fingerprint,
+    kept_rows,
+    open_rows,
+    write_table,
+)
+from innermax.runs import describe
+from innermax.sharing import shared
 from innermax.statistics import Accuracy, Interval, accuracy, paired_difference
 from innermax.threat import FeasibleSet, Threat
 
 if TYPE_CHECKING:
     import pandas
 
-Column = npt.NDArray[Any]
 Progress = Callable[[str, int, int], None]
-_RESERVED = ("clean", "worst_case")
+_RESERVED = (CLEAN, "worst_case")
+_PROBABLE = "the model seems to return probabilities"
 _TOLERANCE = 1e-6  # of a pixel: what `contains` allows
 
 
@@ -118,25 +132,6 @@ class Convergence:
 
 
 @dataclass(frozen=True, eq=False)
-class AttackRows:
-    """One attack's examples, (N,) each.
-
-    `correct` and `loss`, the cross-entropy, are the scored image's; the others are as the attack gave them, at its own
-    last iterate: before quantisation, in the attack's precision. NaN where an attack does not gauge itself.
-    """
-
-    correct: Column
-    loss: Column
-    fosc: Column
-    relative_fosc: Column
-    zero_gradient: Column
-    steps: Column
-    gradient_calls: Column
-    forward_calls: Column
-    overturned: Column
-
-
-@dataclass(frozen=True, eq=False)
 class Evaluation:
     """A model's answers to a test set, clean and under each attack; everything else is computed from these rows."""
 
@@ -163,17 +158,27 @@ class Evaluation:
 
     @cached_property
     def examples(self) -> "pandas.DataFrame":
-        """One row an example: index, label, clean_prediction, clean_correct, and <attack>_<column of AttackRows>."""
+        """One row an example: index, label, clean_prediction, clean_correct, seed, and of each attack <attack>_success,
+        which is the opposite of <attack>_correct, and <attack>_<column of AttackRows>.
+        """
         import pandas
 
+        return pandas.DataFrame(self.columns())
+
+    def columns(self) -> dict[str, Column]:
+        """The columns of `examples` by name."""
+        count = len(self.label)
         table = {
-            "index": np.arange(len(self.label)),
+            "index": np.arange(count),
             "label": self.label,
             "clean_prediction": self.clean_prediction,
             "clean_correct": self.correct("clean"),
+            "seed": np.full(count, np.uint64(self.settings.seed % 2**64).astype(np.int64)),
         }
-        table |= {f"{name}_{key}": column for name, rows in self.rows.items() for key, column in vars(rows).items()}
-        return pandas.DataFrame(table)
+        for name, rows in self.rows.items():
+            table[f"{name}_success"] = ~rows.correct
+            table |= {f"{name}_{key}": column for key, column in vars(rows).items()}
+        return table
 
     def correct(self, name: str) -> Column:
         """(N,) bool, who is right on "clean", under an attack, or in the "worst_case". ValueError for other names."""
@@ -254,6 +259,8 @@ def evaluate(
     quantize: int | None = None,
     precision: Precision = "float32",
     device: torch.device | str | None = None,
+    devices: int = 1,
+    rows_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Accuracy on clean images, under each attack and under all of them, and how far each attack's search got.
@@ -272,35 +279,56 @@ def evaluate(
         precision: what attacks search in, on the compiled model: "float32", "bf16" or "auto". Scores are float32, the
             model's own.
         device: where to compute; where the model is unless told. On another device a copy of the model is evaluated.
-        progress: called as progress(name, examples done, examples in all) after each batch, "clean" first.
+        devices: processes that share the batches, each with as many threads as this one; on GPUs one a GPU, the first
+            so many. They start anew, so a script needs its `if __name__ == "__main__"`, and model and attacks must
+            pickle. The rows are the same, to the bit.
+        rows_dir: folder that keeps each batch's rows as soon as they are there, and rows.parquet, the table of
+            `Evaluation.examples`, in the end. The same call goes on from what the folder holds, to the same table.
+        progress: called as progress(name, examples done, examples in all) after each batch, "clean" first; now and
+            then, from another thread, where there are several devices.
 
     Raises:
         ValueError, TypeError: an argument is outside what is said above; labels are not among the model's classes, the
-            model returns NaN, or an image lies outside an attack's bounds.
+            model returns NaN, an image lies outside an attack's bounds, or rows_dir belongs to another evaluation.
+            With rows_dir, notes of any exception say where finished rows are kept.
     """
     check_arguments(attacks, batch_size, seed, quantize, precision)
     images = as_image_set(test_set)
     model, device = on_device(model, images, device)
+    check_devices(devices, device)
     bench = Bench(images, device, batch_size, seed, quantize, progress)
     exact = Oracle(model)
+    folder = None if rows_dir is None else Path(rows_dir)
+    parts = Parts((CLEAN, *attacks), len(images), batch_size, folder)
     with bench.in_float32(exact):
-        logits = _clean(bench, exact, attacks)
-        for sentence in misgivings(exact, images, device):
-            warnings.warn(sentence, stacklevel=2)
         oracle = bench.attack_oracle(model, exact, precision) if attacks else exact
-        with warnings.catch_warnings():
-            if looks_like_probabilities(logits):
-                message = "the model seems to return probabilities"
-                warnings.warn(f"{message}; attacks and gauges need logits (leave the softmax out)", stacklevel=2)
-                warnings.filterwarnings("ignore", message=message)  # each attack would say so on each batch
-            results = {name: _attacked(bench, name, attack, oracle, exact) for name, attack in attacks.items()}
-    return Evaluation(
-        settings=bench.settings(attacks, precision, oracle.plan),
-        label=images.labels.cpu().numpy().copy(),
-        clean_prediction=logits.argmax(1).numpy(),
-        rows={name: rows for name, (rows, _) in results.items()},
-        seconds={name: seconds for name, (_, seconds) in results.items()},
-    )
+        settings = bench.settings(attacks, precision, oracle.plan)
+        if folder is not None:
+            open_rows(folder, _configuration(bench, model, exact, attacks, settings))
+            parts.read()
+        with kept_rows(folder), warnings.catch_warnings():
+            _clean(bench, exact, attacks, parts)
+            for sentence in misgivings(exact, images, device):
+                warnings.warn(sentence, stacklevel=2)
+            if parts.joined(CLEAN).columns["probable"].all():
+                message = f"{_PROBABLE}; attacks and gauges need logits (leave the softmax out)"
+                warnings.warn(message, stacklevel=2)
+                warnings.filterwarnings("ignore", message=_PROBABLE)  # each attack would say so on each batch
+            if devices == 1:
+                _attacked(bench, attacks, oracle, exact, parts)
+            else:
+                _attacked_together(_Task(bench, model, attacks, precision, parts), devices)
+            found = {name: parts.joined(name) for name in attacks}
+            evaluation = Evaluation(
+                settings=settings,
+                label=images.labels.cpu().numpy().copy(),
+                clean_prediction=parts.joined(CLEAN).columns["prediction"],
+                rows={name: AttackRows(**part.columns) for name, part in found.items()},
+                seconds={name: part.seconds for name, part in found.items()},
+            )
+            if folder is not None:
+                write_table(folder, evaluation.columns())
+    return evaluation
 
 
 def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -> Float[Tensor, "b ..."]:
@@ -334,12 +362,16 @@ def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -
 
 @dataclass(frozen=True)
 class Attacked:
-    """A batch after an attack: the (B, *features) image to score, its labels, the attack's report and its seconds."""
+    """A batch after an attack: the (B, *features) image to score, its labels, the attack's report and its seconds.
+
+    start: the number of its first example.
+    """
 
     image: Tensor
     label: Tensor
     result: AttackResult
     seconds: float
+    start: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -370,20 +402,24 @@ class Bench:
         with exact.private_randomness(self.seed):  # what a model draws here must not depend on what came before
             return Oracle.fast(model, self.example(), precision)
 
-    def batches(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Index, images and labels of each batch, on the device."""
+    def batches(self, name: str, only: Container[int] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Index, images and labels of each batch, on the device; only: of those whose first example is among them."""
         for start in range(0, len(self.images), self.batch_size):
             stop = min(start + self.batch_size, len(self.images))
-            index = torch.arange(start, stop)
-            x, y = self.images.batch(index.to(self.images.images.device))
-            torch.manual_seed(randomness.number(self.seed, start))  # for models that draw; the caller's is put aside
-            yield index.to(self.device), x.to(self.device), y.to(self.device)
+            if only is None or start in only:
+                index = torch.arange(start, stop)
+                x, y = self.images.batch(index.to(self.images.images.device))
+                # For models that draw; the caller's random state is put aside.
+                torch.manual_seed(randomness.number(self.seed, start))
+                yield index.to(self.device), x.to(self.device), y.to(self.device)
             if self.progress is not None:
                 self.progress(name, stop, len(self.images))
 
-    def attacked(self, name: str, attack: Attack, oracle: Oracle) -> Iterator[Attacked]:
-        """Each batch after an attack."""
-        for index, x, y in self.batches(name):
+    def attacked(
+        self, name: str, attack: Attack, oracle: Oracle, only: Container[int] | None = None
+    ) -> Iterator[Attacked]:
+        """Each batch after an attack; only: as for `batches`."""
+        for index, x, y in self.batches(name, only):
             feasible = attack.threat.around(x)
             began = time.perf_counter()
             # Copies: an attack that works in place must not move what it is measured against.
@@ -391,7 +427,7 @@ class Bench:
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             seconds = time.perf_counter() - began
-            yield Attacked(self._admitted(name, result, feasible), y, result, seconds)
+            yield Attacked(self._admitted(name, result, feasible), y, result, seconds, int(index[0]))
 
     def settings(self, attacks: Mapping[str, Attack], precision: Precision, attack_network: str) -> Settings:
         """What is evaluated, and how."""
@@ -403,7 +439,7 @@ class Bench:
             batch_size=self.batch_size,
             attacks={name: repr(attack) for name, attack in attacks.items()},
             attack_network=attack_network,
-            torch=torch.__version__,
+            torch=str(torch.__version__),
             device=str(self.device),
         )
 
@@ -430,23 +466,102 @@ def scoring_logits(exact: Oracle, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"
     return logits
 
 
-def _clean(bench: Bench, exact: Oracle, attacks: Mapping[str, Attack]) -> Float[Tensor, "n classes"]:
-    """The clean images' logits; labels, bounds and grid are known to fit before the first long search."""
-    logits = []
-    for _, x, y in bench.batches("clean"):
+def _clean(bench: Bench, exact: Oracle, attacks: Mapping[str, Attack], parts: Parts) -> None:
+    """Adds the clean images' missing parts; labels, bounds and grid are known to fit before the first long search."""
+    for index, x, y in bench.batches(CLEAN, parts.missing(CLEAN)):
         check_images(x, attacks, bench.quantize)
-        logits.append(scoring_logits(exact, x, y).cpu())
-    return torch.cat(logits)
+        began = time.perf_counter()
+        logits = scoring_logits(exact, x, y)
+        probable = torch.full(y.shape, looks_like_probabilities(logits))
+        rows = CleanRows(logits.argmax(1).cpu().numpy(), probable.numpy())
+        parts.add(CLEAN, int(index[0]), Part(vars(rows), time.perf_counter() - began))
 
 
-def _attacked(bench: Bench, name: str, attack: Attack, oracle: Oracle, exact: Oracle) -> tuple[AttackRows, float]:
-    """An attack's rows, and the seconds it took."""
-    parts, seconds = [], 0.0
-    for batch in bench.attacked(name, attack, oracle):
-        parts.append(_rows(batch.result, scoring_logits(exact, batch.image, batch.label), batch.label))
-        seconds += batch.seconds
-    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(AttackRows)}
-    return AttackRows(**{key: np.concatenate(values) for key, values in columns.items()}), seconds
+def _attacked(
+    bench: Bench,
+    attacks: Mapping[str, Attack],
+    oracle: Oracle,
+    exact: Oracle,
+    parts: Parts,
+    rank: int = 0,
+    processes: int = 1,
+) -> None:
+    """Adds the attacks' missing parts, or of several processes one's share of them."""
+    for name, attack in attacks.items():
+        for batch in bench.attacked(name, attack, oracle, parts.missing(name)[rank::processes]):
+            rows = _rows(batch.result, scoring_logits(exact, batch.image, batch.label), batch.label)
+            parts.add(name, batch.start, Part(vars(rows), batch.seconds))
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What a process needs for its share of the missing parts."""
+
+    bench: Bench
+    model: nn.Module
+    attacks: Mapping[str, Attack]
+    precision: Precision
+    parts: Parts
+
+
+def _attacked_together(task: _Task, processes: int) -> None:
+    """Adds the attacks' missing parts, computed by processes that meet in a folder."""
+    bench, parts = task.bench, task.parts
+    if not any(parts.missing(name) for name in task.attacks):
+        return
+    with TemporaryDirectory(prefix="innermax-") if parts.folder is None else nullcontext(parts.folder) as place:
+        folder, told = Path(place), dict.fromkeys(task.attacks, 0)
+
+        def watch() -> None:
+            for name in told if bench.progress is not None else ():
+                done = parts.written(folder, name)
+                if done > told[name]:
+                    told[name] = done
+                    cast(Progress, bench.progress)(name, done, len(bench.images))
+
+        there = replace(
+            task,
+            bench=replace(bench, progress=None, images=bench.images.to("cpu")),
+            model=task.model if bench.device.type == "cpu" else copy.deepcopy(task.model).cpu(),
+            parts=replace(parts, folder=folder),
+        )
+        shared(_attack_share, there, processes, bench.device.type, watch)
+        there.parts.read()  # into the same memory
+
+
+def _attack_share(task: _Task, rank: int, processes: int, device: torch.device) -> None:
+    """What one of the processes does."""
+    bench, model = replace(task.bench, device=device), task.model.to(device)
+    exact = Oracle(model)
+    with bench.in_float32(exact), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_PROBABLE)
+        oracle = bench.attack_oracle(model, exact, task.precision)
+        _attacked(bench, task.attacks, oracle, exact, task.parts, rank, processes)
+
+
+def _configuration(
+    bench: Bench, model: nn.Module, exact: Oracle, attacks: Mapping[str, Attack], settings: Settings
+) -> dict[str, Any]:
+    """What identifies an evaluation, as plain YAML: the rows of a folder are one configuration's alone.
+
+    A model's code may change while its weights do not, so its answers to the first examples are told, too.
+    """
+    from innermax import __version__
+
+    _, x, y = next(bench.batches(CLEAN))
+    with exact.private_randomness(bench.seed):
+        answer = exact.gradient(x[:8], y[:8], cross_entropy)
+    tensors = {"images": bench.images.images, "labels": bench.images.labels}
+    return {
+        "model": type(model).__qualname__,
+        "weights": fingerprint((*model.named_parameters(), *model.named_buffers())),
+        "answers": [*answer.loss.tolist(), *answer.gradient.flatten(1).norm(dim=1).tolist()],
+        "test_set": fingerprint(tensors.items()),
+        **describe(asdict(settings)),
+        "attacks": describe(attacks),
+        "device": bench.device.type,
+        "innermax": __version__,
+    }
 
 
 def _rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:
@@ -510,14 +625,14 @@ def check_arguments(
     """Raises for any argument that is wrong by itself."""
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must map names to attacks, came {type(attacks).__name__}")
-    taken = {"index": "", "label": "", "clean_prediction": "", "clean_correct": ""}
+    taken = dict.fromkeys(("index", "label", "clean_prediction", "clean_correct", "seed"), "")
     for name, attack in attacks.items():
         if not isinstance(name, str) or name == "" or name in _RESERVED:
             raise ValueError(f"an attack's name must be a text other than {', '.join(_RESERVED)}, came {name!r}")
         if not callable(attack) or not isinstance(getattr(attack, "threat", None), Threat):
             raise TypeError(f"attacks[{name!r}] must be an attack such as PGD(Linf(8 / 255)), came {attack!r}")
-        for field in fields(AttackRows):
-            column = f"{name}_{field.name}"
+        for field in ("success", *(field.name for field in fields(AttackRows))):
+            column = f"{name}_{field}"
             if column in taken:
                 raise ValueError(f"attacks {taken[column]!r} and {name!r} would share the column {column}: rename one")
             taken[column] = name
@@ -534,6 +649,17 @@ def check_arguments(
         raise ValueError(f"quantize must be in 1…16 or None, came {quantize}")
     if precision not in get_args(Precision):
         raise unknown("precision", precision, get_args(Precision))
+
+
+def check_devices(devices: int, device: torch.device) -> None:
+    """Raises unless there are so many devices of this kind; on a CPU any number of processes."""
+    check_count(devices, "devices")
+    if devices > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"devices={devices} needs cpu or cuda, came the device {device}")
+    if devices > 1 and device.type == "cuda" and torch.cuda.device_count() < devices:
+        raise ValueError(
+            f"devices must be at most the {torch.cuda.device_count()} GPUs that torch sees, came {devices}"
+        )
 
 
 def check_images(x: Tensor, attacks: Mapping[str, Attack], quantize: int | None) -> None:

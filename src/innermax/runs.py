@@ -39,7 +39,7 @@ def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool)
         _clear(folder)
         before = None
     else:
-        differing = _differences(before, configuration)
+        differing = differences(before, configuration)
         if differing:
             raise ValueError(
                 f"run_dir {folder} belongs to another configuration ({'; '.join(differing[:4])}); "
@@ -166,13 +166,13 @@ def describe(value: object) -> Any:
     return str(value) if name is None else name
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The settings in which two configurations differ, each with both values."""
     found: list[str] = []
     for name in dict.fromkeys([*before, *now]):
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{name}.")
+            found += differences(old, new, f"{prefix}{name}.")
         elif old != new:
             found.append(f"{prefix}{name}: {old} there, {new} here")
     return found
@@ -180,7 +180,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 def _clear(folder: Path) -> None:
     """Removes what a run wrote, and nothing else."""
-    for name in ("checkpoints", "tensorboard"):
+    for name in ("checkpoints", "tensorboard", "rows"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)

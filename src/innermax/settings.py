@@ -127,6 +127,9 @@ class EvaluateSettings:
         batch_size: images at a time.
         seed: decides the random starts.
         device: auto, cpu, cuda or cuda:N.
+        devices: processes that share the images, on GPUs one a GPU.
+        rows_dir: folder that keeps each example's rows as they come, where the same command goes on if it was stopped;
+            empty for one inside the run folder.
         best: evaluate a run's best epoch on its validation split instead of its last.
         normalize: put in front of a model that was trained on normalised images: imagenet, or [MEAN,STD] with a number
             a channel each or one for all, such as [[0.1307],[0.3081]].
@@ -142,6 +145,8 @@ class EvaluateSettings:
     batch_size: int = 250
     seed: int = 0
     device: str = "auto"
+    devices: int = 1
+    rows_dir: str | None = None
     best: bool = False
     normalize: list[list[float]] | Literal["imagenet"] | None = None
     allow_code: bool = False

@@ -23,7 +23,6 @@ from innermax.data import as_image_set
 from innermax.evaluation import (
     Attack,
     Bench,
-    Column,
     Progress,
     Settings,
     check_arguments,
@@ -32,6 +31,7 @@ from innermax.evaluation import (
     scoring_logits,
 )
 from innermax.oracle import Oracle, Precision, unwrapped
+from innermax.rows import Column
 from innermax.statistics import Accuracy, Interval, accuracy, paired_difference
 
 T = TypeVar("T")

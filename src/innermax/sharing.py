@@ -1,0 +1,142 @@
+"""Work shared by processes, one a device, that Lightning Fabric starts."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from innermax.checkpoints import write_json
+
+Work = Callable[..., None]
+_ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error for error in (ValueError, TypeError, ArithmeticError, FloatingPointError, OSError)
+}
+_LOOK_EVERY = 0.5  # seconds
+
+
+def shared(work: Work, arguments: Any, processes: int, device: str, watch: Callable[[], None]) -> None:
+    """Runs work(arguments, rank, processes, device) in so many new processes, each on a device of its own.
+
+    They start from nothing ("spawn"), so that threads and CUDA contexts of this process do no harm; a script must guard
+    its main part with `if __name__ == "__main__"`. Each computes with as many threads as this one.
+
+    Args:
+        work: a function of a module, which the processes import.
+        arguments: anything that pickles.
+        device: "cpu" or "cuda".
+        watch: called now and then from another thread while they work, and once at the end.
+
+    Raises:
+        TypeError: the arguments do not pickle.
+        ValueError, TypeError, ArithmeticError, OSError: what the first failing process raised.
+        ChildProcessError: a process ended without an answer.
+    """
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
+    from torch.multiprocessing.spawn import ProcessException
+
+    try:
+        payload = pickle.dumps((work, arguments))
+    except Exception as error:  # whatever an object's own pickling raises
+        reason = f"{type(error).__name__}: {error}"
+        raise TypeError(
+            f"devices={processes} needs a model and attacks that pickle, and these do not: {reason}"
+        ) from error
+    with TemporaryDirectory(prefix="innermax-") as folder, _quiet(), _no_orphans(), _watched(watch):
+        # gloo on GPUs too: nothing is ever sent, and NCCL would hold memory.
+        strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+        fabric = Fabric(accelerator=device, devices=processes, strategy=strategy, plugins=[LightningEnvironment()])
+        try:
+            fabric.launch(_worker, _Handed(payload, Path(folder)))
+        except ProcessException as error:
+            for told in sorted(Path(folder).glob("*.json")):
+                name, message = json.loads(told.read_text())
+                raise _ERRORS[name](message) from None
+            raise ChildProcessError(
+                f"one of {processes} processes ended early: {str(error).strip().splitlines()[-1]}"
+            ) from error
+
+
+class _Handed:
+    """What the processes are given; each that unpickles it computes as this one does, and lets Fabric be silent."""
+
+    def __init__(self, payload: bytes, folder: Path) -> None:
+        self.payload, self.folder = payload, folder
+        # What of a process decides the last bits of a result, beside what Fabric hands over itself.
+        self.threads, self.matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        self.tf32 = torch.backends.cudnn.allow_tf32
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+        torch.set_float32_matmul_precision(self.matmul)
+        torch.backends.cudnn.allow_tf32 = self.tf32
+
+
+def _worker(fabric: Any, *arguments: _Handed) -> None:
+    """What each process does; an error that the caller can understand is left in the folder."""
+    (handed,) = arguments
+    torch.set_num_threads(handed.threads)  # Fabric has just set its own number
+    try:
+        work, task = pickle.loads(handed.payload)  # this package's own bytes, from the process that started this one
+        work(task, fabric.global_rank, fabric.world_size, fabric.device)
+    except tuple(_ERRORS.values()) as error:
+        name = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _ERRORS)
+        write_json(handed.folder / f"{fabric.global_rank}.json", [name, str(error)])
+        raise
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, Fabric announces nothing; the port that it puts into the environment is taken out again."""
+    logger, port = logging.getLogger("lightning_fabric"), os.environ.get("MASTER_PORT")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        os.environ.pop("MASTER_PORT", None)
+        if port is not None:
+            os.environ["MASTER_PORT"] = port
+
+
+@contextmanager
+def _no_orphans() -> Iterator[None]:
+    """Processes that are started inside do not outlive it."""
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()
+            child.join()
+
+
+@contextmanager
+def _watched(watch: Callable[[], None]) -> Iterator[None]:
+    """Inside, a thread looks now and then."""
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(_LOOK_EVERY):
+            watch()
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    watch()
