@@ -3,8 +3,8 @@
     python bench/attacks.py                              # trains fifteen small models first, into runs/attacks/models
     python bench/attacks.py --models DIR --only linf     # run folders of such models; some of them
 
-Every (model, attack, seed) is kept as one file under runs/attacks and not repeated, so that the command goes on where it
-was interrupted; results/attacks.md, .json and .png are made of the files there are. Attacks search in float32, and what
+Every (model, attack, seed) is kept as one file under runs/attacks and not repeated, so that the command goes on where
+it was interrupted; results/attacks.md, .json and .png are made of the files there are. Attacks search in float32, and what
 they find is scored by the model itself. An example's cost is its gradients and half its forward-only queries.
 """
 
@@ -40,9 +40,9 @@ class Source:
 
 
 SOURCES = {
-    "digits": Source("digits-cnn", 0.15, 1.0, None, 20, 0.05, 150),
+    "digits": Source("digits-cnn", 0.15, 1.0, None, 20, 0.05, 100),
     "mnist": Source("mnist-cnn", 0.3, 2.0, 30_000, 6, 0.02, 60),
-    "cifar10": Source("mnist-cnn", 8 / 255, 0.5, 30_000, 10, 0.05, 60),
+    "cifar10": Source("mnist-cnn", 8 / 255, 0.5, 30_000, 10, 0.05, 40),
 }
 MODELS = ("unsecured", "linf-standard", "linf-dynamic", "l2-standard", "l2-dynamic")
 ATTACKS: dict[str, tuple[Callable[[Threat], Any], tuple[int, ...]]] = {

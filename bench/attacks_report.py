@@ -88,7 +88,7 @@ def spread(values: Iterable[float]) -> str:
 def goals(panels: dict[Panel, dict[str, Runs]]) -> list[str]:
     """Guided against AutoAttack: at a quarter and at a tenth of its cost."""
     lines = [
-        "| model | images | survive AutoAttack | guided, ¼ of its cost | more | guided, ⅒ | more, points | every attack |",
+        "| model | images | survive AutoAttack | guided, ¼ of its cost | more | ⅒ | more, points | every attack |",
         "| --- |" + " --- |" * 7,
     ]
     for panel, attacks in panels.items():
@@ -174,7 +174,9 @@ def draw(panels: dict[Panel, dict[str, Runs]], path: Path) -> None:
             axis.spines[side].set_visible(False)
     figure.supxlabel("gradients + ½ forward-only queries an image, mean (dotted: ⅒ and ¼ of AutoAttack's)", fontsize=10)
     figure.supylabel("survivors beyond those of all attacks together", fontsize=10)
-    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), ncols=4, loc="upper center", fontsize=8, frameon=False)
     figure.tight_layout(rect=(0.01, 0, 1, 1 - 0.55 / (2.7 * depth + 0.7)))
     figure.savefig(path, dpi=130)

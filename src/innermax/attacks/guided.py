@@ -1,4 +1,4 @@
-"""The guided attack: gradients go where the gauge says that the search has not converged, and to the nearest classes."""
+"""The guided attack: searches end where the gauge says they are done, and new ones go to the nearest classes."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,24 +10,39 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
-from innermax.attacks.search import AttackResult, joined
+from innermax.attacks.search import AttackResult, better, joined
 from innermax.checks import check_count
 from innermax.losses import Paired, difference, margin
 from innermax.oracle import Answer
+from innermax.threat import FeasibleSet
 
-FIRST = 1.0  # first step size, over ε
-STALLED = 5  # gradients without progress of the gauge after which a step size is halved
-PROGRESS = 0.98  # a gauge has made progress where it is below this share of its lowest
-CONVERGED = 0.02  # relative FOSC
-SMALLEST = 1 / 128  # step size, over ε, below which a search ends
-LONGEST = 60  # gradients in one search
-START = "uniform"
-MOM = 0.0
-BACK = True
+_CONVERGED = 0.02  # relative FOSC at or below which a search is done
+_PROGRESS = 0.98  # the gauge has made progress where it is below this share of its lowest so far
+_PATIENCE = 5  # gradients without progress after which a step is halved
+_SMALLEST = 1 / 128  # step, over ε, below which a search is done
+_LONGEST = 60  # gradients of one search, at most
+_TRIALS = 3  # searches for one class before their spread says anything
+_DOUBT = 2.0  # spreads by which further searches might get beyond the best
 
 
 @dataclass(frozen=True)
 class GuidedPGD(VerdictAttack):
+    """Projected gradient ascent that spends its gradients where the gauge says that the search has not converged.
+
+    Each example has one search at a time: steps from ε on, halved where its relative FOSC stalls, with a return to its
+    best point. A search ends once it is stationary, and its survivor starts anew from another random point: first on
+    the margin, then towards the wrong classes, each as often as its logit came near the label's. An example ends where
+    it falls, or where no class can be reached: where all searches ended below the boundary by more than the linear
+    model (FOSC) and their spread leave open. What a smaller budget finds is the beginning of what a larger one finds.
+
+    Args:
+        threat: Linf, L2 or L1.
+        budget: ≥ 1 gradients an example, at most.
+
+    Raises:
+        ValueError, TypeError: an argument is outside what is said above.
+    """
+
     budget: int = 1000
 
     def __post_init__(self) -> None:
@@ -37,144 +52,179 @@ class GuidedPGD(VerdictAttack):
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
         """What was found, without FOSC, given the clean inputs' logits."""
         found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
-        return pursued(found, partial(self._once, problem, clean), problem.oracle)
+        return pursued(found, partial(self._hunt, problem, found), problem.oracle)
 
-    def _once(self, problem: Problem, clean: Float[Tensor, "b classes"], rows: Int[Tensor, " k"]) -> AttackResult:
-        problem, clean = problem[rows], clean[rows]
-        state = _begun(problem, clean)
-        pieces = []
-        for step in range(1, self.budget + 1):
-            classes = clean.shape[1]
-            answer = replace(problem, pair=problem.y * classes + state.aim).gradient(state.point, _towards)
-            won = problem.won(answer.logits)
-            if bool(won.any()):
-                done, going = won.nonzero()[:, 0], (~won).nonzero()[:, 0]
-                pieces.append((state.rows[done], reported(problem[done], state.point[done], margin(answer.logits[done], problem.y[done]), answer.logits[done], step, step)))
-                if len(going) == 0:
-                    return joined(pieces)
-                state, problem, answer = state[going], problem[going], answer[going]
-            state = state.learned(problem, answer).moved(problem)
-        logits = problem.logits(state.nearest)
-        pieces.append((state.rows, reported(problem, state.nearest, margin(logits, problem.y), logits, self.budget, self.budget, 1)))
-        return joined(pieces)
+    def _hunt(self, problem: Problem, found: AttackResult, rows: Int[Tensor, " k"]) -> AttackResult:
+        """All searches of some of the examples; one gradient each a turn."""
+        problem, found = problem[rows], found[rows].map(torch.clone)
+        found = replace(found, forward_calls=torch.zeros_like(found.forward_calls))
+        hunt, rows = _begun(problem, cast(Tensor, found.logits)), torch.arange(len(rows), device=rows.device)
+        pieces: list[tuple[Tensor, AttackResult]] = []
+        for _ in range(self.budget):
+            answer = hunt.asked(problem)
+            loss = margin(answer.logits, problem.y)
+            found = better(found, reported(problem, hunt.point, loss, answer.logits, hunt.age, gradients=1))
+            hunt = hunt.learned(problem, answer)
+            done = cast(Tensor, found.misclassified) | hunt.hopeless()
+            if bool(done.any()):
+                pieces.append((rows[done], found[done]))
+                going = ~done
+                rows, problem, found, hunt = rows[going], problem[going], found[going], hunt[going]
+                if len(rows) == 0:
+                    break
+            hunt = hunt.moved(problem.feasible)
+        return joined([*pieces, (rows, found)])
 
 
 @dataclass(frozen=True, eq=False)
-class _State:
-    rows: Tensor
-    aim: Tensor
-    point: Tensor
-    previous: Tensor
-    gradient: Tensor
-    best: Tensor
-    best_gradient: Tensor
-    best_loss: Tensor
-    gauge: Tensor
-    stalled: Tensor
-    step_size: Tensor
-    age: Tensor
-    number: Tensor
-    nearest: Tensor
-    nearest_margin: Tensor
-    reached: Tensor  # b classes
-    tries: Tensor
+class _Hunt:
+    """Where each example's present search is, and what the ended ones have found; a row an example.
 
-    def __getitem__(self, rows: Tensor) -> "_State":
+    `aim` is the class to reach, or the label itself for the margin. Of the present search: `point` is where it is and
+    `gradient` what it follows, after `age` steps; `best` is its point of the highest loss; `gauge` its lowest relative
+    FOSC, without progress for `stalled` gradients. `number` counts searches. For each aim: `reached` is the highest
+    loss at any point, `tries` the number of searches; of those that have ended, `highest` and `lowest` are their
+    losses, `bound` is the linear model's largest.
+    """
+
+    aim: Int[Tensor, " b"]
+    point: Float[Tensor, "b ..."]
+    gradient: Float[Tensor, "b ..."]
+    best: Float[Tensor, "b ..."]
+    best_gradient: Float[Tensor, "b ..."]
+    best_loss: Float[Tensor, " b"]
+    best_bound: Float[Tensor, " b"]
+    gauge: Float[Tensor, " b"]
+    stalled: Int[Tensor, " b"]
+    step_size: Float[Tensor, " b"]
+    age: Int[Tensor, " b"]
+    number: Int[Tensor, " b"]
+    reached: Float[Tensor, "b classes"]
+    tries: Int[Tensor, "b classes"]
+    highest: Float[Tensor, "b classes"]
+    lowest: Float[Tensor, "b classes"]
+    bound: Float[Tensor, "b classes"]
+
+    def __getitem__(self, rows: Tensor) -> "_Hunt":
+        """Some of the examples."""
         return replace(self, **{name: value[rows] for name, value in vars(self).items()})
 
-    def learned(self, problem: Problem, answer: Answer) -> "_State":
-        eps = problem.feasible.threat.eps
-        gauge = problem.feasible.gap(answer.gradient, self.point, relative=True).nan_to_num(0.0)
+    def asked(self, problem: Problem) -> Answer:
+        """The network's answer at the present points, for the present aims."""
+        pair = problem.y * self.reached.shape[1] + self.aim
+        return replace(problem, pair=pair).gradient(self.point, Paired(_towards))
+
+    def learned(self, problem: Problem, answer: Answer) -> "_Hunt":
+        """The hunt after an answer: with another step size, or with another search where one has ended."""
+        feasible, gradient = problem.feasible, answer.gradient
+        gap, gauge = feasible.gap(gradient, self.point), feasible.gap(gradient, self.point, relative=True)
+        bound = torch.where(gauge.isnan(), math.inf, answer.loss + gap)  # without a slope there is no saying
+        gauge = gauge.nan_to_num(0.0)
         higher = answer.loss > self.best_loss
-        best = _either(higher, self.point, self.best)
-        best_gradient = _either(higher, answer.gradient, self.best_gradient)
-        best_loss = answer.loss.maximum(self.best_loss)
-        stalled = torch.where(gauge < PROGRESS * self.gauge, 0, self.stalled + 1)
-        halved = stalled >= STALLED
-        step_size = torch.where(halved, self.step_size / 2, self.step_size)
-        back = halved & BACK
-        m = margin(answer.logits, problem.y)
-        near = m > self.nearest_margin
-        diffs = answer.logits - answer.logits.gather(1, problem.y[:, None])
-        diffs = diffs.scatter(1, problem.y[:, None], m[:, None])
-        age = self.age + 1
-        state = replace(self, point=_either(back, best, self.point), previous=_either(back, best, self.previous),
-            gradient=_either(back, best_gradient, answer.gradient),
-            best=best, best_gradient=best_gradient, best_loss=best_loss, gauge=gauge.minimum(self.gauge), stalled=torch.where(halved, 0, stalled),
-            step_size=step_size, age=age, nearest=_either(near, self.point, self.nearest), nearest_margin=m.maximum(self.nearest_margin),
-            reached=self.reached.maximum(diffs))
-        ended = (gauge < CONVERGED) | (step_size < SMALLEST * eps) | (age >= LONGEST)
-        return state.anew(problem, ended)
+        stalled = torch.where(gauge <= _PROGRESS * self.gauge, 0, self.stalled + 1)
+        halved = stalled >= _PATIENCE
+        best, best_gradient = _either(higher, self.point, self.best), _either(higher, gradient, self.best_gradient)
+        hunt = replace(
+            self,
+            point=_either(halved, best, self.point),
+            gradient=_either(halved, best_gradient, gradient),
+            best=best,
+            best_gradient=best_gradient,
+            best_loss=answer.loss.maximum(self.best_loss),
+            best_bound=torch.where(higher, bound, self.best_bound),
+            gauge=gauge.minimum(self.gauge),
+            stalled=torch.where(halved, 0, stalled),
+            step_size=torch.where(halved, self.step_size / 2, self.step_size),
+            age=self.age + 1,
+            reached=self.reached.maximum(_losses(answer.logits, problem.y)),
+        )
+        smallest = _SMALLEST * feasible.threat.eps
+        ended = (gauge <= _CONVERGED) | (hunt.step_size < smallest) | (hunt.age >= _LONGEST)
+        rows = ended.nonzero()[:, 0]
+        return hunt._updated(rows, hunt[rows]._renewed(problem[rows])) if len(rows) > 0 else hunt
 
-    def anew(self, problem: Problem, ended: Tensor) -> "_State":
-        eps = problem.feasible.threat.eps
-        number = self.number + ended
-        aim = choose(self, problem)
-        start = starts(self, problem, number)
-        zero = torch.zeros_like
-        return replace(self, aim=torch.where(ended, aim, self.aim), point=_either(ended, start, self.point), previous=_either(ended, start, self.previous),
-            best_loss=torch.where(ended, -math.inf, self.best_loss), gauge=torch.where(ended, math.inf, self.gauge),
-            stalled=torch.where(ended, 0, self.stalled), age=torch.where(ended, 0, self.age), number=number,
-            step_size=torch.where(ended, FIRST * eps, self.step_size),
-            tries=self.tries.scatter_add(1, aim[:, None], ended[:, None].long()))
+    def _updated(self, rows: Int[Tensor, " k"], part: "_Hunt") -> "_Hunt":
+        """The hunt with some examples replaced by those of `part`."""
+        return replace(self, **{name: old.index_copy(0, rows, getattr(part, name)) for name, old in vars(self).items()})
 
-    def moved(self, problem: Problem) -> "_State":
-        go = self.age > 0
-        f = problem.feasible
-        d = self.step_size[:, None] * _direction(f, self.gradient)
-        z = f.project(self.point + d.reshape(self.point.shape))
-        if MOM > 0:
-            z2 = f.project(self.point + (1-MOM) * (z - self.point) + MOM * (self.point - self.previous))
-            z = _either(self.age > 1, z2, z)
-        return replace(self, point=_either(go, z, self.point), previous=self.point)
+    def _renewed(self, problem: Problem) -> "_Hunt":
+        """The next searches, where the present ones have ended: another class, another random point."""
+        aim, column = self.aim[:, None], self.best_loss[:, None]
+        highest = self.highest.scatter(1, aim, self.highest.gather(1, aim).maximum(column))
+        lowest = self.lowest.scatter(1, aim, self.lowest.gather(1, aim).minimum(column))
+        bound = self.bound.scatter(1, aim, self.bound.gather(1, aim).maximum(self.best_bound[:, None]))
+        tries = self.tries.scatter_add(1, aim, torch.ones_like(aim))
+        told = replace(self, highest=highest, lowest=lowest, bound=bound, tries=tries, number=self.number + 1)
+        nearest = (-self.reached * (1 + tries).square()).argmin(1)
+        return told._begun(problem, nearest)
 
-def starts(state, problem, number):
-    from innermax import randomness
-    key = randomness.keys(problem.seed, problem.index, 0)
-    key = randomness._mix(key + randomness._mix(number + randomness._GOLDEN))
-    u = problem.feasible.sample(key)
-    if START == "uniform": return u
-    if START == "vertex": return problem.feasible.maximizer(u - problem.feasible.x)
-    if START == "best": return _either(number % 2 == 0, u, problem.feasible.project(state.nearest + 0.5*(u-problem.feasible.x)))
-    if START == "best3": return _either(number % 3 == 0, u, problem.feasible.project(state.nearest + 0.3*(u-problem.feasible.x)))
-    if START == "nearest": return _either(number < 3, u, state.nearest)
+    def _begun(self, problem: Problem, aim: Int[Tensor, " b"]) -> "_Hunt":
+        """Searches at their starts."""
+        nothing, zeros = torch.full_like(self.best_loss, -math.inf), torch.zeros_like(aim)
+        return replace(
+            self,
+            aim=aim,
+            point=problem.feasible.sample(problem.keys(self.number)),
+            best_loss=nothing,
+            best_bound=nothing,
+            gauge=-nothing,
+            stalled=zeros,
+            step_size=torch.full_like(nothing, problem.feasible.threat.eps),
+            age=zeros,
+        )
 
-ORDER = "deficit"
-def choose(state, problem):
-    if ORDER == "margin": return problem.y
-    score = -state.reached * (1 + state.tries)
-    if ORDER == "deficit": return score.argmin(1)
-    if ORDER == "alt": 
-        s = score.scatter(1, problem.y[:, None], math.inf)
-        return torch.where(state.number % 2 == 0, s.argmin(1), problem.y)
-    if ORDER == "deficit2":
-        return (-state.reached * (1 + state.tries)**2).argmin(1)
+    def moved(self, feasible: FeasibleSet) -> "_Hunt":
+        """The next points; searches that begin stay at their starts."""
+        point, moving = self.point, self.age > 0
+        for step_size in set(self.step_size[moving].tolist()):  # ε over some power of 2
+            rows = (moving & (self.step_size == step_size)).nonzero()[:, 0]
+            point = point.index_copy(0, rows, feasible[rows].step(point[rows], self.gradient[rows], step_size))
+        return replace(self, point=point)
 
-def _direction(feasible, g):
-    from innermax.threat import Linf
-    g = g.flatten(1)
-    if isinstance(feasible.threat, Linf): return g.sign()
-    s = g / g.abs().amax(1, keepdim=True).clamp(min=1e-30)
-    return s / s.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    def hopeless(self) -> Bool[Tensor, " b"]:
+        """Whose searches for every class all ended too far from the boundary for others to get there."""
+        spread = torch.where(self.tries > 1, self.highest - self.lowest, 0.0).amax(1, keepdim=True)
+        short = (self.tries > 0) & (self.bound + _DOUBT * spread < 0)
+        return short.all(1) & (self.tries.amax(1) >= _TRIALS)
 
-def _either(take, one, other):
+
+def _begun(problem: Problem, clean: Float[Tensor, "b classes"]) -> _Hunt:
+    """The first searches: on the margin."""
+    x, zeros, none = problem.feasible.x, torch.zeros_like(problem.y), torch.full_like(clean, -math.inf)
+    nothing = none[:, 0]
+    hunt = _Hunt(
+        aim=problem.y,
+        point=x,
+        gradient=torch.zeros_like(x),
+        best=x,
+        best_gradient=torch.zeros_like(x),
+        best_loss=nothing,
+        best_bound=nothing,
+        gauge=-nothing,
+        stalled=zeros,
+        step_size=nothing,
+        age=zeros,
+        number=zeros,
+        reached=_losses(clean, problem.y),
+        tries=torch.zeros_like(clean, dtype=torch.int64),
+        highest=none,
+        lowest=-none,
+        bound=none,
+    )
+    return hunt._begun(problem, problem.y)
+
+
+def _towards(logits: Tensor, label: Tensor, aim: Tensor) -> Float[Tensor, " b"]:
+    """The aim's logit − the label's; the margin where the aim is the label itself."""
+    return torch.where(aim == label, margin(logits, label), difference(logits, label, aim))
+
+
+def _losses(logits: Float[Tensor, "b classes"], label: Int[Tensor, " b"]) -> Float[Tensor, "b classes"]:
+    """The loss of each aim."""
+    own = label[:, None]
+    return (logits - logits.gather(1, own)).scatter(1, own, margin(logits, label)[:, None])
+
+
+def _either(take: Bool[Tensor, " b"], one: Tensor, other: Tensor) -> Tensor:
+    """The rows of one where told, else those of the other."""
     return torch.where(take.reshape(-1, *[1] * (one.ndim - 1)), one, other)
-
-def _towards(logits, pair):
-    C = logits.shape[1]
-    y, t = pair // C, pair % C
-    return torch.where(t == y, margin(logits, y), difference(logits, y, t))
-
-def _begun(problem, clean):
-    b = len(problem.y); x = problem.feasible.x
-    zeros = torch.zeros_like(problem.y)
-    diffs = clean - clean.gather(1, problem.y[:, None])
-    m = margin(clean, problem.y)
-    diffs = diffs.scatter(1, problem.y[:, None], m[:, None])
-    f = m
-    s = _State(rows=torch.arange(b), aim=problem.y, point=x, previous=x, gradient=x, best=x, best_gradient=x, best_loss=f-math.inf, gauge=f+math.inf,
-       stalled=zeros, step_size=f*0, age=zeros, number=zeros-1, nearest=x, nearest_margin=m, reached=diffs, tries=torch.zeros_like(diffs).long())
-    first = replace(s)
-    a = problem.y
-    s = s.anew(problem, torch.ones_like(zeros, dtype=torch.bool))
-    return replace(s, aim=problem.y, tries=torch.zeros_like(s.tries).scatter(1, problem.y[:, None], 1))
