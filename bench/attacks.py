@@ -4,8 +4,8 @@
     python bench/attacks.py --models DIR --only linf     # run folders of such models; some of them
 
 Every (model, attack, seed) is kept as one file under runs/attacks and not repeated, so that the command goes on where
-it was interrupted; results/attacks.md, .json and .png are made of the files there are. Attacks search in float32, and what
-they find is scored by the model itself. An example's cost is its gradients and half its forward-only queries.
+it was interrupted; results/attacks.md, .json and .png are made of the files there are. Attacks search in float32, and
+what they find is scored by the model itself. An example's cost is its gradients and half its forward-only queries.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import innermax as im
 from innermax.threat import Threat
 
 SEEDS = (0, 1, 2)
-BUDGET = 1200  # of the guided attack, whose smaller budgets are its beginnings
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Source:
 
 
 SOURCES = {
-    "digits": Source("digits-cnn", 0.15, 1.0, None, 20, 0.05, 100),
+    "digits": Source("digits-cnn", 0.15, 1.0, None, 20, 0.05, 150),
     "mnist": Source("mnist-cnn", 0.3, 2.0, 30_000, 6, 0.02, 60),
     "cifar10": Source("mnist-cnn", 8 / 255, 0.5, 30_000, 10, 0.05, 40),
 }
@@ -54,7 +53,7 @@ ATTACKS: dict[str, tuple[Callable[[Threat], Any], tuple[int, ...]]] = {
     ),
     "apgd-100": (im.APGD, (0,)),
     "apgd-t": (lambda threat: im.APGD(threat, loss="dlr", targets=9), (0,)),
-    "guided": (lambda threat: im.GuidedPGD(threat, budget=BUDGET), SEEDS),
+    "guided": (im.GuidedPGD, SEEDS),
     "autoattack": (im.AutoAttack, SEEDS),
 }
 

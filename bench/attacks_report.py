@@ -25,7 +25,7 @@ NAMES = {
     "autoattack": "AutoAttack",
 }
 MARKERS = {"pgd-20": "v", "pgd-100": "^", "pgd-50x10": "s", "apgd-100": "D", "apgd-t": "P", "autoattack": "*"}
-BUDGETS = (50, 100, 250, 500, 1000)
+BUDGETS = (50, 100, 250, 500, 1100)  # of the guided attack: smaller budgets are the beginning of its searches
 Numbers = npt.NDArray[np.float64]
 Panel = tuple[str, str, int]  # model, norm, images
 

@@ -16,7 +16,7 @@ from innermax.losses import Paired, difference, margin
 from innermax.oracle import Answer
 from innermax.threat import FeasibleSet
 
-_CONVERGED = 0.02  # relative FOSC at or below which a search is done
+_CONVERGED = 0.02  # relative FOSC at or below which a search is done, unless FOSC reaches over the boundary
 _PROGRESS = 0.98  # the gauge has made progress where it is below this share of its lowest so far
 _PATIENCE = 5  # gradients without progress after which a step is halved
 _SMALLEST = 1 / 128  # step, over ε, below which a search is done
@@ -30,10 +30,11 @@ class GuidedPGD(VerdictAttack):
     """Projected gradient ascent that spends its gradients where the gauge says that the search has not converged.
 
     Each example has one search at a time: steps from ε on, halved where its relative FOSC stalls, with a return to its
-    best point. A search ends once it is stationary, and its survivor starts anew from another random point: first on
-    the margin, then towards the wrong classes, each as often as its logit came near the label's. An example ends where
-    it falls, or where no class can be reached: where all searches ended below the boundary by more than the linear
-    model (FOSC) and their spread leave open. What a smaller budget finds is the beginning of what a larger one finds.
+    best point. A search ends once it is stationary and the linear model no longer reaches over the boundary; its
+    survivor starts anew from another random point: first on the margin, then towards the wrong classes, each the more
+    often the nearer its logit came to the label's. An example ends where it falls, or where nothing is left to try:
+    where the searches for every class ended below the boundary by more than the linear model (FOSC) and their spread
+    leave open. What a smaller budget finds is the beginning of what a larger one finds.
 
     Args:
         threat: Linf, L2 or L1.
@@ -43,7 +44,7 @@ class GuidedPGD(VerdictAttack):
         ValueError, TypeError: an argument is outside what is said above.
     """
 
-    budget: int = 1000
+    budget: int = 1100
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +120,7 @@ class _Hunt:
         feasible, gradient = problem.feasible, answer.gradient
         gap, gauge = feasible.gap(gradient, self.point), feasible.gap(gradient, self.point, relative=True)
         bound = torch.where(gauge.isnan(), math.inf, answer.loss + gap)  # without a slope there is no saying
+        done = gauge.isnan() | ((gauge <= _CONVERGED) & (bound < 0))
         gauge = gauge.nan_to_num(0.0)
         higher = answer.loss > self.best_loss
         stalled = torch.where(gauge <= _PROGRESS * self.gauge, 0, self.stalled + 1)
@@ -139,7 +141,7 @@ class _Hunt:
             reached=self.reached.maximum(_losses(answer.logits, problem.y)),
         )
         smallest = _SMALLEST * feasible.threat.eps
-        ended = (gauge <= _CONVERGED) | (hunt.step_size < smallest) | (hunt.age >= _LONGEST)
+        ended = done | (hunt.step_size < smallest) | (hunt.age >= _LONGEST)
         rows = ended.nonzero()[:, 0]
         return hunt._updated(rows, hunt[rows]._renewed(problem[rows])) if len(rows) > 0 else hunt
 
