@@ -139,8 +139,8 @@ def numbers(panels: dict[Panel, dict[str, Runs]]) -> list[dict[str, Any]]:
 
 def draw(panels: dict[Panel, dict[str, Runs]], path: Path) -> None:
     """Images that survive although some attack makes them fall, against mean cost; one panel a robust model."""
-    shown = {panel: attacks for panel, attacks in panels.items() if "unsecured" not in panel[0]}
-    columns = 4
+    shown = {panel: kinds for panel, kinds in panels.items() if "unsecured" not in panel[0] and "guided" in kinds}
+    columns = min(4, len(shown))
     depth = -(-len(shown) // columns)
     figure, axes = pyplot.subplots(depth, columns, figsize=(3.3 * columns, 2.7 * depth + 0.7), squeeze=False)
     for axis in axes.flat[len(shown) :]:
@@ -165,9 +165,11 @@ def draw(panels: dict[Panel, dict[str, Runs]], path: Path) -> None:
         if "autoattack" in attacks:
             for share in (4, 10):
                 axis.axvline(attacks["autoattack"].cost.mean() / share, color="#bbbbbb", lw=1, ls=":", zorder=0)
-        reference = attacks.get("apgd-100") or next(iter(attacks.values()))
-        axis.set_ylim(-0.4, max(2.5, 1.9 * (reference.survivors - least)))
+        weakest = max(runs.survivors for kind, runs in attacks.items() if kind != "pgd-20")
+        axis.set_ylim(-0.4, max(2.5, 1.3 * (weakest - least)))
         axis.set_xscale("log")
+        axis.set_xlim(5, 7000)
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_title(f"{title(panel)}: {least} of {panel[2]} survive all", fontsize=9)
         axis.tick_params(labelsize=8)
         for side in ("top", "right"):
