@@ -195,7 +195,7 @@ def put(text: str, page: Path) -> None:
 
 def written(folder: Path, page: Path) -> None:
     """Writes the page's tables, the numbers and the picture."""
-    panels = collected(folder)
+    panels = {panel: attacks for panel, attacks in collected(folder).items() if len(attacks) > 1}
     order = {"digits": 0, "mnist": 1, "cifar10": 2}
     panels = dict(sorted(panels.items(), key=lambda item: (order[item[0][0].partition("-")[0]], item[0])))
     threads = torch.get_num_threads()
