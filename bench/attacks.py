@@ -66,17 +66,18 @@ def threats(name: str) -> dict[str, Threat]:
 
 
 def trained(name: str, folder: Path) -> torch.nn.Module:
-    """The model of a run folder, trained where it is not there."""
-    if not (folder / "model.safetensors").exists():
-        kind, _, how = name.partition("-")
-        source, data = SOURCES[kind], im.load_data(kind, validation=0)
+    """The model of a run folder, trained where it is not there or not to its end."""
+    kind, _, how = name.partition("-")
+    source, metrics = SOURCES[kind], folder / "metrics.jsonl"
+    epochs = max(3, source.epochs // 2) if how == "unsecured" else source.epochs
+    if not metrics.exists() or len(metrics.read_text().splitlines()) < epochs:
+        data = im.load_data(kind, validation=0)
         train = data.train if source.training_images is None else data.train[: source.training_images]
-        strategy, epochs = im.Unsecured(), max(3, source.epochs // 2)
+        strategy = im.Unsecured()
         if how != "unsecured":
             (threat,) = threats(name).values()
             attack = im.PGD(threat, steps=7, step_size=threat.eps / 3, gauge="exact")
             strategy = im.Standard(attack) if how.endswith("standard") else im.Dynamic(attack, c_max="auto")
-            epochs = source.epochs
         torch.manual_seed(0)
         model = im.build_model(source.network, input_shape=train.shape)
         options = {"lr": source.lr, "lr_schedule": "cosine", "flip": kind == "cifar10"}

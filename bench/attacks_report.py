@@ -61,7 +61,10 @@ def collected(folder: Path) -> dict[Panel, dict[str, Runs]]:
     found: dict[Panel, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        found[record["model"], record["norm"], len(record["clean"])][record["kind"]].append(record)
+        kinds = found[record["model"], record["norm"], len(record["clean"])]
+        if any(other["clean"] != record["clean"] for others in kinds.values() for other in others):
+            raise ValueError(f"{path} is of another {record['model']} than the records before it")
+        kinds[record["kind"]].append(record)
     return {panel: {kind: Runs(records) for kind, records in kinds.items()} for panel, kinds in found.items()}
 
 
