@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from innermax.attacks.ensemble import AutoAttack
     from innermax.attacks.fab import FAB
     from innermax.attacks.gradient import CW, FGSM, PGD
+    from innermax.attacks.guided import GuidedPGD
     from innermax.attacks.search import AttackResult
     from innermax.attacks.square import Square
     from innermax.checkpoints import save_model
@@ -31,6 +32,7 @@ _HOMES = {
     "innermax.attacks.ensemble": ("AutoAttack",),
     "innermax.attacks.fab": ("FAB",),
     "innermax.attacks.gradient": ("CW", "FGSM", "PGD"),
+    "innermax.attacks.guided": ("GuidedPGD",),
     "innermax.attacks.search": ("AttackResult",),
     "innermax.attacks.square": ("Square",),
     "innermax.checkpoints": ("save_model",),
@@ -61,6 +63,7 @@ __all__ = [
     "Dynamic",
     "Evaluation",
     "FGSMThenPGD",
+    "GuidedPGD",
     "ImageSet",
     "Linf",
     "Normalize",

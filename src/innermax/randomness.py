@@ -19,11 +19,10 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
-def keys(seed: int, index: Int[Tensor, " b"], *streams: int) -> Int[Tensor, " b"]:
-    """One 64-bit key an example: the hash of seed, example number and any further stream numbers."""
+def keys(seed: int, index: Int[Tensor, " b"], *streams: int | Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """One 64-bit key an example: the hash of seed, example number and any further stream numbers, of each or of all."""
     key = torch.full_like(index, _wrap(seed))
-    parts: tuple[Tensor | int, ...] = (index, *streams)
-    for part in parts:
+    for part in (index, *streams):
         value = torch.full_like(index, _wrap(part)) if isinstance(part, int) else part
         key = _mix(key + _mix(value + _GOLDEN))
     return key

@@ -97,7 +97,7 @@ class Problem:
         """The label to leave, or to reach."""
         return self.y if self.target is None else self.target
 
-    def keys(self, *streams: int) -> Int[Tensor, " b"]:
+    def keys(self, *streams: int | Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """One key an example for random draws; streams: restart numbers and the like."""
         return randomness.keys(self.seed, self.index, *streams)
 

@@ -5,23 +5,37 @@ from innermax.attacks.base import VerdictAttack
 from innermax.attacks.ensemble import AutoAttack
 from innermax.attacks.fab import FAB
 from innermax.attacks.gradient import CW, FGSM, PGD
+from innermax.attacks.guided import GuidedPGD
 from innermax.attacks.square import Square
 from innermax.checks import unknown
 from innermax.threat import Threat
 
-_EXAMPLES = ("fgsm", "pgd-10", "pgd-20", "pgd-100", "cw-30", "apgd-100", "fab-100", "square-5000", "autoattack")
+_EXAMPLES = (
+    "fgsm",
+    "pgd-10",
+    "pgd-20",
+    "pgd-100",
+    "cw-30",
+    "apgd-100",
+    "fab-100",
+    "square-5000",
+    "autoattack",
+    "guided",
+)
 
 
 def named_attack(name: str, threat: Threat) -> PGD | VerdictAttack:
     """The attack called by a name, where K and Q are at most 10,000; raises ValueError for any other name.
 
     "fgsm", "pgd-K" and "cw-K" (K steps of ε/4), "apgd-K" (on the cross-entropy) and "fab-K" (K steps), "square-Q" (Q
-    queries), "autoattack" (its standard version).
+    queries), "autoattack" (its standard version), "guided" and "guided-K" (at most K gradients an example).
     """
     if name == "fgsm":
         return FGSM(threat)
     if name == "autoattack":
         return AutoAttack(threat)
+    if name == "guided":
+        return GuidedPGD(threat)
     kind, _, number = name.partition("-")
     if number.isdecimal() and 1 <= int(number) <= 10_000:
         match kind:
@@ -33,6 +47,8 @@ def named_attack(name: str, threat: Threat) -> PGD | VerdictAttack:
                 return APGD(threat, steps=int(number))
             case "fab":
                 return FAB(threat, steps=int(number))
+            case "guided":
+                return GuidedPGD(threat, budget=int(number))
             case "square":
                 return Square(threat, queries=int(number))
     raise unknown("attack", name, _EXAMPLES)
