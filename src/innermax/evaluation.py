@@ -11,8 +11,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, get_args, runtime_checkable
 
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from innermax import randomness
 from innermax.attacks.base import looks_like_probabilities
 from innermax.attacks.search import AttackResult, Final
+from innermax.audit import Audit
 from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set
 from innermax.losses import cross_entropy
 from innermax.oracle import Oracle, Precision, unwrapped
+from innermax.probes import Subject, audited
 from innermax.statistics import Accuracy, Interval, accuracy, paired_difference
 from innermax.threat import FeasibleSet, Threat
 
@@ -137,13 +139,17 @@ class AttackRows:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A model's answers to a test set, clean and under each attack; everything else is computed from these rows."""
+    """A model's answers to a test set, clean and under each attack; everything else is computed from these rows.
+
+    `audit` says whether they can be believed; None where it was not asked for, or nothing was attacked.
+    """
 
     settings: Settings
     label: Column
     clean_prediction: Column
     rows: dict[str, AttackRows]
     seconds: dict[str, float]
+    audit: Audit | None = None
 
     @cached_property
     def accuracy(self) -> dict[str, Accuracy]:
@@ -205,6 +211,7 @@ class Evaluation:
             "accuracy": {name: asdict(value) for name, value in self.accuracy.items()},
             "worst_case": asdict(self.worst_case),
             "convergence": {name: asdict(value) for name, value in self.convergence.items()},
+            "audit": None if self.audit is None else self.audit.to_dict(),
             "examples": {
                 "label": self.label.tolist(),
                 "clean_prediction": self.clean_prediction.tolist(),
@@ -234,6 +241,7 @@ class Evaluation:
                     for name, rows in attacks.items()
                 },
                 seconds={name: document["convergence"][name]["seconds"] for name in attacks},
+                audit=None if document.get("audit") is None else Audit.from_dict(document["audit"]),
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"text must be an evaluation's JSON: {type(error).__name__}: {error}") from error
@@ -254,6 +262,7 @@ def evaluate(
     precision: Precision = "float32",
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    audit: bool = True,
 ) -> Evaluation:
     """Accuracy on clean images, under each attack and under all of them, and how far each attack's search got.
 
@@ -271,6 +280,8 @@ def evaluate(
         precision: "float32", or what attacks may search in: "bf16", "auto" where that is fast. Scores are float32.
         device: where to compute; where the model is unless told. On another device a copy of the model is evaluated.
         progress: called as progress(name, examples done, examples in all) after each batch, "clean" first.
+        audit: whether stronger searches on a sample of the survivors check the result, for at most a tenth of what
+            AutoAttack costs.
 
     Raises:
         ValueError, TypeError: an argument is outside what is said above; labels are not among the model's classes, the
@@ -290,13 +301,16 @@ def evaluate(
                 warnings.warn(f"{message}; attacks and gauges need logits (leave the softmax out)", stacklevel=2)
                 warnings.filterwarnings("ignore", message=message)  # each attack would say so on each batch
             results = {name: _attacked(bench, name, attack, oracle, exact) for name, attack in attacks.items()}
-    return Evaluation(
-        settings=bench.settings(attacks, precision, oracle.plan),
-        label=images.labels.cpu().numpy().copy(),
-        clean_prediction=logits.argmax(1).numpy(),
-        rows={name: rows for name, (rows, _) in results.items()},
-        seconds={name: seconds for name, (_, seconds) in results.items()},
-    )
+            evaluation = Evaluation(
+                settings=bench.settings(attacks, precision, oracle.plan),
+                label=images.labels.cpu().numpy().copy(),
+                clean_prediction=logits.argmax(1).numpy(),
+                rows={name: rows for name, (rows, _) in results.items()},
+                seconds={name: seconds for name, (_, seconds) in results.items()},
+            )
+            return replace(
+                evaluation, audit=_audit(bench, model, exact, attacks, evaluation) if audit and attacks else None
+            )
 
 
 def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -> Float[Tensor, "b ..."]:
@@ -387,7 +401,7 @@ class Bench:
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             seconds = time.perf_counter() - began
-            yield Attacked(self._admitted(name, result, feasible), y, result, seconds)
+            yield Attacked(self.admitted(name, result, feasible), y, result, seconds)
 
     def settings(self, attacks: Mapping[str, Attack], precision: Precision, attack_network: str) -> Settings:
         """What is evaluated, and how."""
@@ -403,7 +417,7 @@ class Bench:
             device=str(self.device),
         )
 
-    def _admitted(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
+    def admitted(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
         """The image to score: what the attack returned, if need be moved into X(x), then onto the grid."""
         x, x_adv = feasible.x, result.x_adv
         if x_adv.shape != x.shape or not bool(torch.isfinite(x_adv).all()):
@@ -443,6 +457,25 @@ def _attacked(bench: Bench, name: str, attack: Attack, oracle: Oracle, exact: Or
         seconds += batch.seconds
     columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(AttackRows)}
     return AttackRows(**{key: np.concatenate(values) for key, values in columns.items()}), seconds
+
+
+def _audit(
+    bench: Bench, model: nn.Module, exact: Oracle, attacks: Mapping[str, Attack], evaluation: Evaluation
+) -> Audit:
+    """Whether an evaluation can be believed."""
+    subject = Subject(
+        model=model,
+        exact=exact,
+        images=bench.images,
+        attacks=attacks,
+        rows=evaluation.rows,
+        survived=evaluation.correct("worst_case"),
+        admit=partial(bench.admitted, "audit"),
+        seed=bench.seed,
+        batch_size=bench.batch_size,
+        device=bench.device,
+    )
+    return audited(subject)
 
 
 def _rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:
