@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from innermax.evaluation import Evaluation, evaluate
     from innermax.models import build_model
     from innermax.oracle import Oracle
+    from innermax.straight_through import StraightThrough
     from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured
     from innermax.threat import L1, L2, Linf
     from innermax.training import Run, train
@@ -37,6 +38,7 @@ _HOMES = {
     "innermax.evaluation": ("Evaluation", "evaluate"),
     "innermax.models": ("build_model",),
     "innermax.oracle": ("Oracle",),
+    "innermax.straight_through": ("StraightThrough",),
     "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured"),
     "innermax.threat": ("L1", "L2", "Linf"),
     "innermax.training": ("Run", "train"),
@@ -65,6 +67,7 @@ __all__ = [
     "Run",
     "Square",
     "Standard",
+    "StraightThrough",
     "Transfer",
     "Unsecured",
     "build_model",

@@ -152,10 +152,11 @@ class Audit:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Audit":
         """What `to_dict` gave, after JSON without NaN. Raises KeyError or TypeError where it is something else."""
-        told = dict(document["evidence"])
+        told: dict[str, Any] = dict(document["evidence"])
         told["searches"] = {name: _search(values) for name, values in told["searches"].items()}
         told["passed"] = tuple(told["passed"])
-        evidence = Evidence(**{name: math.nan if value is None else value for name, value in told.items()})
+        known: dict[str, Any] = {name: math.nan if value is None else value for name, value in told.items()}
+        evidence = Evidence(**known)
         return cls(document["verdict"], tuple(document["causes"]), document["advice"], evidence)
 
 
@@ -249,7 +250,7 @@ def _shortcomings(found: Evidence) -> dict[str, str]:
 
 def _search(values: Mapping[str, Any]) -> SearchEvidence:
     """One attack's evidence, from JSON."""
-    told = {name: math.nan if value is None else value for name, value in values.items()}
+    told: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
     for name in ("fosc", "relative_fosc"):
         told[name] = Quantiles(*(math.nan if part is None else part for part in values[name].values()))
     return SearchEvidence(**told)

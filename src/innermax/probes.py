@@ -50,11 +50,16 @@ _log = logging.getLogger(__name__)
 class Rows(Protocol):
     """What an evaluation says of each example under an attack, (N,) each."""
 
-    correct: Column
-    loss: Column
-    fosc: Column
-    relative_fosc: Column
-    zero_gradient: Column
+    @property
+    def correct(self) -> Column: ...
+    @property
+    def loss(self) -> Column: ...
+    @property
+    def fosc(self) -> Column: ...
+    @property
+    def relative_fosc(self) -> Column: ...
+    @property
+    def zero_gradient(self) -> Column: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,7 +312,7 @@ def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[
         yield Search("margin", APGD(threat, steps=50, loss="margin"), subject.exact, everyone)
         yield Search("targeted", APGD(threat, steps=40, loss="margin", targets=3), subject.exact, everyone)
         if evidence.passed:
-            through = Oracle(StraightThrough(subject.model, lambda name: None))
+            through = Oracle(StraightThrough(subject.model))
             yield Search("straight-through", APGD(threat, steps=40, loss="margin"), through, everyone)
         if evidence.foretold < 0.9:
             smooth = Oracle(_Smoothed(subject.model, threat))
@@ -353,10 +358,9 @@ def _fell(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, list[A
     """(n,) whom a search makes fall, and its results."""
     fell, results = torch.zeros(len(sample), dtype=torch.bool, device=subject.device), []
     seed = randomness.number(subject.seed, _STREAM) if one.name != "more steps" else subject.seed
-    for rows in one.rows.split(subject.batch_size):
+    for start in range(0, len(one.rows), subject.batch_size):
+        rows = one.rows[start : start + subject.batch_size]
         part = sample[rows]
-        if len(part) == 0:
-            continue
         try:
             result = one.attack(one.oracle, part.x, part.y, seed=seed, index=part.index, final="none")
         except ValueError as error:
