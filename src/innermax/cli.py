@@ -88,7 +88,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     from innermax.attacks.named import named_attacks
     from innermax.progress import show_evaluation
     from innermax.settings import build_strategy
-    from innermax.tables import format_table
+    from innermax.tables import format_audit, format_table
     from innermax.training import chosen_device
 
     threat = chosen.threat.build()
@@ -121,6 +121,8 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     evaluation.to_json(folder / "evaluation.json")
     console = Console()
     console.print(format_table(evaluation))
+    if evaluation.audit is not None:
+        console.print(format_audit(evaluation.audit), "")
     console.print(f"Model of {which}. Run folder: {folder}", highlight=False, soft_wrap=True)
 
 
@@ -194,7 +196,7 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     from innermax.attacks.named import named_attacks
     from innermax.progress import show_evaluation
     from innermax.runs import read_config
-    from innermax.tables import format_table
+    from innermax.tables import format_audit, format_table
     from innermax.training import chosen_device
 
     path = Path(source)
@@ -213,7 +215,10 @@ def _run_evaluation(source: str, chosen: Any) -> None:
         evaluation = im.evaluate(model, test[: chosen.limit], attacks, **options, device=device, progress=show)
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
-    Console().print(format_table(evaluation))
+    console = Console()
+    console.print(format_table(evaluation))
+    if evaluation.audit is not None:
+        console.print(format_audit(evaluation.audit))
 
 
 def _run_transfer(sources: Sequence[str], chosen: Any) -> None:

@@ -9,19 +9,32 @@ from innermax.attacks.square import Square
 from innermax.checks import unknown
 from innermax.threat import Threat
 
-_EXAMPLES = ("fgsm", "pgd-10", "pgd-20", "pgd-100", "cw-30", "apgd-100", "fab-100", "square-5000", "autoattack")
+_EXAMPLES = (
+    "fgsm",
+    "pgd-10",
+    "pgd-20",
+    "pgd-100",
+    "cw-30",
+    "apgd-100",
+    "fab-100",
+    "square-5000",
+    "autoattack",
+    "autoattack-rand",
+)
 
 
 def named_attack(name: str, threat: Threat) -> PGD | VerdictAttack:
     """The attack called by a name, where K and Q are at most 10,000; raises ValueError for any other name.
 
     "fgsm", "pgd-K" and "cw-K" (K steps of ε/4), "apgd-K" (on the cross-entropy) and "fab-K" (K steps), "square-Q" (Q
-    queries), "autoattack" (its standard version).
+    queries), "autoattack" (its standard version), "autoattack-rand" (for models that draw random numbers).
     """
     if name == "fgsm":
         return FGSM(threat)
     if name == "autoattack":
         return AutoAttack(threat)
+    if name == "autoattack-rand":
+        return AutoAttack(threat, version="rand")
     kind, _, number = name.partition("-")
     if number.isdecimal() and 1 <= int(number) <= 10_000:
         match kind:
