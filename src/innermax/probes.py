@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ _STREAM = 0xA0D17
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Rows(Protocol):
     """What an evaluation says of each example under an attack, (N,) each."""
 
