@@ -11,6 +11,7 @@ in the folder --runs and not computed again.
 
 import argparse
 import json
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -379,11 +380,11 @@ def page(found: Mapping[str, list[dict[str, Any]]], costs: Mapping[str, float] |
         "",
         f"`python bench/audit.py --sets {' '.join(found)}` on {platform.machine()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads.",
-        "200 test images each, so that half a point is one image. Thresholds were set on the tuning set and not changed.",
-        "A row says what the evaluation reported, what the strongest attack at hand left of it, and the audit's verdict.",
+        "200 test images each, half a point is one image. Thresholds were set on the tuning set, then frozen.",
+        "A row: what the evaluation reported, what the strongest attack at hand left of it, the audit's verdict.",
     ]
-    for name, rows in found.items():
-        lines += ["", f"## {name.capitalize()} set", "", *summary(rows)]
+    for name, one in found.items():
+        lines += ["", f"## {name.capitalize()} set", "", *summary(one)]
     if costs:
         share = 100 * costs["audit"] / costs["autoattack"]
         lines += [
