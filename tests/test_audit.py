@@ -78,7 +78,6 @@ def test_probabilities_are_found(trained, images):
 
 def test_an_honest_evaluation_is_left_alone_and_costs_what_is_counted(trained, images):
     strong = {f"apgd-{loss}": im.APGD(LINF, loss=loss, targets=9) for loss in ("margin", "cross_entropy")}
-    calls = {"gradients": 0, "forwards": 0}
     evaluation = im.evaluate(trained, images, strong)
     audit, found = evaluation.audit, evaluation.audit.evidence
     assert (audit.verdict, audit.causes, audit.advice) == ("no failure found", (), "")
@@ -88,7 +87,7 @@ def test_an_honest_evaluation_is_left_alone_and_costs_what_is_counted(trained, i
     assert found.float64_agreement > 0.99
     assert (found.repeat_difference, found.zero_gradient, found.passed, found.large_eps) == (0, 0, (), 0)
     assert found.gradients + found.forwards / 2 <= 0.1 * 4400 * found.survivors
-    assert found.gradients >= 50 * found.sampled > calls["gradients"]
+    assert found.gradients >= 50 * found.sampled
     for name, search in found.searches.items():
         left = evaluation.rows[name].correct
         assert search.relative_fosc.median == pytest.approx(np.median(evaluation.rows[name].relative_fosc[left]))

@@ -118,12 +118,13 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """A stronger search: tried on the `rows` of the sample that still stand; each answer counts `samples` times."""
+    """A stronger search on some `rows` of the sample; the mean of so many answers decides, `shown` its images."""
 
     name: str
     attack: Any
     oracle: Oracle
     rows: Int[Tensor, " k"]
+    shown: int = 1
 
 
 def audited(subject: Subject) -> Audit:
@@ -226,7 +227,7 @@ def _retraced(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
     """How PGD's searches went: a few of the sample are searched once more, with a stop before the last tenth."""
     clean = cross_entropy(subject.exact.logits(sample.x), sample.y).double().cpu().numpy()
     index = sample.index.cpu().numpy()
-    told, cost = {}, 0
+    told, gradients, forwards = {}, evidence.gradients, evidence.forwards + len(sample)
     for name, attack in subject.attacks.items():
         found = evidence.searches[name]
         found = replace(found, loss_gain=float(np.median(subject.rows[name].loss[index] - clean)))
@@ -236,14 +237,9 @@ def _retraced(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
             count = min(_LOOKED_AT, max(_AGAIN // 2 * len(sample) // (attack.steps + 2), 1))
             some = sample[_spread(len(sample), count, subject.device)]
             found = _trace(attack, subject, some, found)
-            cost += (attack.steps + 3) * len(some)
+            gradients, forwards = gradients + (attack.steps + 1) * len(some), forwards + 2 * len(some)
         told[name] = found
-    return replace(
-        evidence,
-        searches=told,
-        gradients=evidence.gradients + cost,
-        forwards=evidence.forwards + len(sample),
-    )
+    return replace(evidence, searches=told, gradients=gradients, forwards=forwards)
 
 
 def _trace(attack: PGD, subject: Subject, some: Sample, told: SearchEvidence) -> SearchEvidence:
@@ -280,7 +276,7 @@ def _searched(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
         standing = standing & ~fell
         fallen[one.name] = fallen.get(one.name, torch.zeros_like(standing)) | fell
         gradients += sum(int(result.gradient_calls.sum()) for result in results)
-        forwards += sum(int(result.forward_calls.sum()) for result in results) + len(rows)
+        forwards += sum(int(result.forward_calls.sum()) for result in results) + one.shown * len(rows)
 
     def gain(names: tuple[str, ...]) -> float:
         fell = torch.stack([torch.zeros_like(standing), *(fallen[name] for name in names if name in fallen)]).any(0)
@@ -306,7 +302,7 @@ def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[
     threats = [threat for threat in subject.threats if isinstance(threat, Linf | L2 | L1)]
     if randomised(evidence):
         for threat in threats:
-            yield Search("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.exact, everyone)
+            yield Search("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.exact, everyone, 8)
         return
     yield from _again(subject, sample)
     for threat in threats:
@@ -368,8 +364,7 @@ def _fell(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, list[A
             _log.warning("audit: the search %r failed (%s)", one.name, error)
             continue
         image = subject.admit(result, one.attack.threat.around(part.x))
-        samples = 8 if one.name == "averaged" else 1
-        logits = torch.stack([subject.exact.logits(image) for _ in range(samples)]).mean(0)
+        logits = torch.stack([subject.exact.logits(image) for _ in range(one.shown)]).mean(0)
         fell[rows] = logits.argmax(1) != part.y
         results.append(result)
     return fell, results
