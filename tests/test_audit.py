@@ -77,7 +77,7 @@ def test_probabilities_are_found(trained, images):
 
 
 def test_an_honest_evaluation_is_left_alone_and_costs_what_is_counted(trained, images):
-    strong = {f"apgd-{loss}": im.APGD(LINF, loss=loss, targets=9) for loss in ("margin", "cross_entropy")}
+    strong = {"apgd": im.APGD(LINF, loss="margin", targets=9, restarts=3)}
     evaluation = im.evaluate(trained, images, strong)
     audit, found = evaluation.audit, evaluation.audit.evidence
     assert (audit.verdict, audit.causes, audit.advice) == ("no failure found", (), "")
