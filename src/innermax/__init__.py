@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from innermax.models import Normalize, build_model
     from innermax.oracle import Oracle
     from innermax.sources import load_model
+    from innermax.straight_through import StraightThrough
     from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured
     from innermax.threat import L1, L2, Linf
     from innermax.training import Run, train
@@ -41,6 +42,7 @@ _HOMES = {
     "innermax.models": ("Normalize", "build_model"),
     "innermax.oracle": ("Oracle",),
     "innermax.sources": ("load_model",),
+    "innermax.straight_through": ("StraightThrough",),
     "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured"),
     "innermax.threat": ("L1", "L2", "Linf"),
     "innermax.training": ("Run", "train"),
@@ -71,6 +73,7 @@ __all__ = [
     "Run",
     "Square",
     "Standard",
+    "StraightThrough",
     "Transfer",
     "Unsecured",
     "build_model",

@@ -107,7 +107,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     from innermax.attacks.named import named_attacks
     from innermax.progress import show_evaluation
     from innermax.settings import build_strategy
-    from innermax.tables import format_table
+    from innermax.tables import format_audit, format_table
     from innermax.training import chosen_device
 
     threat = chosen.threat.build()
@@ -138,6 +138,8 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     evaluation.to_json(folder / "evaluation.json")
     console = Console()
     console.print(format_table(evaluation))
+    if evaluation.audit is not None:
+        console.print(format_audit(evaluation.audit), "")
     console.print(f"Model of {which}. Run folder: {folder}", highlight=False, soft_wrap=True)
 
 
@@ -209,7 +211,7 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     from innermax.attacks.named import named_attacks
     from innermax.progress import show_evaluation
     from innermax.runs import read_config
-    from innermax.tables import format_table
+    from innermax.tables import format_audit, format_table
     from innermax.training import chosen_device
 
     path = Path(source)
@@ -236,6 +238,8 @@ def _run_evaluation(source: str, chosen: Any) -> None:
         evaluation.to_json(chosen.json)
     console = Console()
     console.print(format_table(evaluation))
+    if evaluation.audit is not None:
+        console.print(format_audit(evaluation.audit))
     if rows_dir is not None:
         console.print(f"Example by example: {Path(rows_dir) / 'rows.parquet'}", highlight=False, soft_wrap=True)
 

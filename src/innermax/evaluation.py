@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol, cast, get_args, runtime_checkable
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from innermax import randomness
 from innermax.attacks.base import looks_like_probabilities
 from innermax.attacks.search import AttackResult, Final
+from innermax.audit import Audit
 from innermax.checks import check_count, check_labels, unknown
 from innermax.data import ImageSet, as_image_set
 from innermax.intake import misgivings
 from innermax.losses import cross_entropy
 from innermax.oracle import Oracle, Precision, unwrapped
+from innermax.probes import Subject, audited
 from innermax.rows import (
     CLEAN,
     AttackRows,
@@ -133,13 +135,17 @@ class Convergence:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A model's answers to a test set, clean and under each attack; everything else is computed from these rows."""
+    """A model's answers to a test set, clean and under each attack; everything else is computed from these rows.
+
+    `audit` says whether they can be believed; None where it was not asked for, or nothing was attacked.
+    """
 
     settings: Settings
     label: Column
     clean_prediction: Column
     rows: dict[str, AttackRows]
     seconds: dict[str, float]
+    audit: Audit | None = None
 
     @cached_property
     def accuracy(self) -> dict[str, Accuracy]:
@@ -211,6 +217,7 @@ class Evaluation:
             "accuracy": {name: asdict(value) for name, value in self.accuracy.items()},
             "worst_case": asdict(self.worst_case),
             "convergence": {name: asdict(value) for name, value in self.convergence.items()},
+            "audit": None if self.audit is None else self.audit.to_dict(),
             "examples": {
                 "label": self.label.tolist(),
                 "clean_prediction": self.clean_prediction.tolist(),
@@ -240,6 +247,7 @@ class Evaluation:
                     for name, rows in attacks.items()
                 },
                 seconds={name: document["convergence"][name]["seconds"] for name in attacks},
+                audit=None if document.get("audit") is None else Audit.from_dict(document["audit"]),
             )
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"text must be an evaluation's JSON: {type(error).__name__}: {error}") from error
@@ -262,6 +270,7 @@ def evaluate(
     devices: int = 1,
     rows_dir: str | Path | None = None,
     progress: Progress | None = None,
+    audit: bool = True,
 ) -> Evaluation:
     """Accuracy on clean images, under each attack and under all of them, and how far each attack's search got.
 
@@ -286,6 +295,8 @@ def evaluate(
             `Evaluation.examples`, in the end. The same call goes on from what the folder holds, to the same table.
         progress: called as progress(name, examples done, examples in all) after each batch, "clean" first; now and
             then, from another thread, where there are several devices.
+        audit: whether stronger searches on a sample of the survivors check the result, for at most a tenth of what
+            AutoAttack costs.
 
     Raises:
         ValueError, TypeError: an argument is outside what is said above; labels are not among the model's classes, the
@@ -328,6 +339,8 @@ def evaluate(
             )
             if folder is not None:
                 write_table(folder, evaluation.columns())
+            if audit and attacks:
+                evaluation = replace(evaluation, audit=_audit(bench, model, exact, attacks, evaluation))
     return evaluation
 
 
@@ -427,7 +440,7 @@ class Bench:
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             seconds = time.perf_counter() - began
-            yield Attacked(self._admitted(name, result, feasible), y, result, seconds, int(index[0]))
+            yield Attacked(self.admitted(name, result, feasible), y, result, seconds, int(index[0]))
 
     def settings(self, attacks: Mapping[str, Attack], precision: Precision, attack_network: str) -> Settings:
         """What is evaluated, and how."""
@@ -443,7 +456,7 @@ class Bench:
             device=str(self.device),
         )
 
-    def _admitted(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
+    def admitted(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
         """The image to score: what the attack returned, if need be moved into X(x), then onto the grid."""
         x, x_adv = feasible.x, result.x_adv
         if x_adv.shape != x.shape or not bool(torch.isfinite(x_adv).all()):
@@ -562,6 +575,25 @@ def _configuration(
         "device": bench.device.type,
         "innermax": __version__,
     }
+
+
+def _audit(
+    bench: Bench, model: nn.Module, exact: Oracle, attacks: Mapping[str, Attack], evaluation: Evaluation
+) -> Audit:
+    """Whether an evaluation can be believed."""
+    subject = Subject(
+        model=model,
+        exact=exact,
+        images=bench.images,
+        attacks=attacks,
+        rows=evaluation.rows,
+        survived=evaluation.correct("worst_case"),
+        admit=partial(bench.admitted, "audit"),
+        seed=bench.seed,
+        batch_size=bench.batch_size,
+        device=bench.device,
+    )
+    return audited(subject)
 
 
 def _rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:

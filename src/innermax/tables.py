@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from innermax.audit import Audit
 from innermax.evaluation import Convergence, Evaluation
 from innermax.statistics import Accuracy
 from innermax.transferability import Transfer
@@ -36,6 +37,20 @@ def format_table(evaluation: Evaluation) -> Table:
     table.add_section()
     table.add_row("Worst case", *_accuracy(evaluation.worst_case), style="bold")
     return table
+
+
+def format_audit(audit: Audit) -> Text:
+    """The audit's verdict, and where something is wrong its causes, the numbers behind them and what to do."""
+    text = Text(audit.sentence, style="" if audit.verdict == "no failure found" else "bold")
+    if audit.verdict == "no failure found":
+        return text
+    found = audit.evidence
+    lines = [f"Cause: {cause}." for cause in audit.causes]
+    fallen = [f"{name} {count}" for name, count in found.fallen.items() if count]
+    if fallen:
+        lines.append(f"Fell to: {', '.join(fallen)} of {found.sampled} tried.")
+    lines.append(f"Advice: {audit.advice}")
+    return text.append("\n" + "\n".join(lines), style="not bold")
 
 
 def format_transfer(transfer: Transfer) -> Group:

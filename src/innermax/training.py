@@ -398,7 +398,7 @@ def _validated(
 ) -> dict[str, Any]:
     """Clean accuracy, and accuracy and convergence under the attack, on the validation split."""
     attacks = {} if attack is None else {"attack": attack}
-    scored = evaluate(model, validation_set, attacks, precision=precision, device=device)
+    scored = evaluate(model, validation_set, attacks, precision=precision, device=device, audit=False)
     row: dict[str, Any] = {"validation_clean": scored.accuracy["clean"].value}
     if attack is not None:
         row["validation_robust"] = scored.accuracy["attack"].value

@@ -20,6 +20,7 @@ _EXAMPLES = (
     "fab-100",
     "square-5000",
     "autoattack",
+    "autoattack-rand",
     "guided",
 )
 
@@ -28,7 +29,8 @@ def named_attack(name: str, threat: Threat) -> PGD | VerdictAttack:
     """The attack called by a name, where K and Q are at most 10,000; raises ValueError for any other name.
 
     "fgsm", "pgd-K" and "cw-K" (K steps of ε/4), "apgd-K" (on the cross-entropy) and "fab-K" (K steps), "square-Q" (Q
-    queries), "autoattack" (its standard version), "guided" and "guided-K" (at most K gradients an example).
+    queries), "autoattack" (its standard version), "autoattack-rand" (for models that draw random numbers), "guided" and
+    "guided-K" (at most K gradients an example).
     """
     if name == "fgsm":
         return FGSM(threat)
@@ -36,6 +38,8 @@ def named_attack(name: str, threat: Threat) -> PGD | VerdictAttack:
         return AutoAttack(threat)
     if name == "guided":
         return GuidedPGD(threat)
+    if name == "autoattack-rand":
+        return AutoAttack(threat, version="rand")
     kind, _, number = name.partition("-")
     if number.isdecimal() and 1 <= int(number) <= 10_000:
         match kind:

@@ -1,0 +1,94 @@
+"""A model with the same answers whose gradient passes through what stops or hides it.
+
+What an attacker who knows the defence would do by hand (BPDA, Athalye et al. 2018) is done to every call a network
+makes: rounding, detaching, comparing, clamping and saturating functions compute what they compute, and their derivative
+is replaced by 1.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_STEPS = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "fake_quantize_per_tensor_affine"}
+_DETACHED = {"detach", "clone", "contiguous"}
+_SATURATING = {"clamp", "clip", "hardtanh", "relu6", "softmax", "sigmoid", "tanh", "hardsigmoid", "softsign"}
+_REPLACED = _STEPS | _DETACHED | _SATURATING
+_COMPARED = {"gt": 1.0, "ge": 1.0, "lt": -1.0, "le": -1.0, "__gt__": 1.0, "__ge__": 1.0, "__lt__": -1.0, "__le__": -1.0}
+_AS_NUMBERS = {"float", "double", "to", "type", "type_as"}
+_LEAVING = {"numpy", "__array__", "tolist", "item", "cpu"}
+_LAYERS = {"conv1d", "conv2d", "conv3d", "linear", "flatten", "__sub__", "sub", "batch_norm"}
+
+
+class StraightThrough(nn.Module):
+    """`model` with the same answers and a gradient that nothing in it stops.
+
+    Args:
+        model: any nn.Module.
+        note: called with the name of each function whose derivative is replaced, when a gradient is asked for.
+    """
+
+    def __init__(self, model: nn.Module, note: Callable[[str], object] = lambda name: None) -> None:
+        super().__init__()
+        self.model, self.note = model, note
+
+    def forward(self, x: Float[Tensor, "b ..."]) -> Tensor:
+        """The model's answer."""
+        with _Passing(x, self.note):
+            answer: Tensor = self.model(x)
+        return answer
+
+
+class _Passing(TorchFunctionMode):
+    """Inside, calls on tensors that depend on x get the derivative 1 where theirs is 0 or vanishes."""
+
+    def __init__(self, x: Tensor, note: Callable[[str], object]) -> None:
+        super().__init__()
+        self.x, self.note = x, note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name == "_set_grad_enabled" and self.x.requires_grad and not args[0]:
+            self.note("no_grad")
+            return None
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if first is None or not self.x.requires_grad:
+            return func(*args, **kwargs)
+        if name in _LEAVING and first.requires_grad:
+            return func(first.detach(), *args[1:], **kwargs)
+        if name in _LAYERS and self._estranged(first):
+            self.note("what autograd does not see")
+            return func(_through(first, self.x), *args[1:], **kwargs)
+        return self._passed(name, func, first, args, kwargs)
+
+    def _passed(self, name: str, func: Any, first: Tensor, args: Any, kwargs: Any) -> Any:
+        """The call's result, with the derivative 1 where it is one of those that need it."""
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        if name in _COMPARED and first.requires_grad:
+            result.distance = _COMPARED[name] * (first - args[1])  # type: ignore[attr-defined]
+        elif name in _AS_NUMBERS and hasattr(first, "distance") and result.is_floating_point():
+            self.note("comparison")
+            return _through(result, first.distance)
+        elif first.requires_grad and result.shape == first.shape and result.is_floating_point():
+            rounded = name in ("div", "divide") and kwargs.get("rounding_mode")
+            data = name == "__get__" and not result.requires_grad
+            if rounded or name in ("__floordiv__", "floor_divide"):
+                self.note("floor division")
+                return _through(result, first / args[1])
+            if (name in _REPLACED and (name not in _DETACHED or not result.requires_grad)) or data:
+                self.note("detach" if data else name)
+                return _through(result, first)
+        return result
+
+    def _estranged(self, value: Tensor) -> bool:
+        """Whether x came here by a way that autograd did not see."""
+        return value.is_floating_point() and not value.requires_grad and value.shape == self.x.shape
+
+
+def _through(value: Tensor, proxy: Tensor) -> Tensor:
+    """The value, with the proxy's gradient."""
+    return value.detach() + (proxy - proxy.detach())
