@@ -340,7 +340,7 @@ def evaluate(
             if folder is not None:
                 write_table(folder, evaluation.columns())
             if audit and attacks:
-                evaluation = replace(evaluation, audit=_audit(bench, model, exact, attacks, evaluation))
+                evaluation = replace(evaluation, audit=_audit(bench, model, exact, oracle, attacks, evaluation))
     return evaluation
 
 
@@ -578,12 +578,18 @@ def _configuration(
 
 
 def _audit(
-    bench: Bench, model: nn.Module, exact: Oracle, attacks: Mapping[str, Attack], evaluation: Evaluation
+    bench: Bench,
+    model: nn.Module,
+    exact: Oracle,
+    oracle: Oracle,
+    attacks: Mapping[str, Attack],
+    evaluation: Evaluation,
 ) -> Audit:
     """Whether an evaluation can be believed."""
     subject = Subject(
         model=model,
         exact=exact,
+        oracle=oracle.precise,
         images=bench.images,
         attacks=attacks,
         rows=evaluation.rows,

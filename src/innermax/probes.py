@@ -68,7 +68,8 @@ class Subject:
     """An evaluation under audit.
 
     Attributes:
-        model, exact: the model, and its oracle as it is.
+        model, exact: the model, and its oracle as it is, which decides.
+        oracle: what searches ask.
         images: what was attacked.
         attacks, rows: the attacks and what each found.
         survived: (N,) bool, who is right whatever was tried.
@@ -78,6 +79,7 @@ class Subject:
 
     model: nn.Module
     exact: Oracle
+    oracle: Oracle
     images: ImageSet
     attacks: Mapping[str, Any]
     rows: Mapping[str, Rows]
@@ -302,12 +304,12 @@ def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[
     threats = [threat for threat in subject.threats if isinstance(threat, Linf | L2 | L1)]
     if randomised(evidence):
         for threat in threats:
-            yield Search("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.exact, everyone, 8)
+            yield Search("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.oracle, everyone, 8)
         return
     yield from _again(subject, sample)
     for threat in threats:
-        yield Search("margin", APGD(threat, steps=50, loss="margin"), subject.exact, everyone)
-        yield Search("targeted", APGD(threat, steps=40, loss="margin", targets=3), subject.exact, everyone)
+        yield Search("margin", APGD(threat, steps=50, loss="margin"), subject.oracle, everyone)
+        yield Search("targeted", APGD(threat, steps=40, loss="margin", targets=3), subject.oracle, everyone)
         if evidence.passed:
             through = Oracle(StraightThrough(subject.model))
             yield Search("straight-through", APGD(threat, steps=40, loss="margin"), through, everyone)
@@ -315,7 +317,7 @@ def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[
             smooth = Oracle(_Smoothed(subject.model, threat))
             yield Search("smoothed", APGD(threat, steps=15, loss="margin", eot=8), smooth, everyone)
         if sample.x.ndim == 4:
-            yield Search("score-based", Square(threat, queries=300), subject.exact, everyone)
+            yield Search("score-based", Square(threat, queries=300), subject.oracle, everyone)
 
 
 def _again(subject: Subject, sample: Sample) -> Iterator[Search]:
@@ -337,18 +339,18 @@ def _again(subject: Subject, sample: Sample) -> Iterator[Search]:
         yield Search(
             "more steps",
             replace(attack, steps=4 * attack.steps, step_size=size, stop_on_success=True),
-            subject.exact,
+            subject.oracle,
             rows,
         )
         yield Search(
             "restarts",
             replace(attack, restarts=4 * attack.restarts, random_start=True, stop_on_success=True),
-            subject.exact,
+            subject.oracle,
             rows,
         )
         return
-    yield Search("more steps", replace(attack, steps=4 * attack.steps), subject.exact, rows)
-    yield Search("restarts", replace(attack, restarts=4 * attack.restarts), subject.exact, rows)
+    yield Search("more steps", replace(attack, steps=4 * attack.steps), subject.oracle, rows)
+    yield Search("restarts", replace(attack, restarts=4 * attack.restarts), subject.oracle, rows)
 
 
 def _fell(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, list[AttackResult]]:
@@ -380,7 +382,7 @@ def _with_large_eps(subject: Subject, standing: Sample, evidence: Evidence) -> E
     width = float(threat.norm(high - low).max())
     everything = replace(threat, eps=width if math.isfinite(width) else 16 * threat.eps)
     attack = PGD(everything, steps=10, step_size="annealed", loss="margin", stop_on_success=True)
-    result = attack(subject.exact, some.x, some.y, seed=subject.seed, index=some.index, final="loss")
+    result = attack(subject.oracle, some.x, some.y, seed=subject.seed, index=some.index, final="loss")
     withstood = int((~cast(Tensor, result.misclassified)).sum())
     return replace(
         evidence,
