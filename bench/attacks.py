@@ -41,7 +41,7 @@ class Source:
 SOURCES = {
     "digits": Source("digits-cnn", 0.15, 1.0, None, 20, 0.05, 150),
     "mnist": Source("mnist-cnn", 0.3, 2.0, 30_000, 6, 0.02, 60),
-    "cifar10": Source("mnist-cnn", 8 / 255, 0.5, 30_000, 10, 0.05, 40),
+    "cifar10": Source("mnist-cnn", 8 / 255, 0.5, 8_000, 6, 0.05, 40),
 }
 MODELS = ("unsecured", "linf-standard", "linf-dynamic", "l2-standard", "l2-dynamic")
 ATTACKS: dict[str, tuple[Callable[[Threat], Any], tuple[int, ...]]] = {
