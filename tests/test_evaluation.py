@@ -15,7 +15,9 @@ from torch import nn
 
 import innermax as im
 from innermax.attacks.search import AttackResult
-from innermax.evaluation import AttackRows, Evaluation, quantized
+from innermax.evaluation import Evaluation
+from innermax.rows import AttackRows
+from innermax.scoring import quantized
 from innermax.statistics import paired_difference, wilson
 from innermax.tables import format_table
 

@@ -20,7 +20,9 @@ from innermax.attacks.base import looks_like_probabilities
 from innermax.checkpoints import write_bytes
 from innermax.checks import unknown
 from innermax.data import as_image_set
-from innermax.evaluation import (
+from innermax.oracle import Oracle, Precision, unwrapped
+from innermax.rows import Column
+from innermax.scoring import (
     Attack,
     Bench,
     Progress,
@@ -30,8 +32,6 @@ from innermax.evaluation import (
     on_device,
     scoring_logits,
 )
-from innermax.oracle import Oracle, Precision, unwrapped
-from innermax.rows import Column
 from innermax.statistics import Accuracy, Interval, accuracy, paired_difference
 
 T = TypeVar("T")
