@@ -171,6 +171,7 @@ UNSEEN = [
     ),
 ]
 STRATEGIES = ("unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic")
+IMAGES = 200
 HONEST = {
     "tuning": [UNSECURED, STANDARD, Base("digits", "dynamic"), L2_STANDARD],
     "unseen": [
@@ -221,8 +222,8 @@ def trained(base: Base, folder: Path) -> nn.Module:
 
 
 def images(base: Base) -> ImageSet:
-    """The test images: 200."""
-    return im.load_data(base.data, validation=0).test[:200]
+    """The test images."""
+    return im.load_data(base.data, validation=0).test[:IMAGES]
 
 
 def row(name: str, kind: str, cause: str, scored: im.Evaluation, fallen: np.ndarray) -> dict[str, Any]:
@@ -242,6 +243,15 @@ def row(name: str, kind: str, cause: str, scored: im.Evaluation, fallen: np.ndar
         "named": named and audit.verdict != "no failure found",
         "causes": list(audit.causes),
         "audit": audit.to_dict(),
+    }
+
+
+def with_its_own(one: dict[str, Any]) -> dict[str, Any]:
+    """A row whose truth also counts the images that the audit itself made fall."""
+    made_fall = sum(one["audit"]["evidence"]["fallen"].values()) / IMAGES
+    return one | {
+        "truth": min(one["truth"], one["robust"] - made_fall),
+        "wrong": one["wrong"] or made_fall > TOLERANCE,
     }
 
 
@@ -361,7 +371,7 @@ def summary(found: list[dict[str, Any]]) -> list[str]:
 
 
 def cost(folder: Path) -> dict[str, float]:
-    """Gradients, half a one for each query without one, of the audit and of AutoAttack, on 200 MNIST images."""
+    """Gradients, half a one for each query without one, of the audit and of AutoAttack, on MNIST images."""
     base = Base("mnist", "standard")
     model, threat = trained(base, folder), base.threat
     scored = im.evaluate(model, images(base), {"autoattack": im.AutoAttack(threat)}, precision="auto")
@@ -380,8 +390,9 @@ def page(found: Mapping[str, list[dict[str, Any]]], costs: Mapping[str, float] |
         "",
         f"`python bench/audit.py --sets {' '.join(found)}` on {platform.machine()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads.",
-        "200 test images each, half a point is one image. Thresholds were set on the tuning set, then frozen.",
-        "A row: what the evaluation reported, what the strongest attack at hand left of it, the audit's verdict.",
+        f"{IMAGES} test images each, half a point is one image. Thresholds were set on the tuning set, then frozen.",
+        "A row: what the evaluation reported, what the strongest attack at hand left of it, the audit's verdict. Images",
+        "that the audit itself made fall count, too: each is there to be seen.",
     ]
     for name, one in found.items():
         lines += ["", f"## {name.capitalize()} set", "", *summary(one)]
@@ -391,8 +402,8 @@ def page(found: Mapping[str, list[dict[str, Any]]], costs: Mapping[str, float] |
             "",
             "## Cost",
             "",
-            f"On 200 MNIST images (Standard, {costs['survivors']:.0f} survivors) the audit cost {costs['audit']:,.0f} "
-            f"gradients, a query counted as half a one, AutoAttack {costs['autoattack']:,.0f}: {share:.1f} %.",
+            f"On {IMAGES} MNIST images (Standard, {costs['survivors']:.0f} survivors) the audit cost "
+            f"{costs['audit']:,.0f} gradients, a query counted as half a one, AutoAttack {costs['autoattack']:,.0f}: {share:.1f} %.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -406,6 +417,7 @@ if __name__ == "__main__":
     parser.add_argument("--known", action="store_true", help="take only the rows that are there")
     arguments = parser.parse_args()
     measured = rows(arguments.sets, arguments.runs, arguments.known)
+    measured = {name: [with_its_own(one) for one in found] for name, found in measured.items()}
     costs = cached("cost", arguments.runs, partial(cost, arguments.runs)) if arguments.cost else None
     text = page(measured, costs)
     print(text)
