@@ -391,8 +391,8 @@ def page(found: Mapping[str, list[dict[str, Any]]], costs: Mapping[str, float] |
         f"`python bench/audit.py --sets {' '.join(found)}` on {platform.machine()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads.",
         f"{IMAGES} test images each, half a point is one image. Thresholds were set on the tuning set, then frozen.",
-        "A row: what the evaluation reported, what the strongest attack at hand left of it, the audit's verdict. Images",
-        "that the audit itself made fall count, too: each is there to be seen.",
+        "A row: what the evaluation reported, what the strongest attack at hand left of it, the audit's verdict.",
+        "Images that the audit itself made fall count, too: each is there to be seen.",
     ]
     for name, one in found.items():
         lines += ["", f"## {name.capitalize()} set", "", *summary(one)]
@@ -403,7 +403,8 @@ def page(found: Mapping[str, list[dict[str, Any]]], costs: Mapping[str, float] |
             "## Cost",
             "",
             f"On {IMAGES} MNIST images (Standard, {costs['survivors']:.0f} survivors) the audit cost "
-            f"{costs['audit']:,.0f} gradients, a query counted as half a one, AutoAttack {costs['autoattack']:,.0f}: {share:.1f} %.",
+            f"{costs['audit']:,.0f} gradients, a query counted as half a one, "
+            f"AutoAttack {costs['autoattack']:,.0f}: {share:.1f} %.",
         ]
     return "\n".join(lines) + "\n"
 
