@@ -336,6 +336,12 @@ def rows(sets: list[str], folder: Path, known: bool) -> dict[str, list[dict[str,
     return found
 
 
+def missing(found: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """The honest models of the sets that have no row."""
+    there = {one["name"].partition(":")[0] for rows in found.values() for one in rows}
+    return [base.name for name in found for base in HONEST[name] if base.name not in there]
+
+
 def summary(found: list[dict[str, Any]]) -> list[str]:
     """The confusion table of a set, and each broken defence."""
     broken = [one for one in found if one["kind"] == "broken"]
@@ -384,15 +390,16 @@ def cost(folder: Path) -> dict[str, float]:
     }
 
 
-def page(found: Mapping[str, list[dict[str, Any]]], costs: Mapping[str, float] | None) -> str:
+def page(found: Mapping[str, list[dict[str, Any]]], costs: Mapping[str, float] | None, known: bool) -> str:
     lines = [
         "# Does the audit find what is wrong, and leave alone what is right?",
         "",
-        f"`python bench/audit.py --sets {' '.join(found)}` on {platform.machine()}, torch {torch.__version__}, "
+        f"`python bench/audit.py --sets {' '.join(found)}{' --cost' * bool(costs)}` on {platform.machine()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads.",
         f"{IMAGES} test images each, half a point is one image. Thresholds were set on the tuning set, then frozen.",
         "A row: what the evaluation reported, what the strongest attack at hand left of it, the audit's verdict.",
         "Images that the audit itself made fall count, too: each is there to be seen.",
+        *(["Not run yet: " + ", ".join(missing(found)) + "."] if known and missing(found) else []),
     ]
     for name, one in found.items():
         lines += ["", f"## {name.capitalize()} set", "", *summary(one)]
@@ -420,7 +427,7 @@ if __name__ == "__main__":
     measured = rows(arguments.sets, arguments.runs, arguments.known)
     measured = {name: [with_its_own(one) for one in found] for name, found in measured.items()}
     costs = cached("cost", arguments.runs, partial(cost, arguments.runs)) if arguments.cost else None
-    text = page(measured, costs)
+    text = page(measured, costs, arguments.known)
     print(text)
     if arguments.write is not None:
         arguments.write.write_text(text)
