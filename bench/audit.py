@@ -394,8 +394,8 @@ def page(found: Mapping[str, list[dict[str, Any]]], costs: Mapping[str, float] |
     lines = [
         "# Does the audit find what is wrong, and leave alone what is right?",
         "",
-        f"`python bench/audit.py --sets {' '.join(found)}{' --cost' * bool(costs)}` on {platform.machine()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads.",
+        f"`python bench/audit.py --sets {' '.join(found)}{' --cost' if costs else ''}` on {platform.machine()}, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads.",
         f"{IMAGES} test images each, half a point is one image. Thresholds were set on the tuning set, then frozen.",
         "A row: what the evaluation reported, what the strongest attack at hand left of it, the audit's verdict.",
         "Images that the audit itself made fall count, too: each is there to be seen.",
