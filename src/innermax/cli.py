@@ -18,6 +18,7 @@ Train classifiers that withstand adversarial examples, and know whether a robust
   innermax train mnist --strategy standard    the paper's setting, with another defence
   innermax evaluate runs/digits               attack a trained model
   innermax transfer runs/other runs/digits    make images on one model, score them on others
+  innermax reproduce table1 --scale cpu       make a table or a figure of the paper again
 
 innermax COMMAND --help lists what a command takes. Fractions such as 8/255 are read as numbers.
 """
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "transfer": _transfer,
         "recipes": _recipes,
+        "reproduce": _reproduce,
     }
     try:
         if words[0] not in commands:
@@ -361,6 +363,28 @@ def _recipes(words: list[str]) -> None:
         raise ValueError(f"recipes takes no arguments, came {' '.join(words)}")
     for name in recipe_names():
         print(f"{name:20} {recipe_text(name).splitlines()[0].removeprefix('# ')}")
+
+
+def _reproduce(words: list[str]) -> None:
+    """Makes tables and figures of the paper again."""
+    from jsonargparse import ArgumentParser
+
+    from innermax.reproduce.run import PIECES, reproduce
+
+    names = [word for word in takewhile(lambda word: not word.startswith("-"), words)]
+    parser = ArgumentParser(
+        prog="innermax reproduce PIECE…",
+        description=f"Make tables and figures of the paper again: {', '.join(PIECES)}, or all.",
+        exit_on_error=False,
+    )
+    parser.add_function_arguments(reproduce, as_group=False, skip={"names", "say"})
+    asks = "--help" in words or "-h" in words
+    if not names and words and not asks:
+        raise ValueError("reproduce takes what to make first, such as: innermax reproduce table1 --scale smoke")
+    chosen = parser.parse_args(["--help"] if asks or not words else _spelled_out(words[len(names) :]))
+    pages = reproduce(list(PIECES) if names == ["all"] else names, **vars(chosen), say=lambda line: print(line, flush=True))
+    for page in pages:
+        print(page)
 
 
 def _train_parser(recipe: dict[str, Any]) -> Any:

@@ -172,6 +172,7 @@ class _Loop:
     optimizer: torch.optim.Optimizer
     averaged: AveragedModel | None
     oracle: Oracle
+    kept: Tensor | None  # each example's last perturbation, in half precision, where the strategy goes on from it
     epoch: int = 0
     batch: int = 0  # position in the epoch
     totals: dict[str, float] = field(default_factory=dict)  # sums over the epoch's batches so far
@@ -205,7 +206,10 @@ class _Loop:
         data = data.to(device)
         example, _ = data.batch(torch.arange(min(16, len(data)), device=device))
         oracle = Oracle.fast(model, example, options["precision"])
-        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle)
+        kept = None
+        if getattr(options["strategy"], "warm_start", False):
+            kept = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=device)
+        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle, kept)
 
     @property
     def device(self) -> torch.device:
@@ -247,21 +251,30 @@ class _Loop:
     ) -> dict[str, float]:
         """One attack and one descent step; sums over the batch's examples."""
         x, y = self.data.batch(index)
-        if self.options["shift"] or self.options["flip"]:
-            keys = randomness.keys(self.options["seed"], index, _AUGMENT, self.epoch)
-            x = augment(x, keys, shift=self.options["shift"], flip=self.options["flip"])
+        x = self._moved(x, index)
         x_adv, measured = x, {"examples": float(len(y))}
         if attack is not None:
             seed = randomness.number(self.options["seed"], _ATTACK, self.epoch)
-            found = attack(self.oracle, x, y, seed=seed, index=index, final="none")
+            start = None if self.kept is None or self.epoch == 0 else x + self._moved(self.kept[index].to(x), index)
+            found = attack(self.oracle, x, y, seed=seed, index=index, start=start, final="none")
             x_adv = found.x_adv
             measured["gradients"] = float(found.gradient_calls.sum())
+            if self.kept is not None:
+                self.kept[index] = self._moved(x_adv - x, index, back=True).half()
         gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
         self.whole = False
         measured |= self._descend(objective, x, y, x_adv, moment)
         for name, values in gauges.items():
             self.gauged.setdefault(name, []).extend(values)
         return measured
+
+    def _moved(self, images: Tensor, index: Tensor, back: bool = False) -> Tensor:
+        """The epoch's augmentation of the examples, or what undoes it."""
+        shift, flip = self.options["shift"], self.options["flip"]
+        if not (shift or flip):
+            return images
+        keys = randomness.keys(self.options["seed"], index, _AUGMENT, self.epoch)
+        return augment(images, keys, shift=shift, flip=flip, back=back)
 
     def _descend(self, objective: Objective, x: Tensor, y: Tensor, x_adv: Tensor, moment: float) -> dict[str, float]:
         """One update of the weights, and of all that follows them."""
@@ -293,6 +306,7 @@ class _Loop:
         return {
             "fosc": feasible.gap(gradient, x_adv).tolist(),
             "relative_fosc": feasible.gap(gradient, x_adv, relative=True).nan_to_num(0.0).tolist(),
+            "ball_fosc": feasible.without_bounds().gap(gradient, x_adv).tolist(),
             "zero_gradient": (gradient == 0).flatten(1).all(1).double().tolist(),
         }
 
@@ -356,10 +370,10 @@ class _Loop:
         if self.gauged:
             row["fosc"] = fmean(self.gauged["fosc"])
             row["zero_gradients"] = fmean(self.gauged["zero_gradient"])
-            levels = torch.linspace(0, 1, 11, dtype=torch.float64)
-            for name in ("fosc", "relative_fosc"):
-                values = torch.tensor(self.gauged[name], dtype=torch.float64)
-                row[f"{name}_deciles"] = values.quantile(levels).tolist()
+            levels = torch.linspace(0, 1, 101, dtype=torch.float64)
+            for name in ("fosc", "relative_fosc", "ball_fosc"):
+                quantiles = torch.tensor(self.gauged[name], dtype=torch.float64).quantile(levels)
+                row[f"{name}_percentiles"] = [float(f"{value:.5g}") for value in quantiles.tolist()]
         return row
 
 

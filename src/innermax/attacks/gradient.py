@@ -99,6 +99,7 @@ class PGD:
         target: Int[Tensor, " b"] | None = None,
         seed: int = 0,
         index: Int[Tensor, " b"] | None = None,
+        start: Float[Tensor, "b ..."] | None = None,
         final: Final = "gradient",
     ) -> AttackResult:
         """Attacks a batch.
@@ -110,18 +111,22 @@ class PGD:
             target: (B,) int64 labels to reach instead of y to leave.
             seed: any integer; with `index` it alone decides the random starts.
             index: (B,) int64 example numbers; 0…B − 1 unless told.
+            start: (B, *features) where the first search begins, projected onto X(x): where an earlier one ended. An
+                example whose gauge is ≤ stop_at there takes no step. None: as random_start says.
             final: what is computed where the steps end: "gradient" (loss, logits, FOSC), "loss" (loss, logits) or
                 "none".
 
         Raises:
-            ValueError, TypeError: x, y, target or index do not fit, or the model's answer is not (B, classes) numbers.
+            ValueError, TypeError: x, y, target, index or start do not fit, or the model's answer is not (B, classes) numbers.
         """
         problem = Problem.of(self.threat, model, x, y, target=target, seed=seed, index=index, final=final)
+        if start is not None:
+            start = self.threat.project(start.to(problem.feasible.x.dtype), problem.feasible.x)
         with problem.oracle.private_randomness(seed):
-            result = self._best(problem, final)
+            result = self._best(problem, start, final)
         return inspected(result, y)
 
-    def _best(self, problem: Problem, final: Final) -> AttackResult:
+    def _best(self, problem: Problem, given: Tensor | None, final: Final) -> AttackResult:
         """The best of the restarts; with stop_on_success only survivors start again."""
         loss, label, reach = self.objective(), problem.label, problem.reach
         options: dict[str, Any] = {
@@ -135,9 +140,12 @@ class PGD:
         }
 
         def once(rows: Tensor, restart: int) -> AttackResult:
-            part = problem[rows]
-            start = part.feasible.sample(part.keys(restart)) if self.random_start else part.feasible.x
-            return search(part.oracle, part.feasible, start, part.label, **options)
+            part, warm = problem[rows], given is not None and restart == 0
+            if given is not None and restart == 0:
+                start = given[rows]
+            else:
+                start = part.feasible.sample(part.keys(restart)) if self.random_start else part.feasible.x
+            return search(part.oracle, part.feasible, start, part.label, warm=warm, **options)
 
         def best_of(rows: Tensor) -> AttackResult:
             best, again = once(rows, 0), torch.arange(len(rows), device=rows.device)

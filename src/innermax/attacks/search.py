@@ -77,6 +77,7 @@ def search(
     gauge: Gauge = "exact",
     stop_at: float | None = None,
     stop_on_success: bool = False,
+    warm: bool = False,
     final: Final = "gradient",
 ) -> AttackResult:
     """Climbs the loss from `start` over X(x), one step size after the other.
@@ -99,6 +100,7 @@ def search(
         gauge: how far from stationary an iterate is: FOSC "exact" over X(x), over the "ball" alone, or "relative".
         stop_at: an example stops at its first iterate after a step whose gauge is ≤ this, unless its gradient is 0.
         stop_on_success: an example stops where the adversary has what it wants.
+        warm: the start is where an earlier search ended, so an example may stop there, before any step.
         final: what is computed where the steps end: "gradient" (loss, logits, FOSC), "loss" (loss, logits) or "none".
     """
     rows, x_adv = torch.arange(len(start), device=start.device), start
@@ -108,7 +110,7 @@ def search(
         answer = (oracle if step < coarse else oracle.precise).gradient(x_adv, label, loss)
         gradient = answer.gradient
         stopping = torch.zeros_like(label, dtype=torch.bool)
-        if stop_at is not None and step > 0:
+        if stop_at is not None and (step > 0 or warm):
             stopping |= _converged(feasible, gradient, x_adv, gauge, stop_at)
         if stop_on_success:
             stopping |= has_won(answer.logits, label, reach)

@@ -1,0 +1,159 @@
+"""Defences side by side: accuracies over seeds, and differences paired over images and seeds."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from innermax.attacks.named import named_attack
+from innermax.reproduce.piece import Known
+from innermax.reproduce.questions import Attacks, Scored, Trained, bits
+from innermax.reproduce.settings import Training
+from innermax.reproduce.workshop import Question
+from innermax.statistics import paired_difference
+from innermax.tables import shown_name
+from innermax.threat import Linf
+
+TABLE = ("fgsm", "pgd-10", "pgd-20", "cw-30")  # the attacks of the paper's tables
+
+
+def attacks_of(eps: float, names: Sequence[str] = TABLE) -> Attacks:
+    """The attacks of these names, on L∞ balls of this size."""
+    return tuple((name, named_attack(name, Linf(eps))) for name in names)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One defence: its trainings, one a seed, what each is asked, and what the paper says of it.
+
+    Args:
+        title: what the table calls it.
+        trainings: one a seed.
+        scored: of a training, the questions whose attacks make up the row.
+        paper: accuracies in per cent by attack.
+    """
+
+    title: str
+    trainings: Sequence[Training]
+    scored: Mapping[int, Sequence[Scored]] = field(default_factory=dict)
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        trainings: Sequence[Training],
+        *asked: tuple[Attacks, int | None],
+        paper: Mapping[str, float] | None = None,
+        **options: Any,
+    ) -> "Row":
+        """A row whose trainings are each asked for attacks on so many images."""
+        scored = {
+            number: [Scored(training, attacks, images, **options) for attacks, images in asked]
+            for number, training in enumerate(trainings)
+        }
+        return cls(title, trainings, scored, paper or {})
+
+    def questions(self) -> list[Question]:
+        """All that the row needs."""
+        return [
+            question
+            for number, training in enumerate(self.trainings)
+            for question in (Trained(training), *self.scored[number])
+        ]
+
+    def numbers(self, known: Known) -> dict[str, Any]:
+        """{"title", "paper", "seeds": {seed: {"gradients", "seconds", "accuracy": {attack: …}}}} of what is known."""
+        seeds = {}
+        for number, training in enumerate(self.trainings):
+            trained = known(Trained(training))
+            answers = [known(question) for question in self.scored[number]]
+            if trained is None or any(answer is None for answer in answers):
+                continue
+            measured = {}
+            for answer in answers:
+                measured |= {
+                    name: {key: value[key] for key in ("accuracy", "low", "high", "total")}
+                    for name, value in (answer or {}).items()
+                    if isinstance(value, Mapping) and "accuracy" in value
+                }
+            seeds[str(training.seed)] = {
+                "epochs": training.setting.epochs,
+                "gradients": sum(row["gradients"] for row in trained["history"]),  # an example, over the training
+                "seconds": round(sum(row["seconds"] for row in trained["history"]), 1),
+                "environment": trained["environment"],
+                "accuracy": measured,
+            }
+        return {"title": self.title, "paper": dict(self.paper), "seeds": seeds}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """Mean and Student's 95 % interval of it over seeds; None for fewer than three, which say little."""
+    from scipy.stats import t as student
+
+    if len(values) < 3:
+        return None
+    mean = statistics.mean(values)
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def accuracy_over_seeds(row: Mapping[str, Any], attack: str) -> tuple[float, float, float] | None:
+    """Mean accuracy in per cent and its 95 % interval: over seeds from three on, else over images (Wilson)."""
+    found = [seed["accuracy"][attack] for seed in row["seeds"].values() if attack in seed["accuracy"]]
+    if not found:
+        return None
+    over_seeds = spread([100 * value["accuracy"] for value in found])
+    if over_seeds is not None:
+        return over_seeds
+    mean = statistics.mean(100 * value["accuracy"] for value in found)
+    return mean, 100 * min(value["low"] for value in found), 100 * max(value["high"] for value in found)
+
+
+def table(rows: Sequence[Mapping[str, Any]], attacks: Sequence[str]) -> str:
+    """Markdown: a line a defence, each attack's accuracy with its interval, and the paper's beside it where it has one."""
+    papers = [attack for attack in attacks if any(attack in row["paper"] for row in rows)]
+    heads = []
+    for attack in attacks:
+        heads += [title(attack), *(["paper"] if attack in papers else [])]
+    lines = [
+        f"| defence | seeds | gradients | {' | '.join(heads)} |",
+        f"| --- | --- | --- |{' ---: |' * len(heads)}",
+    ]
+    for row in rows:
+        cells = []
+        for attack in attacks:
+            cells.append(_cell(accuracy_over_seeds(row, attack)))
+            if attack in papers:
+                cells.append(f"*{row['paper'][attack]:.2f}*" if attack in row["paper"] else "")
+        spent = [seed["gradients"] for seed in row["seeds"].values()]
+        seeds, cost = (f"{len(spent)}", f"{statistics.mean(spent):.0f}") if spent else ("not run", "")
+        lines.append(f"| {row['title']} | {seeds} | {cost} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def difference(known: Known, one: Sequence[Scored], other: Sequence[Scored], attack: str) -> dict[str, Any] | None:
+    """How two defences' accuracies differ, in points, seed by seed: paired over images, then Student's over seeds."""
+    pairs = [(known(first), known(second)) for first, second in zip(one, other, strict=True)]
+    found = []
+    for first, second in pairs:
+        if first is None or second is None:
+            continue
+        mine, theirs = bits(first[attack]), bits(second[attack])
+        paired = paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine))
+        found.append({"estimate": 100 * paired.estimate, "low": 100 * paired.low, "high": 100 * paired.high})
+    if not found:
+        return None
+    over_seeds = spread([value["estimate"] for value in found])
+    whole = dict(zip(("mean", "low", "high"), over_seeds, strict=True)) if over_seeds else found[0]
+    return {"seeds": found, "over_seeds": whole if over_seeds else None}
+
+
+def title(attack: str) -> str:
+    """An attack's name as a table shows it."""
+    return "Clean" if attack == "clean" else shown_name(attack)
+
+
+def _cell(value: tuple[float, float, float] | None) -> str:
+    return "" if value is None else f"**{value[0]:.2f}** <sub>{value[1]:.1f}–{value[2]:.1f}</sub>"

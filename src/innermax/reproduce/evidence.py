@@ -1,0 +1,201 @@
+"""The questions the paper leaves open: does Dynamic win, what its constants do, overfitting, and what gradients buy."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from innermax.attacks.gradient import PGD
+from innermax.reproduce import pictures
+from innermax.reproduce.comparison import TABLE, Row, accuracy_over_seeds, attacks_of, difference, table, title
+from innermax.reproduce.piece import Known, Numbers, Piece
+from innermax.reproduce.questions import Attacks, Scored, Trained
+from innermax.reproduce.settings import Scale, Setting, Training
+from innermax.reproduce.workshop import Question
+from innermax.strategies import Dynamic, Strategy
+
+_STRONGEST = "guided"
+_FEW = 1000
+
+
+def _seeds(scale: Scale, setting: Setting, strategy: Strategy, objective: str = "cross_entropy") -> list[Training]:
+    return [Training(setting, strategy, seed, objective) for seed in range(scale.seeds["mnist"])]
+
+
+def _asked(scale: Scale) -> tuple[tuple[Attacks, int | None], ...]:
+    """The paper's attacks on all test images, the strongest at hand on fewer."""
+    images = scale.images["mnist"]
+    eps = scale.mnist.eps
+    return (attacks_of(eps), images), (attacks_of(eps, (_STRONGEST,)), min(images or _FEW, _FEW))
+
+
+# Does Dynamic win, and why?
+
+
+def _variants(scale: Scale) -> list[Row]:
+    """What the paper's text mixes, taken apart."""
+    setting, asked = scale.mnist, _asked(scale)
+    fewer = replace(setting, epochs=max(1, round(0.6 * setting.epochs)))
+    published, standard = setting.strategy("dynamic"), setting.strategy("standard")
+    exact = Dynamic(setting.pgd(), "auto", setting.zero_at)
+    return [
+        Row.of("Standard", _seeds(scale, setting, standard), *asked),
+        Row.of("Standard, 0.6 of the epochs: as many gradients as Dynamic", _seeds(scale, fewer, standard), *asked),
+        Row.of("Standard, weighted by the loss (released code)", _seeds(scale, setting, standard, "loss_weighted"), *asked),
+        Row.of("Dynamic as published: FOSC over the ball, c_max 0.5", _seeds(scale, setting, published), *asked),
+        Row.of("Dynamic, exact FOSC, measured c_max", _seeds(scale, setting, exact), *asked),
+        Row.of("Dynamic, weighted by the loss (released code)", _seeds(scale, setting, published, "loss_weighted"), *asked),
+    ]
+
+
+def _dynamic_questions(scale: Scale) -> list[Question]:
+    rows = [row.questions() for row in _variants(scale)]
+    return by_seed(rows)
+
+
+def by_seed(rows: Sequence[Sequence[Question]]) -> list[Question]:
+    """The questions of several rows, the first seed of every row before the second of any: half a table is whole rows."""
+    whole = [question for row in rows for question in row]
+
+    def seed(question: Question) -> int:
+        training = getattr(question, "training", None)
+        return training.seed if training is not None else 0
+
+    return sorted(whole, key=seed)
+
+
+def _dynamic_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+    rows = _variants(scale)
+    standard, differences = rows[0], {}
+    for row in rows[1:]:
+        for place, attack in ((0, "clean"), (0, "pgd-20"), (0, "cw-30"), (1, _STRONGEST)):
+            one, other = ([r.scored[seed][place] for seed in r.scored] for r in (row, standard))
+            differences.setdefault(row.title, {})[attack] = difference(known, one, other, attack)
+    return {"rows": [row.numbers(known) for row in rows], "differences": differences}
+
+
+def _dynamic_text(numbers: Numbers) -> str:
+    attacks = ("clean", "pgd-20", "cw-30", _STRONGEST)
+    lines = [f"| minus Standard, points | {' | '.join(map(title, attacks))} |", f"| --- |{' --- |' * len(attacks)}"]
+    for name, row in numbers["differences"].items():
+        lines.append(f"| {name} | {' | '.join(_points(row[attack]) for attack in attacks)} |")
+    return "\n\n".join(
+        [
+            "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training.",
+            table(numbers["rows"], ("clean", *TABLE, _STRONGEST)),
+            "Differences on the same images and seed; in brackets Student's 95 % interval over seeds.",
+            "\n".join(lines),
+        ]
+    )
+
+
+def _points(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "not run"
+    whole = value["over_seeds"]
+    if whole is None:
+        return ", ".join(f"{seed['estimate']:+.2f} [{seed['low']:+.2f}, {seed['high']:+.2f}]" for seed in value["seeds"])
+    return f"**{whole['mean']:+.2f}** [{whole['low']:+.2f}, {whole['high']:+.2f}]"
+
+
+# What Dynamic's constants do
+
+
+def _constants(scale: Scale) -> dict[str, Training]:
+    """One constant changed at a time; on fewer images and judged on the validation split, since choices follow from it."""
+    setting = replace(scale.mnist, train=20_000, epochs=max(1, round(0.8 * scale.mnist.epochs)))
+    ball, exact = setting.pgd(gauge="ball"), setting.pgd()
+    published = Dynamic(ball, 0.5, setting.zero_at)
+    changes: dict[str, Strategy] = {
+        "Standard": setting.strategy("standard"),
+        "c_max 0.5, T' 0.8, linear (published)": published,
+        "c_max 0.25": replace(published, c_max=0.25),
+        "c_max 1": replace(published, c_max=1.0),
+        "T' 0.5": replace(published, zero_at=0.5),
+        "T' 1": replace(published, zero_at=1.0),
+        "cosine": replace(published, shape="cosine"),
+        "constant": replace(published, shape="constant"),
+        "c_max auto on the ball": replace(published, c_max="auto"),
+        "c_max auto, exact FOSC": replace(published, attack=exact, c_max="auto"),
+        "c_max 0.15, exact FOSC": replace(published, attack=exact, c_max=0.15),
+    }
+    return {name: Training(setting, strategy) for name, strategy in changes.items()}
+
+
+def _constant_rows(scale: Scale) -> list[Row]:
+    attacks = attacks_of(scale.mnist.eps, ("pgd-20", _STRONGEST))
+    asked = (attacks, 2000)
+    return [Row.of(name, [training], asked, split="validation") for name, training in _constants(scale).items()]
+
+
+def _constants_questions(scale: Scale) -> list[Question]:
+    return [question for row in _constant_rows(scale) for question in row.questions()]
+
+
+def _constants_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+    return {"rows": [row.numbers(known) for row in _constant_rows(scale)]}
+
+
+def _constants_text(numbers: Numbers) -> str:
+    return (
+        "MNIST, accuracy in % on 2,000 images of the validation split, one seed, trained on 20,000 images; one constant "
+        "changed at a time.\n\n" + table(numbers["rows"], ("clean", "pgd-20", _STRONGEST))
+    )
+
+
+# Robust overfitting
+
+
+def _overfitting(scale: Scale) -> list[tuple[str, Row, Row]]:
+    """Of each strategy the last epoch and the best on the validation split, on the test images."""
+    asked = _asked(scale)[0]
+    found = []
+    for name in ("standard", "curriculum", "dynamic"):
+        trainings = _seeds(scale, scale.mnist, scale.mnist.strategy(name))
+        last, best = (Row.of(name.capitalize(), trainings, asked, best=best) for best in (False, True))
+        found.append((name.capitalize(), last, best))
+    return found
+
+
+def _overfitting_questions(scale: Scale) -> list[Question]:
+    return by_seed([row.questions() for _, last, best in _overfitting(scale) for row in (last, best)])
+
+
+def _overfitting_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+    found = {}
+    for name, last, best in _overfitting(scale):
+        pairs = [[row.scored[seed][0] for seed in row.scored] for row in (best, last)]
+        history = [known(Trained(training)) for training in last.trainings]
+        epochs = [best_epoch(answer["history"]) for answer in history if answer is not None]
+        gained = difference(known, *pairs, "pgd-20")
+        found[name] = {"last": last.numbers(known), "best": best.numbers(known), "gained": gained, "best_epochs": epochs}
+    return found
+
+
+def best_epoch(history: Sequence[Mapping[str, Any]]) -> int:
+    """The number, from 1, of the epoch with the best accuracy on the validation split."""
+    return max(range(len(history)), key=lambda epoch: history[epoch]["validation_accuracy"]) + 1
+
+
+def _overfitting_text(numbers: Numbers) -> str:
+    lines = [
+        "| strategy | best epochs | PGD-20, last epoch | PGD-20, best epoch | gained, points |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for name, row in numbers.items():
+        cells = [accuracy_over_seeds(row[which], "pgd-20") for which in ("last", "best")]
+        shown = ["not run" if cell is None else f"{cell[0]:.2f}" for cell in cells]
+        lines.append(
+            f"| {name} | {', '.join(map(str, row['best_epochs']))} | {' | '.join(shown)} | {_points(row['gained'])} |"
+        )
+    return (
+        "MNIST test accuracy in % of the last epoch and of the best on 5,000 validation images attacked with the training "
+        "attack (Rice et al. 2020). Best epochs are one a seed.\n\n" + "\n".join(lines)
+    )
+
+
+PIECES = (
+    Piece("dynamic", "Does Dynamic win, and why?", _dynamic_questions, _dynamic_numbers, _dynamic_text),
+    Piece("constants", "What Dynamic's constants do", _constants_questions, _constants_numbers, _constants_text),
+    Piece("overfitting", "Robust overfitting", _overfitting_questions, _overfitting_numbers, _overfitting_text),
+)

@@ -1,0 +1,301 @@
+"""Figures 1–5 of Wang et al. 2019: what FOSC says of an attack, and of a training."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from innermax.attacks.gradient import PGD
+from innermax.reproduce import pictures
+from innermax.reproduce.comparison import TABLE, attacks_of, title
+from innermax.reproduce.piece import Known, Numbers, Piece
+from innermax.reproduce.questions import Followed, Gauged, Scored, Trained
+from innermax.reproduce.settings import Scale, Training
+from innermax.reproduce.workshop import Answer, Question
+from innermax.strategies import FGSMThenPGD, Standard
+
+_BINS = 20
+_LINES = 20
+_SHARES = (10 / 120, 60 / 120, 100 / 120)  # of the training: the paper's epochs 10, 60 and 100 of 120
+_LATE_SHARES = (60 / 120, 90 / 120, 119 / 120)  # Curriculum attacks nothing at first
+_STEP_SIZES = (1, 2, 4, 6, 8)  # ε over these
+_STEPS = (10, 20, 30, 40)
+_EPSILONS = (2 / 255, 4 / 255, 6 / 255, 8 / 255)
+
+
+def _standard(scale: Scale, data: str = "cifar", **changes: Any) -> Training:
+    """Standard on CIFAR-10, or with another training attack."""
+    setting = getattr(scale, data)
+    return Training(setting, Standard(setting.pgd(**changes)))
+
+
+# Figure 1
+
+
+def _figure_1_questions(scale: Scale) -> list[Question]:
+    training = _standard(scale)
+    return [
+        Gauged(training, PGD(scale.cifar.threat, 10), scale.images["cifar"] or 10_000),
+        Followed(training, PGD(scale.cifar.threat, 10), _LINES),
+    ]
+
+
+def _figure_1_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+    gauged, followed = map(known, _figure_1_questions(scale))
+    return {
+        "bins": None if gauged is None else binned(gauged["fosc"], gauged["correct"], gauged["loss"]),
+        "steps": None if followed is None else {name: followed[name] for name in ("fosc", "loss")},
+    }
+
+
+def binned(fosc: Sequence[float], correct: Sequence[int], loss: Sequence[float]) -> list[dict[str, float]]:
+    """Accuracy and mean loss in 20 bins of FOSC of equal width, from 0 to its 95th percentile; empty bins are left out."""
+    values, right, losses = (np.array(column, dtype=float) for column in (fosc, correct, loss))
+    edges = np.linspace(0.0, float(np.quantile(values, 0.95)), _BINS + 1)
+    found = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (values >= low) & (values <= high if high == edges[-1] else values < high)
+        if inside.any():
+            mean = {"accuracy": float(right[inside].mean()), "loss": float(losses[inside].mean())}
+            found.append({"low": float(low), "high": float(high), "examples": int(inside.sum())} | mean)
+    return found
+
+
+def _figure_1_text(numbers: Numbers) -> str:
+    bins = numbers["bins"]
+    if not bins:
+        return ""
+    counts = np.array([row["examples"] for row in bins], dtype=float)
+    middles = np.array([(row["low"] + row["high"]) / 2 for row in bins])
+    said = [
+        f"{name} {_correlation(middles, np.array([row[name] for row in bins]), counts):+.2f}" for name in ("accuracy", "loss")
+    ]
+    return (
+        "(a) Test images attacked with PGD-10, in 20 bins of the exact FOSC over ball ∩ bounds at the last iterate; "
+        f"correlation of the bins' FOSC, weighted with their examples, with: {', '.join(said)}. "
+        f"(b) FOSC and loss of {_LINES} test images after each step."
+    )
+
+
+def _correlation(one: Any, other: Any, weight: Any) -> float:
+    covariance = np.cov(np.stack([one, other]), aweights=weight)
+    scale = float(np.sqrt(covariance[0, 0] * covariance[1, 1]))
+    return float(covariance[0, 1]) / scale if scale > 0 else 0.0
+
+
+# Figure 2
+
+
+def _by_step_size(scale: Scale) -> dict[str, PGD]:
+    eps = scale.sweep.eps
+    return {f"ε/{part}" if part > 1 else "ε": scale.sweep.pgd(steps=20, step_size=eps / part) for part in _STEP_SIZES}
+
+
+def _by_steps(scale: Scale) -> dict[str, PGD]:
+    return {f"{steps} steps": scale.sweep.pgd(steps=steps, step_size=scale.sweep.eps / 6) for steps in _STEPS}
+
+
+def _cross_test(scale: Scale, attacks: Mapping[str, PGD]) -> dict[str, tuple[Scored, Gauged]]:
+    """Of each training attack: its network under all of them, and where its own searches end on it."""
+    images = scale.images["sweep"]
+    asked = {}
+    for name, attack in attacks.items():
+        training = Training(scale.sweep, Standard(attack))
+        asked[name] = (Scored(training, tuple(attacks.items()), images), Gauged(training, attack, images or 10_000))
+    return asked
+
+
+def _figure_2_questions(scale: Scale) -> list[Question]:
+    groups = (_cross_test(scale, _by_step_size(scale)), _cross_test(scale, _by_steps(scale)))
+    return [question for group in groups for pair in group.values() for question in pair]
+
+
+def _figure_2_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+    found = {}
+    for group, attacks in {"step size": _by_step_size(scale), "steps": _by_steps(scale)}.items():
+        found[group] = {}
+        for name, (scored, gauged) in _cross_test(scale, attacks).items():
+            score, gauge = known(scored), known(gauged)
+            found[group][name] = None
+            if score is not None and gauge is not None:
+                accuracy = {attack: score[attack]["accuracy"] for attack in ("clean", *attacks)}
+                found[group][name] = {"accuracy": accuracy, "fosc": gauge["fosc"], "loss": gauge["loss"]}
+    return found
+
+
+def _figure_2_text(numbers: Numbers) -> str:
+    tables = []
+    for group, rows in numbers.items():
+        names = list(rows)
+        lines = [f"| trained with | clean | {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) + 1)}"]
+        for name, row in rows.items():
+            cells = ["not run"] if row is None else [f"{100 * row['accuracy'][a]:.1f}" for a in ("clean", *names)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        tables.append(f"## By {group}: accuracy in % under PGD, columns as attacked\n\n" + "\n".join(lines))
+    return "\n\n".join(
+        ["(a, b) accuracy under each test attack; (c, d) density of FOSC and (e, f) of the loss where training attacks "
+         "end on test images.", *tables]
+    )
+
+
+# Figures 3 and 5
+
+
+def _moments(history: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[str, list[float]]:
+    """Percentiles of FOSC, the paper's over the ball, in the epochs at these shares of the training."""
+    epochs = [min(int(share * len(history)), len(history) - 1) for share in shares]
+    found = {f"epoch {epoch + 1}": history[epoch].get("ball_fosc_percentiles") for epoch in dict.fromkeys(epochs)}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def _figure_3(scale: Scale) -> dict[str, Training]:
+    eps = scale.cifar.eps
+    return {
+        "PGD-ε/4": _standard(scale),
+        "PGD-ε/8": _standard(scale, step_size=eps / 8),
+        "FGSM-PGD": Training(scale.cifar, FGSMThenPGD(scale.cifar.pgd())),
+    }
+
+
+def _figure_3_questions(scale: Scale) -> list[Question]:
+    trainings = _figure_3(scale)
+    scored = [_figure_3_scored(scale, training) for training in trainings.values()]
+    return [*map(Trained, trainings.values()), *scored]
+
+
+def _figure_3_scored(scale: Scale, training: Training) -> Scored:
+    return Scored(training, attacks_of(scale.cifar.eps), scale.images["cifar"])
+
+
+def _figure_3_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, training in _figure_3(scale).items():
+        trained, scored = known(Trained(training)), known(_figure_3_scored(scale, training))
+        found[name] = None
+        if trained is not None and scored is not None:
+            accuracy = {attack: scored[attack]["accuracy"] for attack in ("clean", *TABLE)}
+            found[name] = {"fosc": _moments(trained["history"], _SHARES), "accuracy": accuracy}
+    return found
+
+
+def _figure_3_text(numbers: Numbers) -> str:
+    lines = [f"| trained with | {' | '.join(map(title, ('clean', *TABLE)))} |", f"| --- |{' ---: |' * 5}"]
+    for name, row in numbers.items():
+        cells = ["not run"] if row is None else [f"{100 * row['accuracy'][attack]:.1f}" for attack in ("clean", *TABLE)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "(a, c) Density of the ball's FOSC over training examples; (b) accuracy in %.\n\n" + "\n".join(lines)
+
+
+def _figure_5(scale: Scale) -> dict[str, tuple[Training, Sequence[float]]]:
+    shares = {"standard": _SHARES, "curriculum": _LATE_SHARES, "dynamic": _SHARES}
+    return {name.capitalize(): (scale.trainings("cifar", name)[0], moments) for name, moments in shares.items()}
+
+
+def _figure_5_questions(scale: Scale) -> list[Question]:
+    return [Trained(training) for training, _ in _figure_5(scale).values()]
+
+
+def _figure_5_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, (training, shares) in _figure_5(scale).items():
+        trained = known(Trained(training))
+        found[name] = None if trained is None else _moments(trained["history"], shares)
+    return found
+
+
+def _figure_5_text(numbers: Numbers) -> str:
+    lines = ["| strategy | epoch | median | 90th percentile |", "| --- | --- | ---: | ---: |"]
+    for name, moments in numbers.items():
+        if moments is None:
+            lines.append(f"| {name} | not run | | |")
+            continue
+        lines += [f"| {name} | {moment.split()[1]} | {v[50]:.3f} | {v[90]:.3f} |" for moment, v in moments.items()]
+    return "Density of the ball's FOSC over training examples, in three epochs.\n\n" + "\n".join(lines)
+
+
+# Figure 4
+
+
+def _figure_4(scale: Scale) -> dict[str, dict[str, Scored]]:
+    """By defence: the network trained at the largest ε attacked at each, and one trained at each attacked at its own."""
+    asked: dict[str, dict[str, Scored]] = {}
+    setting, images = scale.sweep, scale.images["sweep"]
+    sizes = [size * setting.eps / _EPSILONS[-1] for size in _EPSILONS]
+    for name in ("standard", "curriculum", "dynamic"):
+        largest = Training(setting, setting.strategy(name))
+        own = {size: Training(replace(setting, eps=size), replace(setting, eps=size).strategy(name)) for size in sizes}
+        tested = {f"test {size:.5g}": Scored(largest, attacks_of(size, ("pgd-10",)), images) for size in sizes}
+        trained = {f"train {size:.5g}": Scored(own[size], attacks_of(size, ("pgd-10",)), images) for size in sizes}
+        asked[name.capitalize()] = tested | trained
+    return asked
+
+
+def _figure_4_questions(scale: Scale) -> list[Question]:
+    return [question for group in _figure_4(scale).values() for question in group.values()]
+
+
+def _figure_4_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+    def accuracy(answer: Answer | None) -> float | None:
+        return None if answer is None else answer["pgd-10"]["accuracy"]
+
+    return {
+        name: {moment: accuracy(known(question)) for moment, question in group.items()}
+        for name, group in _figure_4(scale).items()
+    }
+
+
+def _figure_4_text(numbers: Numbers) -> str:
+    names = list(next(iter(numbers.values())))
+    lines = [f"| strategy | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for name, row in numbers.items():
+        cells = ["not run" if value is None else f"{100 * value:.1f}" for value in row.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return (
+        "Accuracy in % under PGD-10. *test ε*: trained at the largest ε, attacked at this one; *train ε*: trained and "
+        "attacked at this one.\n\n" + "\n".join(lines)
+    )
+
+
+PIECES = (
+    Piece(
+        "figure1",
+        "Figure 1: FOSC against accuracy and loss",
+        _figure_1_questions,
+        _figure_1_numbers,
+        _figure_1_text,
+        pictures.figure_1,
+    ),
+    Piece(
+        "figure2",
+        "Figure 2: robustness and FOSC by step size and number of steps",
+        _figure_2_questions,
+        _figure_2_numbers,
+        _figure_2_text,
+        pictures.figure_2,
+    ),
+    Piece(
+        "figure3",
+        "Figure 3: FOSC over the training, and FGSM before PGD",
+        _figure_3_questions,
+        _figure_3_numbers,
+        _figure_3_text,
+        pictures.figure_3,
+    ),
+    Piece(
+        "figure4",
+        "Figure 4: robustness against ε, in testing and in training",
+        _figure_4_questions,
+        _figure_4_numbers,
+        _figure_4_text,
+        pictures.figure_4,
+    ),
+    Piece(
+        "figure5",
+        "Figure 5: FOSC over the training of three strategies",
+        _figure_5_questions,
+        _figure_5_numbers,
+        _figure_5_text,
+        pictures.figure_5,
+    ),
+)

@@ -1,0 +1,136 @@
+"""The paper's figures, drawn: each function puts a piece's numbers on an empty figure."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito (2008): told apart without colour vision; lines differ in their dashes too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+_POINTS = 300
+
+
+def figure_1(numbers: Mapping[str, Any], figure: "Figure") -> None:
+    """Accuracy and loss by FOSC; FOSC and loss by step."""
+    figure.set_size_inches(10, 4)
+    left, right = figure.subplots(1, 2)
+    if numbers["bins"]:
+        middles = [(row["low"] + row["high"]) / 2 for row in numbers["bins"]]
+        _two_scales(left, middles, [[100 * row["accuracy"] for row in numbers["bins"]]], [[row["loss"] for row in numbers["bins"]]])
+        left.set(xlabel="FOSC", title="(a) FOSC against accuracy and loss")
+        left.set_ylabel("accuracy (%)", color=COLOURS[0])
+    if numbers["steps"]:
+        fosc, loss = np.array(numbers["steps"]["fosc"]).T, np.array(numbers["steps"]["loss"]).T
+        _two_scales(right, range(fosc.shape[1]), fosc, loss, faint=True)
+        right.set(xlabel="step", title=f"(b) {len(fosc)} examples, step by step")
+        right.set_ylabel("FOSC", color=COLOURS[0])
+        right.xaxis.get_major_locator().set_params(integer=True)
+
+
+def figure_2(numbers: Mapping[str, Any], figure: "Figure") -> None:
+    """Cross-tests, FOSC and loss: by step size on the left, by number of steps on the right."""
+    figure.set_size_inches(10, 10)
+    axes = figure.subplots(3, 2)
+    letters = iter("abcdef")
+    for column, (group, rows) in enumerate(numbers.items()):
+        known = {name: row for name, row in rows.items() if row is not None}
+        for number, attack in enumerate(rows):
+            values = [100 * row["accuracy"][attack] for row in known.values()]
+            _line(axes[0, column], range(len(known)), values, f"attacked with {attack}", number, marks=True)
+        axes[0, column].set_xticks(range(len(known)), list(known))
+        axes[0, column].set(xlabel=f"trained with ({group})", ylabel="accuracy (%)")
+        for row, quantity in enumerate(("fosc", "loss"), 1):
+            densities(axes[row, column], {name: values[quantity] for name, values in known.items()})
+            axes[row, column].set_xlabel({"fosc": "FOSC", "loss": "loss"}[quantity])
+    for axis in axes.flat:
+        axis.set_title(f"({next(letters)})", loc="left")
+        _legend(axis)
+
+
+def figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
+    """FOSC by epoch of two training attacks; robustness of PGD and FGSM-PGD; FOSC by epoch of FGSM-PGD."""
+    figure.set_size_inches(12, 4)
+    first, second, third = figure.subplots(1, 3)
+    known = {name: row for name, row in numbers.items() if row is not None}
+    plain = {n: row for n, row in known.items() if n != "FGSM-PGD"}
+    densities(first, {f"{name}, {moment}": v for name, row in plain.items() for moment, v in row["fosc"].items()})
+    densities(third, known.get("FGSM-PGD", {}).get("fosc", {}))
+    attacks = next(iter(known.values()))["accuracy"] if known else {}
+    width = 0.8 / max(len(known), 1)
+    for number, (name, row) in enumerate(known.items()):
+        places = np.arange(len(attacks)) + (number - (len(known) - 1) / 2) * width
+        heights = [100 * value for value in row["accuracy"].values()]
+        second.bar(places, heights, width, label=name, color=COLOURS[number], hatch=("", "//", "..")[number], edgecolor="w")
+    second.set_xticks(range(len(attacks)), [{"clean": "Clean"}.get(name, name.upper()) for name in attacks])
+    second.set(ylabel="accuracy (%)", title="(b) robustness")
+    first.set(xlabel="FOSC (ball)", title="(a) PGD-ε/4 and PGD-ε/8")
+    third.set(xlabel="FOSC (ball)", title="(c) FGSM first, then PGD")
+    for axis in (first, second, third):
+        _legend(axis)
+
+
+def figure_4(numbers: Mapping[str, Any], figure: "Figure") -> None:
+    """Accuracy under PGD-10 against the ε of testing, and of training and testing."""
+    figure.set_size_inches(10, 4)
+    for axis, moment, said in zip(figure.subplots(1, 2), ("test", "train"), ("testing", "training"), strict=True):
+        for number, (name, row) in enumerate(numbers.items()):
+            own = {float(key.split()[1]): v for key, v in row.items() if key.startswith(moment) and v is not None}
+            _line(axis, [255 * size for size in own], [100 * value for value in own.values()], name, number, marks=True)
+        axis.set(xlabel=f"{said} ε · 255", ylabel="accuracy (%)", title=f"({'ab'[said == 'training']}) {said} ε")
+        _legend(axis)
+
+
+def figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
+    """FOSC in three epochs of each strategy."""
+    figure.set_size_inches(12, 4)
+    for letter, axis, (name, moments) in zip("abc", figure.subplots(1, 3), numbers.items(), strict=True):
+        densities(axis, moments or {})
+        axis.set(xlabel="FOSC (ball)", title=f"({letter}) {name}")
+        _legend(axis)
+
+
+def densities(axis: "Axes", groups: Mapping[str, Sequence[float]]) -> None:
+    """Gaussian kernel density estimates (Parzen 1962) of several samples ≥ 0, on one axis."""
+    from scipy.stats import gaussian_kde
+
+    samples = {name: np.array([v for v in values if v is not None], dtype=float) for name, values in groups.items()}
+    spread = {name: values for name, values in samples.items() if len(values) > 1 and values.std() > 0}
+    if spread:
+        largest = max(float(np.quantile(values, 0.98)) for values in spread.values())
+        for number, (name, values) in enumerate(spread.items()):
+            places = np.linspace(0, 1.1 * largest, _POINTS)
+            _line(axis, places, gaussian_kde(values)(places), name, number)
+    axis.set_ylabel("density")
+    axis.set_ylim(bottom=0)
+
+
+def _line(axis: "Axes", x: Any, y: Any, label: str, number: int, marks: bool = False) -> None:
+    style = {"color": COLOURS[number % 7], "linestyle": DASHES[number % 7], "linewidth": 1.8}
+    axis.plot(list(x), list(y), label=label, marker=MARKS[number % 7] if marks else None, markersize=5, **style)
+
+
+def _legend(axis: "Axes") -> None:
+    """A light grid, no box above and right, and a legend where there is something to name."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def _two_scales(axis: "Axes", x: Any, left: Any, right: Any, faint: bool = False) -> None:
+    """Lines measured on the left scale, and dashed ones on the right, which measures the loss."""
+    other, alpha = axis.twinx(), 0.55 if faint else 1.0
+    mark = None if faint else "o"
+    for values in left:
+        axis.plot(list(x), list(values), color=COLOURS[0], alpha=alpha, marker=mark, markersize=4, linewidth=1.2)
+    for values in right:
+        other.plot(list(x), list(values), color=COLOURS[1], alpha=alpha, marker=mark, markersize=4, linewidth=1.2, linestyle="--")
+    other.set_ylabel("loss (dashed)", color=COLOURS[1])
+    axis.spines["top"].set_visible(False)
+    other.spines["top"].set_visible(False)

@@ -1,0 +1,139 @@
+"""What pieces ask of a workshop: values that say what is measured, each with how it is done."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+import innermax as im
+from innermax.data import ImageSet
+from innermax.evaluation import Evaluation
+from innermax.oracle import Oracle
+from innermax.reproduce.settings import Training
+from innermax.reproduce.workshop import Answer, Workshop, fingerprint
+from innermax.scoring import Attack
+from innermax.statistics import accuracy
+from innermax.training import chosen_device
+
+Attacks = tuple[tuple[str, Attack], ...]  # a name and an attack each: a value that can be told apart by what it says
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went: a row of measures an epoch."""
+
+    training: Training
+
+    def answer(self, workshop: Workshop) -> Answer:
+        """{"history": rows}."""
+        return {"history": list(workshop.run(self.training).history)}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Who is right on clean images and under each attack.
+
+    Args:
+        training: what is attacked.
+        attacks: names and attacks; without any, clean images alone are scored.
+        images: the first so many, None: all.
+        split: whose images.
+        made_on: another training, on whose network the images are made (black-box).
+        best: the best epoch on the validation split instead of the last.
+    """
+
+    training: Training
+    attacks: Attacks
+    images: int | None = None
+    split: Literal["test", "validation"] = "test"
+    made_on: Training | None = None
+    best: bool = False
+
+    def answer(self, workshop: Workshop) -> Answer:
+        """Of "clean" and each attack {"correct": bits, "accuracy", "low", "high"} and, white-box, what it cost."""
+        model = workshop.model(self.training, self.best)
+        data = workshop.data(self.training.setting)
+        images = (data.test if self.split == "test" else data.validation)[: self.images]  # type: ignore[index]
+        if self.made_on is not None:
+            surrogate = workshop.model(self.made_on)
+            found = im.transfer(surrogate, {"target": model}, images, dict(self.attacks))
+            columns = {name: found.correct("surrogate", "target", name) for name, _ in self.attacks}
+            return {name: _score(column) for name, column in columns.items()}
+        rows = workshop.models / f"{fingerprint(self)}-rows"  # an interrupted evaluation goes on from there
+        evaluation = im.evaluate(model, images, dict(self.attacks), rows_dir=rows, audit=False)
+        return {name: _score(evaluation.correct(name)) | _cost(evaluation, name) for name in ("clean", *evaluation.rows)}
+
+
+@dataclass(frozen=True)
+class Gauged:
+    """Where an attack's searches end on the first test images: FOSC, loss and verdict, a number an example."""
+
+    training: Training
+    attack: im.PGD
+    images: int
+
+    def answer(self, workshop: Workshop) -> Answer:
+        """{"fosc", "relative_fosc", "loss", "correct"}: lists of one number an example."""
+        images = workshop.data(self.training.setting).test[: self.images]
+        model = workshop.model(self.training)
+        rows = im.evaluate(model, images, {"attack": self.attack}, audit=False).rows["attack"]
+        return {name: _short(getattr(rows, name)) for name in ("fosc", "relative_fosc", "loss", "correct")}
+
+
+@dataclass(frozen=True)
+class Followed:
+    """FOSC and loss of the first test images after each of an attack's steps."""
+
+    training: Training
+    attack: im.PGD
+    images: int
+
+    def answer(self, workshop: Workshop) -> Answer:
+        """{"fosc", "loss"}: a list a step, from the start on, of one number an example."""
+        device = chosen_device(workshop.device)
+        images: ImageSet = workshop.data(self.training.setting).test[: self.images].to(device)
+        x, y = images.batch(torch.arange(len(images), device=device))
+        oracle, sizes = Oracle(workshop.model(self.training)), self.attack.step_sizes()
+        x_adv, fosc, loss = self.attack.threat.sample(x) if self.attack.random_start else x, [], []
+        feasible = self.attack.threat.around(x)
+        for size in (*sizes, None):
+            found = oracle.gradient(x_adv, y, self.attack.objective())
+            fosc.append(_short(feasible.gap(found.gradient, x_adv).cpu().numpy()))
+            loss.append(_short(found.loss.cpu().numpy()))
+            x_adv = x_adv if size is None else feasible.step(x_adv, found.gradient, size)
+        return {"fosc": fosc, "loss": loss}
+
+
+def bits(answer: Mapping[str, Any]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """(N,) who is right, of one entry of a `Scored` answer."""
+    packed = np.frombuffer(base64.b85decode(answer["correct"]), dtype=np.uint8)
+    return np.unpackbits(packed, count=answer["total"]).astype(bool)
+
+
+def _score(correct: Any) -> Answer:
+    measured = accuracy(int(correct.sum()), len(correct))
+    packed = base64.b85encode(np.packbits(np.asarray(correct, dtype=bool)).tobytes()).decode()
+    return {
+        "accuracy": measured.value,
+        "low": measured.low,
+        "high": measured.high,
+        "total": measured.total,
+        "correct": packed,
+    }
+
+
+def _cost(evaluation: Evaluation, name: str) -> Answer:
+    if name == "clean":
+        return {}
+    found = evaluation.convergence[name]
+    return {"gradients": round(found.gradients, 3), "forwards": round(found.forwards, 3)}
+
+
+def _short(values: Any) -> list[Any]:
+    """Numbers with five digits, which is what a picture can show; None for those that are not finite."""
+    if np.asarray(values).dtype == bool:
+        return [int(value) for value in values]
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in np.asarray(values, dtype=float)]

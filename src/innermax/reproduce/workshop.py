@@ -1,0 +1,150 @@
+"""Trains and measures whatever a piece asks for, once: every answer is kept under what it answers."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import innermax as im
+from innermax.checkpoints import write_json
+from innermax.data import Data
+from innermax.reproduce.settings import Setting, Training
+from innermax.runs import describe, environment
+from innermax.training import chosen_device
+
+Answer = dict[str, Any]
+
+
+class Question(Protocol):
+    """Something to be measured: a value that says by itself what it is, and how it is answered."""
+
+    def answer(self, workshop: "Workshop") -> Answer:
+        """The measurement, as JSON. It may take hours, and goes on where it was interrupted."""
+        ...
+
+
+class Busy(Exception):
+    """Another process works on this."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where answers and models are kept.
+
+    Args:
+        answers: folder of one JSON file an answer.
+        models: folder of one run folder a training.
+        device: as for `im.train`.
+        say: takes a line of progress.
+    """
+
+    answers: Path
+    models: Path
+    device: str = "auto"
+    say: Callable[[str], None] = lambda line: None
+
+    def known(self, question: Question) -> Answer | None:
+        """The answer that is kept, with the "environment" and "seconds" of when it was measured."""
+        path = self._path(question)
+        if not path.exists():
+            return None
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {**kept["answer"], "environment": kept["environment"], "seconds": kept["seconds"]}
+
+    def answered(self, question: Question) -> Answer:
+        """The answer, measured if it is not kept yet. Raises Busy where another process is at it."""
+        with self._alone(self._path(question).stem):
+            known = self.known(question)
+            if known is not None:
+                return known
+            self.say(f"{self._path(question).stem} …")
+            began = time.perf_counter()
+            answer = question.answer(self)
+            seconds = time.perf_counter() - began
+            self.answers.mkdir(parents=True, exist_ok=True)
+            kept = {
+                "question": describe(question),
+                "answer": answer,
+                "environment": environment(getattr(question, "seed", 0)),
+                "seconds": round(seconds, 2),
+            }
+            write_json(self._path(question), kept)
+        return {**answer, "environment": kept["environment"], "seconds": kept["seconds"]}
+
+    def run(self, training: Training) -> im.Run:
+        """The training's run, done now where it is not kept. Raises Busy where another process is at it."""
+        folder = self.models / fingerprint(training)
+        setting = training.setting
+        with self._alone(folder.name):
+            data = self.data(setting)
+            return im.train(
+                network(setting, data, training.seed),
+                data.train[: setting.train],
+                training.strategy,
+                objective=training.objective,
+                validation_set=data.validation,
+                validation_attack=setting.pgd(),
+                epochs=setting.epochs,
+                batch_size=setting.batch_size,
+                lr=setting.lr,
+                lr_schedule=setting.lr_schedule,
+                lr_drops=setting.lr_drops,
+                weight_decay=setting.weight_decay,
+                ema=setting.ema,
+                shift=setting.shift,
+                flip=setting.flip,
+                seed=training.seed,
+                device=self.device,
+                run_dir=folder,
+                progress=False,
+            )
+
+    def model(self, training: Training, best: bool = False) -> nn.Module:
+        """The trained network of the last epoch, or of the best on the validation split."""
+        run = self.run(training)
+        model = im.load_model(self.models / fingerprint(training) / "best.safetensors") if best else run.model
+        return model.to(chosen_device(self.device)).eval()
+
+    def data(self, setting: Setting) -> Data:
+        """The setting's data set."""
+        return im.load_data(setting.data, validation=setting.validation)
+
+    def _path(self, question: Question) -> Path:
+        return self.answers / f"{fingerprint(question)}.json"
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Inside, no other process does the same; the system takes the lock back from one that was killed."""
+        import fcntl
+
+        self.models.mkdir(parents=True, exist_ok=True)
+        with (self.models / f"{name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(name) from None
+            yield
+
+
+def network(setting: Setting, data: Data, seed: int) -> nn.Module:
+    """The setting's network with weights drawn from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return im.build_model(
+            setting.model, num_classes=data.num_classes, input_shape=data.train.shape, **setting.options
+        )
+
+
+def fingerprint(question: object) -> str:
+    """A file's name for a question: its kind and a hash of all that it says."""
+    described = json.dumps(describe(question), sort_keys=True)
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(question).__name__).lower()
+    return f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
