@@ -2,30 +2,27 @@
 
 import fcntl
 import json
-import math
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
 import innermax as im
 from innermax.attacks.gradient import PGD
 from innermax.cli import main
-from innermax.reproduce import comparison, figures, run, workshop
+from innermax.reproduce import comparison, figures, workshop
 from innermax.reproduce.comparison import Row, attacks_of
 from innermax.reproduce.questions import Followed, Gauged, Scored, Trained, bits
 from innermax.reproduce.run import PIECES, reproduce
 from innermax.reproduce.settings import SCALES, Training
 from innermax.reproduce.workshop import Busy, Workshop, fingerprint
-from innermax.runs import describe
 
 SMOKE = SCALES["smoke"]
 TINY = replace(SMOKE.mnist, epochs=1, train=100)
@@ -93,10 +90,22 @@ def test_a_question_is_known_again_in_another_process():
 
 
 def test_questions_that_differ_have_names_that_differ():
-    trainings = [tiny(), tiny(seed=1), tiny("dynamic"), tiny(epochs=2), tiny(eps=0.1), replace(tiny(), objective="loss_weighted")]
+    trainings = [
+        tiny(),
+        tiny(seed=1),
+        tiny("dynamic"),
+        tiny(epochs=2),
+        tiny(eps=0.1),
+        replace(tiny(), objective="loss_weighted"),
+    ]
     questions = [Trained(training) for training in trainings]
-    questions += [Scored(tiny(), attacks_of(0.15, names), images) for names in (("fgsm",), ("pgd-10",)) for images in (5, 6)]
-    questions += [Scored(tiny(), attacks_of(0.15), 5, made_on=tiny(seed=1)), Scored(tiny(), attacks_of(0.15), 5, best=True)]
+    questions += [
+        Scored(tiny(), attacks_of(0.15, names), images) for names in (("fgsm",), ("pgd-10",)) for images in (5, 6)
+    ]
+    questions += [
+        Scored(tiny(), attacks_of(0.15), 5, made_on=tiny(seed=1)),
+        Scored(tiny(), attacks_of(0.15), 5, best=True),
+    ]
     assert len({fingerprint(question) for question in questions}) == len(questions)
 
 
@@ -225,15 +234,26 @@ def test_a_table_says_what_was_not_run(shop):
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans(), st.floats(0, 9)), min_size=1, max_size=50))
-def test_bins_hold_every_example_below_the_last_edge_once(examples):
+def test_bins_hold_every_example_up_to_the_last_edge_once(examples):
     fosc, correct, loss = zip(*examples, strict=True)
     bins = figures.binned(fosc, correct, loss)
-    inside = np.array(fosc) <= bins[-1]["high"]
     limit = float(np.quantile(fosc, 0.95))
-    assert sum(row["examples"] for row in bins) == sum(value <= limit for value in fosc) <= inside.sum() + len(fosc)
+    assert sum(row["examples"] for row in bins) == sum(value <= limit for value in fosc)
     for row in bins:
-        assert 0 <= row["accuracy"] <= 1
-        assert row["low"] <= row["high"]
+        inside = [i for i, value in enumerate(fosc) if row["low"] <= value <= row["high"] <= limit + 1e-12]
+        assert row["examples"] <= len(inside)
+        assert min(np.array(loss)[inside]) - 1e-9 <= row["loss"] <= max(np.array(loss)[inside]) + 1e-9
+
+
+def test_bins_say_how_many_are_right():
+    fosc, loss = [0.0, 0.1, 0.9, 1.0, 1.0, 1.0], [3.0, 2.0, 1.0, 1.0, 1.0, 4.0]
+    bins = figures.binned(fosc, [0, 0, 1, 1, 1, 0], loss)
+    assert [(row["examples"], row["accuracy"], row["loss"]) for row in bins] == [
+        (1, 0.0, 3.0),
+        (1, 0.0, 2.0),
+        (1, 1.0, 1.0),
+        (3, pytest.approx(2 / 3), 2.0),
+    ]
 
 
 # The whole, at the smallest scale
@@ -249,7 +269,7 @@ def made(tmp_path_factory):
 
 
 def test_every_piece_is_whole(made):
-    folder, pages, _ = made
+    _, pages, _ = made
     assert [page.stem for page in pages] == list(PIECES)
     for page in pages:
         text = page.read_text()
@@ -286,6 +306,7 @@ def test_what_time_does_not_allow_is_named(tmp_path):
     assert not list(folder.glob("answers/*"))
 
 
+@pytest.mark.filterwarnings("ignore:the model is right on")
 def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypatch):
     folder, cache, lines = tmp_path / "results", tmp_path / "models", []
     long = replace(SMOKE, mnist=replace(TINY, epochs=400), seeds={**SMOKE.seeds, "mnist": 1})

@@ -371,7 +371,7 @@ def _reproduce(words: list[str]) -> None:
 
     from innermax.reproduce.run import PIECES, reproduce
 
-    names = [word for word in takewhile(lambda word: not word.startswith("-"), words)]
+    names = list(takewhile(lambda word: not word.startswith("-"), words))
     parser = ArgumentParser(
         prog="innermax reproduce PIECE…",
         description=f"Make tables and figures of the paper again: {', '.join(PIECES)}, or all.",
@@ -382,7 +382,9 @@ def _reproduce(words: list[str]) -> None:
     if not names and words and not asks:
         raise ValueError("reproduce takes what to make first, such as: innermax reproduce table1 --scale smoke")
     chosen = parser.parse_args(["--help"] if asks or not words else _spelled_out(words[len(names) :]))
-    pages = reproduce(list(PIECES) if names == ["all"] else names, **vars(chosen), say=lambda line: print(line, flush=True))
+    pages = reproduce(
+        list(PIECES) if names == ["all"] else names, **vars(chosen), say=lambda line: print(line, flush=True)
+    )
     for page in pages:
         print(page)
 

@@ -117,7 +117,8 @@ class PGD:
                 "none".
 
         Raises:
-            ValueError, TypeError: x, y, target, index or start do not fit, or the model's answer is not (B, classes) numbers.
+            ValueError, TypeError: x, y, target, index or start do not fit, or the model's answer is not (B, classes)
+                numbers.
         """
         problem = Problem.of(self.threat, model, x, y, target=target, seed=seed, index=index, final=final)
         if start is not None:

@@ -57,11 +57,10 @@ class Row:
 
     def questions(self) -> list[Question]:
         """All that the row needs."""
-        return [
-            question
-            for number, training in enumerate(self.trainings)
-            for question in (Trained(training), *self.scored[number])
-        ]
+        asked: list[Question] = []
+        for number, training in enumerate(self.trainings):
+            asked += [Trained(training), *self.scored[number]]
+        return asked
 
     def numbers(self, known: Known) -> dict[str, Any]:
         """{"title", "paper", "seeds": {seed: {"gradients", "seconds", "accuracy": {attack: …}}}} of what is known."""
@@ -71,7 +70,7 @@ class Row:
             answers = [known(question) for question in self.scored[number]]
             if trained is None or any(answer is None for answer in answers):
                 continue
-            measured = {}
+            measured: dict[str, Any] = {}
             for answer in answers:
                 measured |= {
                     name: {key: value[key] for key in ("accuracy", "low", "high", "total")}
@@ -112,7 +111,7 @@ def accuracy_over_seeds(row: Mapping[str, Any], attack: str) -> tuple[float, flo
 
 
 def table(rows: Sequence[Mapping[str, Any]], attacks: Sequence[str]) -> str:
-    """Markdown: a line a defence, each attack's accuracy with its interval, and the paper's beside it where it has one."""
+    """Markdown: a line a defence, each attack's accuracy with its interval, the paper's beside it where it has one."""
     papers = [attack for attack in attacks if any(attack in row["paper"] for row in rows)]
     heads = []
     for attack in attacks:

@@ -1,15 +1,12 @@
 """The questions the paper leaves open: does Dynamic win, what its constants do, overfitting, and what gradients buy."""
 
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from innermax.attacks.gradient import PGD
-from innermax.reproduce import pictures
 from innermax.reproduce.comparison import TABLE, Row, accuracy_over_seeds, attacks_of, difference, table, title
 from innermax.reproduce.piece import Known, Numbers, Piece
-from innermax.reproduce.questions import Attacks, Scored, Trained
+from innermax.reproduce.questions import Attacks, Trained
 from innermax.reproduce.settings import Scale, Setting, Training
 from innermax.reproduce.workshop import Question
 from innermax.strategies import Dynamic, Strategy
@@ -41,10 +38,14 @@ def _variants(scale: Scale) -> list[Row]:
     return [
         Row.of("Standard", _seeds(scale, setting, standard), *asked),
         Row.of("Standard, 0.6 of the epochs: as many gradients as Dynamic", _seeds(scale, fewer, standard), *asked),
-        Row.of("Standard, weighted by the loss (released code)", _seeds(scale, setting, standard, "loss_weighted"), *asked),
+        Row.of(
+            "Standard, weighted by the loss (released code)", _seeds(scale, setting, standard, "loss_weighted"), *asked
+        ),
         Row.of("Dynamic as published: FOSC over the ball, c_max 0.5", _seeds(scale, setting, published), *asked),
         Row.of("Dynamic, exact FOSC, measured c_max", _seeds(scale, setting, exact), *asked),
-        Row.of("Dynamic, weighted by the loss (released code)", _seeds(scale, setting, published, "loss_weighted"), *asked),
+        Row.of(
+            "Dynamic, weighted by the loss (released code)", _seeds(scale, setting, published, "loss_weighted"), *asked
+        ),
     ]
 
 
@@ -54,7 +55,7 @@ def _dynamic_questions(scale: Scale) -> list[Question]:
 
 
 def by_seed(rows: Sequence[Sequence[Question]]) -> list[Question]:
-    """The questions of several rows, the first seed of every row before the second of any: half a table is whole rows."""
+    """The questions of several rows, the first seed of all of them before the second: half a table is whole rows."""
     whole = [question for row in rows for question in row]
 
     def seed(question: Question) -> int:
@@ -66,7 +67,7 @@ def by_seed(rows: Sequence[Sequence[Question]]) -> list[Question]:
 
 def _dynamic_numbers(scale: Scale, known: Known) -> dict[str, Any]:
     rows = _variants(scale)
-    standard, differences = rows[0], {}
+    standard, differences = rows[0], dict[str, dict[str, Any]]()
     for row in rows[1:]:
         for place, attack in ((0, "clean"), (0, "pgd-20"), (0, "cw-30"), (1, _STRONGEST)):
             one, other = ([r.scored[seed][place] for seed in r.scored] for r in (row, standard))
@@ -94,7 +95,9 @@ def _points(value: Mapping[str, Any] | None) -> str:
         return "not run"
     whole = value["over_seeds"]
     if whole is None:
-        return ", ".join(f"{seed['estimate']:+.2f} [{seed['low']:+.2f}, {seed['high']:+.2f}]" for seed in value["seeds"])
+        return ", ".join(
+            f"{seed['estimate']:+.2f} [{seed['low']:+.2f}, {seed['high']:+.2f}]" for seed in value["seeds"]
+        )
     return f"**{whole['mean']:+.2f}** [{whole['low']:+.2f}, {whole['high']:+.2f}]"
 
 
@@ -102,7 +105,7 @@ def _points(value: Mapping[str, Any] | None) -> str:
 
 
 def _constants(scale: Scale) -> dict[str, Training]:
-    """One constant changed at a time; on fewer images and judged on the validation split, since choices follow from it."""
+    """One constant changed at a time; on fewer images, judged on the validation split: choices follow from it."""
     setting = replace(scale.mnist, train=20_000, epochs=max(1, round(0.8 * scale.mnist.epochs)))
     ball, exact = setting.pgd(gauge="ball"), setting.pgd()
     published = Dynamic(ball, 0.5, setting.zero_at)
@@ -138,8 +141,8 @@ def _constants_numbers(scale: Scale, known: Known) -> dict[str, Any]:
 
 def _constants_text(numbers: Numbers) -> str:
     return (
-        "MNIST, accuracy in % on 2,000 images of the validation split, one seed, trained on 20,000 images; one constant "
-        "changed at a time.\n\n" + table(numbers["rows"], ("clean", "pgd-20", _STRONGEST))
+        "MNIST, accuracy in % on 2,000 images of the validation split, one seed, trained on 20,000 images; one "
+        "constant changed at a time.\n\n" + table(numbers["rows"], ("clean", "pgd-20", _STRONGEST))
     )
 
 
@@ -164,11 +167,16 @@ def _overfitting_questions(scale: Scale) -> list[Question]:
 def _overfitting_numbers(scale: Scale, known: Known) -> dict[str, Any]:
     found = {}
     for name, last, best in _overfitting(scale):
-        pairs = [[row.scored[seed][0] for seed in row.scored] for row in (best, last)]
+        one, other = ([row.scored[seed][0] for seed in row.scored] for row in (best, last))
         history = [known(Trained(training)) for training in last.trainings]
         epochs = [best_epoch(answer["history"]) for answer in history if answer is not None]
-        gained = difference(known, *pairs, "pgd-20")
-        found[name] = {"last": last.numbers(known), "best": best.numbers(known), "gained": gained, "best_epochs": epochs}
+        gained = difference(known, one, other, "pgd-20")
+        found[name] = {
+            "last": last.numbers(known),
+            "best": best.numbers(known),
+            "gained": gained,
+            "best_epochs": epochs,
+        }
     return found
 
 
@@ -189,8 +197,8 @@ def _overfitting_text(numbers: Numbers) -> str:
             f"| {name} | {', '.join(map(str, row['best_epochs']))} | {' | '.join(shown)} | {_points(row['gained'])} |"
         )
     return (
-        "MNIST test accuracy in % of the last epoch and of the best on 5,000 validation images attacked with the training "
-        "attack (Rice et al. 2020). Best epochs are one a seed.\n\n" + "\n".join(lines)
+        "MNIST test accuracy in % of the last epoch and of the best on 5,000 validation images attacked with the "
+        "training attack (Rice et al. 2020). Best epochs are one a seed.\n\n" + "\n".join(lines)
     )
 
 

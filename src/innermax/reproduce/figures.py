@@ -50,15 +50,17 @@ def _figure_1_numbers(scale: Scale, known: Known) -> dict[str, Any]:
 
 
 def binned(fosc: Sequence[float], correct: Sequence[int], loss: Sequence[float]) -> list[dict[str, float]]:
-    """Accuracy and mean loss in 20 bins of FOSC of equal width, from 0 to its 95th percentile; empty bins are left out."""
+    """Accuracy and mean loss in 20 bins of FOSC, of equal width up to its 95th percentile; without the empty ones."""
     values, right, losses = (np.array(column, dtype=float) for column in (fosc, correct, loss))
-    edges = np.linspace(0.0, float(np.quantile(values, 0.95)), _BINS + 1)
+    highest = float(np.quantile(values, 0.95))
+    edges = np.linspace(0.0, highest, _BINS + 1)
+    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, _BINS - 1)
     found = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        inside = (values >= low) & (values <= high if high == edges[-1] else values < high)
-        if inside.any():
-            mean = {"accuracy": float(right[inside].mean()), "loss": float(losses[inside].mean())}
-            found.append({"low": float(low), "high": float(high), "examples": int(inside.sum())} | mean)
+    for number in np.unique(bins[values <= highest]):
+        inside = (bins == number) & (values <= highest)
+        mean = {"accuracy": float(right[inside].mean()), "loss": float(losses[inside].mean())}
+        ends = {"low": float(edges[number]), "high": float(edges[number + 1])}
+        found.append(ends | {"examples": int(inside.sum())} | mean)
     return found
 
 
@@ -69,7 +71,8 @@ def _figure_1_text(numbers: Numbers) -> str:
     counts = np.array([row["examples"] for row in bins], dtype=float)
     middles = np.array([(row["low"] + row["high"]) / 2 for row in bins])
     said = [
-        f"{name} {_correlation(middles, np.array([row[name] for row in bins]), counts):+.2f}" for name in ("accuracy", "loss")
+        f"{name} {_correlation(middles, np.array([row[name] for row in bins]), counts):+.2f}"
+        for name in ("accuracy", "loss")
     ]
     return (
         "(a) Test images attacked with PGD-10, in 20 bins of the exact FOSC over ball ∩ bounds at the last iterate; "
@@ -112,7 +115,7 @@ def _figure_2_questions(scale: Scale) -> list[Question]:
 
 
 def _figure_2_numbers(scale: Scale, known: Known) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for group, attacks in {"step size": _by_step_size(scale), "steps": _by_steps(scale)}.items():
         found[group] = {}
         for name, (scored, gauged) in _cross_test(scale, attacks).items():
@@ -134,8 +137,11 @@ def _figure_2_text(numbers: Numbers) -> str:
             lines.append(f"| {name} | {' | '.join(cells)} |")
         tables.append(f"## By {group}: accuracy in % under PGD, columns as attacked\n\n" + "\n".join(lines))
     return "\n\n".join(
-        ["(a, b) accuracy under each test attack; (c, d) density of FOSC and (e, f) of the loss where training attacks "
-         "end on test images.", *tables]
+        [
+            "(a, b) accuracy under each test attack; (c, d) density of FOSC and (e, f) of the loss where training "
+            "attacks end on test images.",
+            *tables,
+        ]
     )
 
 
@@ -218,7 +224,7 @@ def _figure_5_text(numbers: Numbers) -> str:
 
 
 def _figure_4(scale: Scale) -> dict[str, dict[str, Scored]]:
-    """By defence: the network trained at the largest ε attacked at each, and one trained at each attacked at its own."""
+    """By defence: the network trained at the largest ε, attacked at each; one trained at each, attacked at its own."""
     asked: dict[str, dict[str, Scored]] = {}
     setting, images = scale.sweep, scale.images["sweep"]
     sizes = [size * setting.eps / _EPSILONS[-1] for size in _EPSILONS]

@@ -22,7 +22,12 @@ def figure_1(numbers: Mapping[str, Any], figure: "Figure") -> None:
     left, right = figure.subplots(1, 2)
     if numbers["bins"]:
         middles = [(row["low"] + row["high"]) / 2 for row in numbers["bins"]]
-        _two_scales(left, middles, [[100 * row["accuracy"] for row in numbers["bins"]]], [[row["loss"] for row in numbers["bins"]]])
+        _two_scales(
+            left,
+            middles,
+            [[100 * row["accuracy"] for row in numbers["bins"]]],
+            [[row["loss"] for row in numbers["bins"]]],
+        )
         left.set(xlabel="FOSC", title="(a) FOSC against accuracy and loss")
         left.set_ylabel("accuracy (%)", color=COLOURS[0])
     if numbers["steps"]:
@@ -66,7 +71,9 @@ def figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
     for number, (name, row) in enumerate(known.items()):
         places = np.arange(len(attacks)) + (number - (len(known) - 1) / 2) * width
         heights = [100 * value for value in row["accuracy"].values()]
-        second.bar(places, heights, width, label=name, color=COLOURS[number], hatch=("", "//", "..")[number], edgecolor="w")
+        second.bar(
+            places, heights, width, label=name, color=COLOURS[number], hatch=("", "//", "..")[number], edgecolor="w"
+        )
     second.set_xticks(range(len(attacks)), [{"clean": "Clean"}.get(name, name.upper()) for name in attacks])
     second.set(ylabel="accuracy (%)", title="(b) robustness")
     first.set(xlabel="FOSC (ball)", title="(a) PGD-ε/4 and PGD-ε/8")
@@ -111,7 +118,7 @@ def densities(axis: "Axes", groups: Mapping[str, Sequence[float]]) -> None:
 
 
 def _line(axis: "Axes", x: Any, y: Any, label: str, number: int, marks: bool = False) -> None:
-    style = {"color": COLOURS[number % 7], "linestyle": DASHES[number % 7], "linewidth": 1.8}
+    style: dict[str, Any] = {"color": COLOURS[number % 7], "linestyle": DASHES[number % 7], "linewidth": 1.8}
     axis.plot(list(x), list(y), label=label, marker=MARKS[number % 7] if marks else None, markersize=5, **style)
 
 
@@ -125,12 +132,12 @@ def _legend(axis: "Axes") -> None:
 
 def _two_scales(axis: "Axes", x: Any, left: Any, right: Any, faint: bool = False) -> None:
     """Lines measured on the left scale, and dashed ones on the right, which measures the loss."""
-    other, alpha = axis.twinx(), 0.55 if faint else 1.0
-    mark = None if faint else "o"
+    other = axis.twinx()
+    look: dict[str, Any] = {"alpha": 0.55} if faint else {"marker": "o", "markersize": 4}
     for values in left:
-        axis.plot(list(x), list(values), color=COLOURS[0], alpha=alpha, marker=mark, markersize=4, linewidth=1.2)
+        axis.plot(list(x), list(values), color=COLOURS[0], linewidth=1.2, **look)
     for values in right:
-        other.plot(list(x), list(values), color=COLOURS[1], alpha=alpha, marker=mark, markersize=4, linewidth=1.2, linestyle="--")
+        other.plot(list(x), list(values), color=COLOURS[1], linewidth=1.2, linestyle="--", **look)
     other.set_ylabel("loss (dashed)", color=COLOURS[1])
     axis.spines["top"].set_visible(False)
     other.spines["top"].set_visible(False)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import innermax as im
+from innermax.attacks.base import Problem
 from innermax.data import ImageSet
 from innermax.evaluation import Evaluation
 from innermax.oracle import Oracle
@@ -64,7 +65,9 @@ class Scored:
             return {name: _score(column) for name, column in columns.items()}
         rows = workshop.models / f"{fingerprint(self)}-rows"  # an interrupted evaluation goes on from there
         evaluation = im.evaluate(model, images, dict(self.attacks), rows_dir=rows, audit=False)
-        return {name: _score(evaluation.correct(name)) | _cost(evaluation, name) for name in ("clean", *evaluation.rows)}
+        return {
+            name: _score(evaluation.correct(name)) | _cost(evaluation, name) for name in ("clean", *evaluation.rows)
+        }
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,11 @@ class Followed:
         device = chosen_device(workshop.device)
         images: ImageSet = workshop.data(self.training.setting).test[: self.images].to(device)
         x, y = images.batch(torch.arange(len(images), device=device))
-        oracle, sizes = Oracle(workshop.model(self.training)), self.attack.step_sizes()
-        x_adv, fosc, loss = self.attack.threat.sample(x) if self.attack.random_start else x, [], []
-        feasible = self.attack.threat.around(x)
-        for size in (*sizes, None):
+        oracle, threat = Oracle(workshop.model(self.training)), self.attack.threat
+        problem = Problem.of(threat, oracle, x, y, target=None, seed=0, index=None, final="gradient")
+        feasible = problem.feasible
+        x_adv, fosc, loss = feasible.sample(problem.keys(0)) if self.attack.random_start else x, [], []
+        for size in (*self.attack.step_sizes(), None):
             found = oracle.gradient(x_adv, y, self.attack.objective())
             fosc.append(_short(feasible.gap(found.gradient, x_adv).cpu().numpy()))
             loss.append(_short(found.loss.cpu().numpy()))

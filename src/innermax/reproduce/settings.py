@@ -8,6 +8,7 @@ from innermax.attacks.gradient import PGD
 from innermax.checks import unknown
 from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Strategy, Unsecured
 from innermax.threat import Linf
+from innermax.training import LearningRate
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Setting:
     epochs: int
     zero_at: float
     lr_drops: tuple[float, ...]
-    options: Mapping[str, int] = field(default_factory=dict, hash=False)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     lr: float = 0.01
-    lr_schedule: str = "drops"
+    lr_schedule: LearningRate = "drops"
     weight_decay: float = 1e-4
     batch_size: int = 128
     ema: float | None = None
@@ -113,9 +114,7 @@ _CIFAR = Setting("cifar10", "cifar-cnn", 8 / 255, 120, 100 / 120, (60 / 120, 100
 _WIDE = replace(
     _CIFAR, model="wideresnet", epochs=205, lr=0.1, lr_drops=(0.5, 0.75), weight_decay=2e-4, steps=7
 )  # Madry et al. 2018's training
-_DIGITS = Setting(
-    "digits", "digits-cnn", 0.15, 3, 0.8, (0.4, 0.8), lr=0.05, batch_size=64, validation=150
-)
+_DIGITS = Setting("digits", "digits-cnn", 0.15, 3, 0.8, (0.4, 0.8), lr=0.05, batch_size=64, validation=150)
 
 SCALES = {
     "smoke": Scale(
@@ -137,7 +136,12 @@ SCALES = {
         wide=replace(_WIDE, options={"depth": 10, "width": 1}, epochs=10, train=10_000, validation=1_000),
         sweep=replace(_CIFAR, model="mnist-cnn", epochs=8, train=5_000, validation=500),
         surrogate=replace(
-            _CIFAR, model="wideresnet", options={"depth": 10, "width": 1}, lr=0.1, epochs=10, train=10_000,
+            _CIFAR,
+            model="wideresnet",
+            options={"depth": 10, "width": 1},
+            lr=0.1,
+            epochs=10,
+            train=10_000,
             validation=1_000,
         ),
         seeds={"mnist": 3, "cifar": 1, "wide": 1, "sweep": 1},

@@ -75,9 +75,7 @@ def _table_2(scale: Scale) -> Rows:
         asked = (attacks_of(setting.eps), scale.images[data])
         printed = dict(zip(TABLE, numbers, strict=True))
         trainings = scale.trainings(data, defence)
-        rows.setdefault(data, []).append(
-            Row.of(_DEFENCES[defence], trainings, asked, paper=printed, made_on=surrogate)
-        )
+        rows.setdefault(data, []).append(Row.of(_DEFENCES[defence], trainings, asked, paper=printed, made_on=surrogate))
     return rows
 
 
@@ -111,9 +109,11 @@ PIECES = (
         "Table 1: white-box robustness",
         _table_1,
         ("clean", *TABLE, _STRONGEST),
-        f"{_READING} *Guided* is the strongest attack at hand, on the first {_FEW:,} images; the paper has none like it.",
+        f"{_READING} *Guided* is the strongest attack at hand, on the first {_FEW:,} images; not in the paper.",
     ),
-    _piece("table2", "Table 2: black-box robustness", _table_2, TABLE, f"{_READING} Images are made on another network."),
+    _piece(
+        "table2", "Table 2: black-box robustness", _table_2, TABLE, f"{_READING} Images are made on another network."
+    ),
     _piece(
         "table3",
         "Table 3: white-box robustness of a wide residual network",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from innermax.training import chosen_device
 Answer = dict[str, Any]
 
 
+@runtime_checkable
 class Question(Protocol):
     """Something to be measured: a value that says by itself what it is, and how it is answered."""
 
@@ -71,7 +72,7 @@ class Workshop:
             seconds = time.perf_counter() - began
             self.answers.mkdir(parents=True, exist_ok=True)
             kept = {
-                "question": describe(question),
+                "question": json.loads(json.dumps(describe(question)), parse_constant=str),  # JSON has no infinity
                 "answer": answer,
                 "environment": environment(getattr(question, "seed", 0)),
                 "seconds": round(seconds, 2),
