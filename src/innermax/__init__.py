@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from innermax.oracle import Oracle
     from innermax.sources import load_model
     from innermax.straight_through import StraightThrough
-    from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured
+    from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured, WarmStart
     from innermax.threat import L1, L2, Linf
     from innermax.training import Run, train
     from innermax.transferability import Transfer, transfer
@@ -43,7 +43,7 @@ _HOMES = {
     "innermax.oracle": ("Oracle",),
     "innermax.sources": ("load_model",),
     "innermax.straight_through": ("StraightThrough",),
-    "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured"),
+    "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured", "WarmStart"),
     "innermax.threat": ("L1", "L2", "Linf"),
     "innermax.training": ("Run", "train"),
     "innermax.transferability": ("Transfer", "transfer"),
@@ -76,6 +76,7 @@ __all__ = [
     "StraightThrough",
     "Transfer",
     "Unsecured",
+    "WarmStart",
     "build_model",
     "evaluate",
     "load_data",

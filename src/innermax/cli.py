@@ -115,7 +115,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     threat = chosen.threat.build()
     attack = chosen.attack.build(threat)
     attacks = named_attacks(chosen.attacks, threat)
-    strategy = build_strategy(chosen.strategy, attack, chosen.dynamic, chosen.curriculum, chosen.switch)
+    strategy = build_strategy(chosen.strategy, attack, chosen.dynamic, chosen.curriculum, chosen.warm, chosen.switch)
     device = chosen_device(chosen.device)
     data = im.load_data(chosen.data, validation=_share_or_count(chosen.validation))
     model = _model(chosen.model, data.num_classes, data.train.shape, chosen.seed, chosen.init)
@@ -402,7 +402,7 @@ def _train_parser(recipe: dict[str, Any]) -> Any:
         exit_on_error=False,
     )
     parser.add_class_arguments(settings.RecipeSettings, as_group=False)
-    for name in ("threat", "attack", "dynamic", "curriculum"):
+    for name in ("threat", "attack", "dynamic", "curriculum", "warm"):
         parser.add_class_arguments(getattr(settings, f"{name.capitalize()}Settings"), name)
     parser.add_function_arguments(train, as_group=False, skip=_NOT_OPTIONS)
     if recipe:

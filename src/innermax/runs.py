@@ -68,19 +68,26 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def save_state(
-    folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, position: Mapping[str, Any]
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    kept: Tensor | None,
+    position: Mapping[str, Any],
 ) -> None:
-    """Writes networks, optimiser and position into the checkpoint, and the history into metrics.jsonl."""
+    """Writes networks, optimiser, kept perturbations and position into the checkpoint, history into metrics.jsonl."""
     tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+    tensors |= {} if kept is None else {"kept": kept}
     save_tensors(folder / _STATE, tensors, position)
     lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
     write_bytes(folder / "metrics.jsonl", "".join(lines).encode())
 
 
-def load_state(folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fills networks and optimiser from the checkpoint; its position, empty where there is no checkpoint yet.
+def load_state(
+    folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, kept: Tensor | None
+) -> dict[str, Any]:
+    """Fills networks, optimiser and kept perturbations from the checkpoint; its position, empty where there is none.
 
     Raises:
         ValueError: the checkpoint is damaged or does not fit.
@@ -99,7 +106,9 @@ def load_state(folder: Path, networks: Mapping[str, nn.Module], optimizer: torch
             own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
             network.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    except (RuntimeError, ValueError) as error:
+        if kept is not None:
+            kept.copy_(tensors["kept"])
+    except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
     return position
 

@@ -12,11 +12,11 @@ from innermax.attacks.gradient import PGD
 from innermax.attacks.search import Gauge
 from innermax.checks import unknown
 from innermax.oracle import Precision
-from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Shape, Standard, Strategy, Unsecured
+from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Shape, Standard, Strategy, Unsecured, WarmStart
 from innermax.threat import L1, L2, Linf, Threat
 
 TABLE = "fgsm,pgd-10,pgd-20,cw-30"  # the attacks of the paper's tables
-StrategyName = Literal["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic"]
+StrategyName = Literal["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "warm-start"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,19 @@ class CurriculumSettings:
 
 
 @dataclass(frozen=True)
+class WarmSettings:
+    """The WarmStart strategy.
+
+    Args:
+        steps: an epoch, at most.
+        floor: relative FOSC at or below which an example takes no further step; empty: all are taken.
+    """
+
+    steps: int = 2
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """What is evaluated, and against what.
 
@@ -154,7 +167,12 @@ class EvaluateSettings:
 
 
 def build_strategy(
-    name: StrategyName, attack: PGD, dynamic: DynamicSettings, curriculum: CurriculumSettings, switch: float
+    name: StrategyName,
+    attack: PGD,
+    dynamic: DynamicSettings,
+    curriculum: CurriculumSettings,
+    warm: WarmSettings,
+    switch: float,
 ) -> Strategy:
     """The defence of a name."""
     strategies: dict[StrategyName, Strategy] = {
@@ -163,6 +181,7 @@ def build_strategy(
         "curriculum": Curriculum(attack, curriculum.full_at, curriculum.patience),
         "fgsm-pgd": FGSMThenPGD(attack, switch),
         "dynamic": Dynamic(attack, dynamic.c_max, dynamic.zero_at, dynamic.shape),
+        "warm-start": WarmStart(attack, warm.steps, warm.floor),
     }
     if name not in strategies:
         raise unknown("strategy", name, strategies)

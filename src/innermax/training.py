@@ -255,7 +255,9 @@ class _Loop:
         x_adv, measured = x, {"examples": float(len(y))}
         if attack is not None:
             seed = randomness.number(self.options["seed"], _ATTACK, self.epoch)
-            start = None if self.kept is None or self.epoch == 0 else x + self._moved(self.kept[index].to(x), index)
+            start = None
+            if self.kept is not None and self.epoch > 0:
+                start = x + self._moved(self.kept[index].to(x.dtype), index)
             found = attack(self.oracle, x, y, seed=seed, index=index, start=start, final="none")
             x_adv = found.x_adv
             measured["gradients"] = float(found.gradient_calls.sum())
@@ -337,12 +339,12 @@ class _Loop:
         """Writes all that a resumed run needs."""
         position = {name: getattr(self, name) for name in ("epoch", "batch", "totals", "gauged", "history", "seconds")}
         networks = {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
-        runs.save_state(folder, networks, self.optimizer, position)
+        runs.save_state(folder, networks, self.optimizer, self.kept, position)
 
     def resume(self, folder: Path) -> None:
         """Takes over the state a run folder holds; where it holds none yet, writes the one to start from."""
         networks = {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
-        position = runs.load_state(folder, networks, self.optimizer)
+        position = runs.load_state(folder, networks, self.optimizer, self.kept)
         for name, value in position.items():
             setattr(self, name, value)
         self.oracle.refresh()

@@ -149,6 +149,29 @@ def difference(known: Known, one: Sequence[Scored], other: Sequence[Scored], att
     return {"seeds": found, "over_seeds": whole if over_seeds else None}
 
 
+def points(value: Mapping[str, Any] | None) -> str:
+    """A difference as a table shows it."""
+    if value is None:
+        return "not run"
+    whole = value["over_seeds"]
+    if whole is None:
+        return ", ".join(
+            f"{seed['estimate']:+.2f} [{seed['low']:+.2f}, {seed['high']:+.2f}]" for seed in value["seeds"]
+        )
+    return f"**{whole['mean']:+.2f}** [{whole['low']:+.2f}, {whole['high']:+.2f}]"
+
+
+def by_seed(rows: Sequence[Sequence[Question]]) -> list[Question]:
+    """The questions of several rows, the first seed of all of them before the second: half a table is whole rows."""
+    whole = [question for row in rows for question in row]
+
+    def seed(question: Question) -> int:
+        training = getattr(question, "training", None)
+        return training.seed if training is not None else 0
+
+    return sorted(whole, key=seed)
+
+
 def title(attack: str) -> str:
     """An attack's name as a table shows it."""
     return "Clean" if attack == "clean" else shown_name(attack)

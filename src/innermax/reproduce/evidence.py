@@ -4,7 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from innermax.reproduce.comparison import TABLE, Row, accuracy_over_seeds, attacks_of, difference, table, title
+from innermax.reproduce.comparison import (
+    TABLE,
+    Row,
+    accuracy_over_seeds,
+    attacks_of,
+    by_seed,
+    difference,
+    points,
+    table,
+    title,
+)
 from innermax.reproduce.piece import Known, Numbers, Piece
 from innermax.reproduce.questions import Attacks, Trained
 from innermax.reproduce.settings import Scale, Setting, Training
@@ -54,17 +64,6 @@ def _dynamic_questions(scale: Scale) -> list[Question]:
     return by_seed(rows)
 
 
-def by_seed(rows: Sequence[Sequence[Question]]) -> list[Question]:
-    """The questions of several rows, the first seed of all of them before the second: half a table is whole rows."""
-    whole = [question for row in rows for question in row]
-
-    def seed(question: Question) -> int:
-        training = getattr(question, "training", None)
-        return training.seed if training is not None else 0
-
-    return sorted(whole, key=seed)
-
-
 def _dynamic_numbers(scale: Scale, known: Known) -> dict[str, Any]:
     rows = _variants(scale)
     standard, differences = rows[0], dict[str, dict[str, Any]]()
@@ -79,7 +78,7 @@ def _dynamic_text(numbers: Numbers) -> str:
     attacks = ("clean", "pgd-20", "cw-30", _STRONGEST)
     lines = [f"| minus Standard, points | {' | '.join(map(title, attacks))} |", f"| --- |{' --- |' * len(attacks)}"]
     for name, row in numbers["differences"].items():
-        lines.append(f"| {name} | {' | '.join(_points(row[attack]) for attack in attacks)} |")
+        lines.append(f"| {name} | {' | '.join(points(row[attack]) for attack in attacks)} |")
     return "\n\n".join(
         [
             "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training.",
@@ -88,17 +87,6 @@ def _dynamic_text(numbers: Numbers) -> str:
             "\n".join(lines),
         ]
     )
-
-
-def _points(value: Mapping[str, Any] | None) -> str:
-    if value is None:
-        return "not run"
-    whole = value["over_seeds"]
-    if whole is None:
-        return ", ".join(
-            f"{seed['estimate']:+.2f} [{seed['low']:+.2f}, {seed['high']:+.2f}]" for seed in value["seeds"]
-        )
-    return f"**{whole['mean']:+.2f}** [{whole['low']:+.2f}, {whole['high']:+.2f}]"
 
 
 # What Dynamic's constants do
@@ -194,7 +182,7 @@ def _overfitting_text(numbers: Numbers) -> str:
         cells = [accuracy_over_seeds(row[which], "pgd-20") for which in ("last", "best")]
         shown = ["not run" if cell is None else f"{cell[0]:.2f}" for cell in cells]
         lines.append(
-            f"| {name} | {', '.join(map(str, row['best_epochs']))} | {' | '.join(shown)} | {_points(row['gained'])} |"
+            f"| {name} | {', '.join(map(str, row['best_epochs']))} | {' | '.join(shown)} | {points(row['gained'])} |"
         )
     return (
         "MNIST test accuracy in % of the last epoch and of the best on 5,000 validation images attacked with the "

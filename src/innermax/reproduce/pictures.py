@@ -102,6 +102,23 @@ def figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
         _legend(axis)
 
 
+def frontier(found: Sequence[tuple[str, float, tuple[float, float, float]]], figure: "Figure") -> None:
+    """Robust accuracy with its interval against gradients spent: a name, gradients, (mean, low, high) each."""
+    figure.set_size_inches(8, 5)
+    axis = figure.subplots()
+    for number, (name, spent, (mean, low, high)) in enumerate(found):
+        look: dict[str, Any] = {
+            "color": COLOURS[number % 7],
+            "marker": MARKS[number % 7],
+            "capsize": 4,
+            "markersize": 8,
+        }
+        axis.errorbar([spent], [mean], [[mean - low], [high - mean]], linestyle="", label=name, **look)
+    axis.set(xlabel="input gradients a training image, whole training", ylabel="robust accuracy (%)")
+    axis.set_xlim(left=0)
+    _legend(axis)
+
+
 def densities(axis: "Axes", groups: Mapping[str, Sequence[float]]) -> None:
     """Gaussian kernel density estimates (Parzen 1962) of several samples ≥ 0, on one axis."""
     from scipy.stats import gaussian_kde

@@ -9,12 +9,14 @@ from typing import Any
 
 from innermax.checkpoints import write_bytes, write_json
 from innermax.checks import unknown
-from innermax.reproduce import evidence, figures, tables
+from innermax.reproduce import cheaper, evidence, figures, tables
 from innermax.reproduce.piece import Piece
 from innermax.reproduce.settings import Scale, find_scale
 from innermax.reproduce.workshop import Answer, Busy, Question, Workshop
 
-PIECES: dict[str, Piece] = {piece.name: piece for piece in (*tables.PIECES, *figures.PIECES, *evidence.PIECES)}
+PIECES: dict[str, Piece] = {
+    piece.name: piece for piece in (*tables.PIECES, *figures.PIECES, *evidence.PIECES, *cheaper.PIECES)
+}
 
 
 def reproduce(
