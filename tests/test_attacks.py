@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import jaxtyping
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 
 from innermax import randomness
 from innermax.attacks.gradient import CW, FGSM, PGD
-from innermax.attacks.search import AttackResult, better, search
+from innermax.attacks.search import AttackResult, better, measure, search
 from innermax.losses import cross_entropy, margin
 from innermax.oracle import Oracle
 from innermax.threat import L1, L2, Linf
@@ -762,6 +762,70 @@ def test_only_survivors_start_again():
     assert len(set(calls[~fallen].tolist())) == 1
 
 
+# A given start
+
+
+def test_a_search_in_two_halves_is_the_search():
+    x, y = images(12, shape=(6,), dtype=torch.float64)
+    model, threat = mlp(), Linf(0.2)
+    whole = PGD(threat, steps=6)(model, x, y, seed=3)
+    first = PGD(threat, steps=4)(model, x, y, seed=3, final="none")
+    second = PGD(threat, steps=2)(model, x, y, seed=9, start=first.x_adv)
+    assert torch.equal(second.x_adv, whole.x_adv)
+    assert torch.equal(second.steps, torch.full((12,), 2))
+    assert (second.x_adv != PGD(threat, steps=2)(model, x, y, seed=9).x_adv).any()
+
+
+def test_a_start_is_projected():
+    x, y = images(12, shape=(6,))
+    attack = PGD(L2(0.3), steps=1, step_size=1e-9)
+    outside = x + torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    found = attack(mlp(), x.double(), y, start=outside.double(), final="none").x_adv
+    torch.testing.assert_close(found, L2(0.3).project(outside.double(), x.double()), rtol=0, atol=1e-8)
+    assert ((found - x).norm(dim=1) > 0.29).any()
+
+
+@pytest.mark.parametrize("gauge", ["exact", "ball", "relative"])
+def test_an_example_that_is_still_converged_takes_no_step(gauge):
+    x, y = images(12, shape=(6,), dtype=torch.float64)
+    model, threat = mlp(), Linf(0.2)
+    start = PGD(threat, steps=3)(model, x, y, final="none").x_adv
+    gauges = measure(threat.around(x), gradient_of(model, start, y), start, gauge)
+    threshold = float(gauges.sort().values[5:7].mean())
+    logged = Logged(model)
+    found = PGD(threat, steps=2, gauge=gauge, stop_at=threshold)(logged, x, y, start=start, final="none")
+    still = gauges <= threshold
+    assert still.sum() == 6
+    assert torch.equal(found.steps == 0, still)
+    assert torch.equal(found.x_adv[still], start[still])
+    assert set(found.gradient_calls[still].tolist()) == {1}
+    assert (found.x_adv[~still] != start[~still]).any(1).all()
+    assert logged.log.rows[0] == 12
+    assert logged.log.rows[1] <= 6
+
+
+def test_a_start_without_gradient_moves_on():
+    """Zero gradients are nothing to follow, not convergence: such an example stays in the search."""
+    x, y = images(6, shape=(6,), dtype=torch.float64)
+    flat = nn.Sequential(nn.Linear(6, 3), nn.Hardtanh(9.0, 9.5)).double()
+    found = PGD(Linf(0.2), steps=2, stop_at=0.1)(flat, x, y, start=x, final="none")
+    assert found.steps.tolist() == [2] * 6
+
+
+def test_further_restarts_start_at_random():
+    x, y = images(12, shape=(6,), dtype=torch.float64)
+    model, attack = mlp(), PGD(Linf(0.2), steps=2, restarts=3)
+    start = x.clone()
+    found = attack(model, x, y, seed=4, start=start)
+    single = replace(attack, restarts=1)
+    begun = [start, *(attack.threat.around(x).sample(randomness.keys(4, torch.arange(12), r)) for r in (1, 2))]
+    losses = torch.stack([single(model, x, y, start=one).loss for one in begun])
+    fallen = torch.stack([single(model, x, y, start=one).misclassified for one in begun])
+    assert torch.equal(found.misclassified, fallen.any(0))
+    never = ~fallen.any(0)
+    torch.testing.assert_close(found.loss[never], losses.max(0).values[never], rtol=1e-9, atol=0)
+
+
 def test_restarts_end_when_nobody_survives():
     x, _ = images()
     model = convnet()
@@ -1101,6 +1165,9 @@ X, Y = images()
         ({"index": Y[:5]}, ValueError, r"index must have shape \(6,\)"),
         ({"index": Y.int()}, TypeError, r"index must be int64"),
         ({"index": [0, 1, 2, 3, 4, 5]}, TypeError, r"index must be a tensor, came list"),
+        ({"start": X[:5]}, ValueError, r"start must have x's shape \(6, 2, 5, 5\), came \(5, 2, 5, 5\)"),
+        ({"start": X / 0}, ValueError, r"start holds NaN or infinite values"),
+        ({"start": X.numpy()}, TypeError, r"start must be a tensor, came ndarray"),
         ({"x": X / 0}, ValueError, r"x holds NaN or infinite values"),
         ({"x": X + 0.1}, ValueError, r"x must lie within the bounds, came values from 0\.1 to 1\.1"),
         ({"x": X - 0.1}, ValueError, r"x must lie within the bounds, came values from -0\.1"),

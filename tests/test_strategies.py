@@ -21,6 +21,7 @@ KINDS = {
     "fgsm-then-pgd": im.FGSMThenPGD(ATTACK),
     "dynamic": im.Dynamic(PAPER),
     "automatic": im.Dynamic(ATTACK),
+    "warm": im.WarmStart(ATTACK),
 }
 
 
@@ -221,6 +222,14 @@ def test_only_an_automatic_c_max_asks_for_a_measure(name):
     assert KINDS[name].measures == set()
 
 
+def test_a_warm_start_takes_few_steps_that_shrink():
+    attack = im.WarmStart(im.PGD(im.L2(0.8), steps=10, loss="margin", stop_at=0.3), steps=3).attack_at(0.5)
+    assert attack == im.PGD(im.L2(0.8), steps=3, step_size=(0.4, 0.2, 0.1), loss="margin")
+    assert im.WarmStart(ATTACK).attack_at(0.0).steps == 2
+    floored = im.WarmStart(ATTACK, floor=0.1).attack_at(0.0)
+    assert (floored.stop_at, floored.gauge) == (0.1, "relative")
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("progress", [-0.1, 1.0, math.nan])
 def test_progress_out_of_range(name, progress):
@@ -228,7 +237,7 @@ def test_progress_out_of_range(name, progress):
         KINDS[name].attack_at(progress, [{"accuracy": 0.5, "fgsm_gauge": 0.5}])
 
 
-@pytest.mark.parametrize("kind", [im.Standard, im.Curriculum, im.FGSMThenPGD, im.Dynamic])
+@pytest.mark.parametrize("kind", [im.Standard, im.Curriculum, im.FGSMThenPGD, im.Dynamic, im.WarmStart])
 @pytest.mark.parametrize("attack", [None, "pgd", im.Linf(0.1), im.PGD])
 def test_what_is_no_attack(untyped, kind, attack):
     with pytest.raises(TypeError, match=r"attack must be a PGD such as PGD\(Linf\(8 / 255\)\), came "):
@@ -252,6 +261,10 @@ def test_what_is_no_attack(untyped, kind, attack):
         (lambda: im.Dynamic(ATTACK, math.nan), "c_max must be a finite number > 0, 'auto' or None, came nan"),
         (lambda: im.Dynamic(ATTACK, math.inf), "c_max must be a finite number > 0, 'auto' or None, came inf"),
         (lambda: im.Dynamic(ATTACK, "automatic"), "c_max must be a number > 0, 'auto' or None, came 'automatic'"),
+        (lambda: im.WarmStart(ATTACK, steps=0), "steps must be at least 1, came 0"),
+        (lambda: im.WarmStart(ATTACK, floor=-0.1), r"floor must be in \[0, 1\] or None, came -0\.1"),
+        (lambda: im.WarmStart(ATTACK, floor=1.5), r"floor must be in \[0, 1\] or None, came 1\.5"),
+        (lambda: im.WarmStart(ATTACK, floor=math.nan), r"floor must be in \[0, 1\] or None, came nan"),
         (lambda: im.Dynamic(ATTACK, shape="line"), r"unknown shape 'line'; did you mean 'linear'\?"),
     ],
 )

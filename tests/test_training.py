@@ -21,6 +21,7 @@ from torch import nn
 import innermax as im
 from innermax import randomness, runs, training
 from innermax.checkpoints import load_tensors
+from innermax.data import augment
 from innermax.objectives import cross_entropy
 from innermax.oracle import Oracle
 
@@ -147,7 +148,7 @@ def reference(model, thresholds, *, steps, eps, gauge, batch_size, lr, drops, mo
             measured += gauges.tolist()
             row["loss"] += float(loss.detach()) * share
             row["accuracy"] += float((logits.argmax(1) == y).float().mean()) * share
-        rows.append(row | {"fosc_deciles": np.quantile(measured, np.arange(11) / 10).tolist()})
+        rows.append(row | {"fosc_percentiles": np.quantile(measured, np.arange(101) / 100).tolist()})
     return rows
 
 
@@ -184,6 +185,53 @@ def test_algorithm_1(network, gauge, c_max):
     costs = [row["gradients"] for row in run.history]
     assert costs[-1] == 6
     assert (2 <= costs[0] < 6) == (c_max != "standard")
+
+
+@pytest.mark.parametrize("floor", [None, 0.4])
+@pytest.mark.parametrize("moved", [{}, {"shift": 1, "flip": True}])
+def test_a_warm_start_goes_on_where_the_epoch_before_ended(floor, moved):
+    """The same loop, each batch handed the perturbations that the test itself kept from the epoch before."""
+    strategy, shown = im.WarmStart(ATTACK, floor=floor), []
+
+    def objective(model, x, y, x_adv, epoch):
+        shown.append((x, y, x_adv))
+        return cross_entropy(model, x, y, x_adv, epoch)
+
+    run = train(strategy=strategy, objective=objective, epochs=3, lr=0.05, **moved)
+    model, kept, calls = mlp(), torch.zeros(len(DATA[1]), 1, 6, 6), []
+    schedule = {"lr": 0.05, "lr_schedule": "drops", "lr_drops": (0.4, 0.8)}
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=1e-4)
+    for number, (x, y, x_adv) in enumerate(shown):
+        epoch, batch = divmod(number, 3)
+        index = randomness.permutation(0, 24, training._ORDER, epoch).split(8)[batch]
+        keys = randomness.keys(0, index, training._AUGMENT, epoch)
+        start = None
+        if epoch > 0:
+            start = x + augment(kept[index], keys, **moved)
+        seed = randomness.number(0, training._ATTACK, epoch)
+        found = strategy.attack_at(0.0)(model.eval(), x, y, seed=seed, index=index, start=start)
+        calls += (found.gradient_calls - (found.steps == 2).long()).tolist()  # the test's last gradient is not paid for
+        torch.testing.assert_close(x_adv, found.x_adv, rtol=0, atol=1e-3)
+        kept[index] = augment(found.x_adv - x, keys, **moved, back=True).half().float()
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(x_adv), y).backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate((number + 1) / 9, schedule)
+    costs = [row["gradients"] for row in run.history]
+    assert costs == pytest.approx([sum(calls[24 * epoch : 24 * epoch + 24]) / 24 for epoch in range(3)], abs=0.05)
+    assert (costs == [2, 2, 2]) == (floor is None)
+
+
+def test_warm_starts_survive_an_interruption(tmp_path):
+    options = {"strategy": im.WarmStart(ATTACK), "epochs": 4, "shift": 1, "flip": True}
+    straight = train(**options)
+    for at in (4, 8):
+        with pytest.raises(KeyboardInterrupt):
+            train(objective=Interrupting(at, ctrl_c), run_dir=tmp_path / "run", **options)
+    again = train(mlp(5), objective=Interrupting(), run_dir=tmp_path / "run", **options)
+    assert same(weights(again.model), weights(straight.model))
+    assert timeless(again.history) == timeless(straight.history)
 
 
 def test_the_loss_falls_and_the_network_learns():
@@ -483,17 +531,22 @@ def test_a_run_folder(tmp_path):
     assert rows == list(run.history)
     assert [row["epoch"] for row in rows] == list(range(5))
     numbers = {"loss", "accuracy", "lr", "attack_steps", "threshold", "gradients", "fosc", "zero_gradients"}
-    numbers |= {"fosc_deciles", "relative_fosc_deciles", "validation_clean", "validation_robust", "validation_fosc"}
+    numbers |= {"fosc_percentiles", "relative_fosc_percentiles", "ball_fosc_percentiles"}
+    numbers |= {"validation_clean", "validation_robust", "validation_fosc"}
     others = {"epoch", "attack_network", "validation_accuracy", "seconds", "images_per_second"}
     assert all(row.keys() == numbers | others for row in rows)
     for row in rows:
         assert row["attack_network"].startswith("3 BatchNorm folded, channels last, ")
         assert row["validation_accuracy"] == row["validation_robust"] <= row["validation_clean"]
-        for name in ("fosc_deciles", "relative_fosc_deciles"):
-            assert len(row[name]) == 11
+        for name in ("fosc_percentiles", "relative_fosc_percentiles", "ball_fosc_percentiles"):
+            assert len(row[name]) == 101
             assert row[name] == sorted(row[name])
-        assert row["fosc_deciles"][0] <= row["fosc"] <= row["fosc_deciles"][-1]
-        assert row["relative_fosc_deciles"][-1] <= 1
+        assert row["fosc_percentiles"][0] <= row["fosc"] <= row["fosc_percentiles"][-1]
+        assert row["relative_fosc_percentiles"][-1] <= 1
+        assert all(
+            ball >= exact * (1 - 1e-4)
+            for ball, exact in zip(row["ball_fosc_percentiles"], row["fosc_percentiles"], strict=True)
+        )
     # The last model and the best, the first of equals.
     assert same(weights(im.load_model(folder)), weights(run.model))
     scores = [row["validation_robust"] for row in rows]

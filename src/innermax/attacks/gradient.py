@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from innermax.attacks.base import Problem, inspected
 from innermax.attacks.search import AttackResult, Final, Gauge, better, concatenated, search
-from innermax.checks import check_count, check_labels, unknown
+from innermax.checks import check_count, check_inputs, check_labels, unknown
 from innermax.losses import CappedMargin, Loss, find_loss, reaching
 from innermax.oracle import Oracle
 from innermax.threat import Threat
@@ -122,6 +122,9 @@ class PGD:
         """
         problem = Problem.of(self.threat, model, x, y, target=target, seed=seed, index=index, final=final)
         if start is not None:
+            check_inputs(start, "start")
+            if start.shape != x.shape:
+                raise ValueError(f"start must have x's shape {tuple(x.shape)}, came {tuple(start.shape)}")
             start = self.threat.project(start.to(problem.feasible.x.dtype), problem.feasible.x)
         with problem.oracle.private_randomness(seed):
             result = self._best(problem, start, final)

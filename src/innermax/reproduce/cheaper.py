@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _STRONG = "pgd-100 × 3"
 _STRONGEST = "guided"
-_FEW = 1000
+_FEW = 500
 _SHOWN = ("clean", *TABLE, _STRONG, _STRONGEST)
 
 
