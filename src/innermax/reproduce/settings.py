@@ -146,9 +146,10 @@ SCALES = {
         ),
         seeds={"mnist": 3, "cifar": 1, "wide": 1, "sweep": 1},
         images={"mnist": 2_500, "cifar": 1_000, "wide": 1_000, "sweep": 1_000},
-        note="MNIST is trained for 10 epochs instead of 50 on 20,000 images and tested on 2,500, CIFAR-10 for 10 instead "
-        "of 120 on 10,000 and tested on 1,000; a WideResNet-10-1 stands for the WideResNet-34-10 and for the ResNet-50, and the 4-layer CNN "
-        "on 5,000 images for the 8-layer CNN in Figures 2 and 4. Schedules keep their shares.",
+        note="MNIST is trained for 10 epochs instead of 50 on 20,000 images and tested on 2,500, CIFAR-10 for 10 "
+        "instead of 120 on 10,000 and tested on 1,000; a WideResNet-10-1 stands for the WideResNet-34-10 and for the "
+        "ResNet-50, and the 4-layer CNN on 5,000 images for the 8-layer CNN in Figures 2 and 4. Schedules keep their "
+        "shares.",
     ),
     "full": Scale(
         "full",
