@@ -306,7 +306,6 @@ def test_what_time_does_not_allow_is_named(tmp_path):
     assert not list(folder.glob("answers/*"))
 
 
-@pytest.mark.filterwarnings("ignore:the model is right on")
 def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypatch):
     folder, cache, lines = tmp_path / "results", tmp_path / "models", []
     long = replace(SMOKE, mnist=replace(TINY, epochs=400), seeds={**SMOKE.seeds, "mnist": 1})

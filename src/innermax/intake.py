@@ -1,6 +1,8 @@
 """What seems wrong between a model and the images it is given, as far as a few hundred answers show."""
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -13,6 +15,7 @@ from innermax.oracle import Oracle
 _IMAGES = 256
 _MARKED = 0.6  # of the accuracy with a normalisation in front; what has hardly learned can gain by contrast alone
 _SIGMAS = 4.0  # by which that must exceed chance: several normalisations are tried
+_UNNORMALISED = "the model is right on"  # how the sentence about a missing normalisation begins
 _CHANCE = 1e-6  # that a class the model has is missing from the images by accident
 
 Statistics = tuple[list[float], list[float]]  # mean and std, one number a channel or one for all
@@ -31,6 +34,14 @@ def misgivings(oracle: Oracle, images: ImageSet, device: torch.device) -> Iterat
         yield from _other_classes(logits.shape[1], images)
         if x.ndim == 4 and float(right.double().mean()) < _MARKED:
             yield from _normalised_outside(oracle, x, y, right)
+
+
+@contextmanager
+def normalisation_known() -> Iterator[None]:
+    """Inside, nobody is warned of images that seem to lack a normalisation: the model learned on such images."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_UNNORMALISED)
+        yield
 
 
 def _other_classes(classes: int, images: ImageSet) -> Iterator[str]:
@@ -54,7 +65,7 @@ def _normalised_outside(oracle: Oracle, x: Tensor, y: Tensor, right: Tensor) -> 
         return
     mean, std = tried[best]
     yield (
-        f"the model is right on {_share(right)} of {len(y)} test images, and on {_share(verdicts[best])} with a "
+        f"{_UNNORMALISED} {_share(right)} of {len(y)} test images, and on {_share(verdicts[best])} with a "
         "normalisation in front: it seems to have been trained on normalised images; evaluate "
         f"torch.nn.Sequential(im.Normalize({mean}, {std}), model), on the command line --normalize "
         f"{f'[{mean},{std}]'.replace(' ', '')}"

@@ -21,6 +21,7 @@ from innermax.checkpoints import save_model
 from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set, augment
 from innermax.evaluation import evaluate
+from innermax.intake import normalisation_known
 from innermax.objectives import Objective, find_objective
 from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import Progress, held_interrupts, show_progress
@@ -414,7 +415,8 @@ def _validated(
 ) -> dict[str, Any]:
     """Clean accuracy, and accuracy and convergence under the attack, on the validation split."""
     attacks = {} if attack is None else {"attack": attack}
-    scored = evaluate(model, validation_set, attacks, precision=precision, device=device, audit=False)
+    with normalisation_known():
+        scored = evaluate(model, validation_set, attacks, precision=precision, device=device, audit=False)
     row: dict[str, Any] = {"validation_clean": scored.accuracy["clean"].value}
     if attack is not None:
         row["validation_robust"] = scored.accuracy["attack"].value

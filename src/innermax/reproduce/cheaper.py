@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from innermax.attacks.gradient import PGD
 from innermax.reproduce import pictures
 from innermax.reproduce.comparison import (
+    FEW,
+    STRONGEST,
     TABLE,
     Row,
     accuracy_over_seeds,
@@ -13,6 +15,7 @@ from innermax.reproduce.comparison import (
     by_seed,
     difference,
     points,
+    strongest,
     table,
     title,
 )
@@ -26,17 +29,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STRONG = "pgd-100 × 3"
-_STRONGEST = "guided"
-_FEW = 500
-_SHOWN = ("clean", *TABLE, _STRONG, _STRONGEST)
+_SHOWN = ("clean", *TABLE, _STRONG, STRONGEST)
 
 
 def _asked(scale: Scale) -> tuple[tuple[Attacks, int | None], ...]:
     """The paper's attacks on all test images, the strong ones on fewer."""
     images, threat = scale.images["mnist"], scale.mnist.threat
     strong = PGD(threat, 100, threat.eps / 10, restarts=3, stop_on_success=True)
-    attacks = ((_STRONG, strong), *attacks_of(scale.mnist.eps, (_STRONGEST,)))
-    return (attacks_of(scale.mnist.eps), images), (attacks, min(images or _FEW, _FEW))
+    attacks = ((_STRONG, strong), *strongest(scale, scale.mnist.eps))
+    return (attacks_of(scale.mnist.eps), images), (attacks, min(images or FEW, FEW))
 
 
 def _row(scale: Scale, name: str, strategy: Strategy, **changes: Any) -> Row:
@@ -90,7 +91,7 @@ def _text(numbers: Numbers) -> str:
     return "\n\n".join(
         [
             "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training. The last "
-            f"two columns are on the first {_FEW:,} test images: PGD-100 with step ε/10 and three restarts, and the "
+            f"two columns are on the first {FEW:,} test images: PGD-100 with step ε/10 and three restarts, and the "
             "guided attack, the strongest at hand.",
             table(numbers["rows"], _SHOWN),
             "Differences on the same images and seeds; in brackets Student's 95 % interval over seeds, or, with fewer "
@@ -104,7 +105,7 @@ def _draw(numbers: Numbers, figure: "Figure") -> None:
     """Robust accuracy under the strongest attack against gradients."""
     found = []
     for row in numbers["rows"]:
-        value = accuracy_over_seeds(row, _STRONGEST)
+        value = accuracy_over_seeds(row, STRONGEST)
         spent = [seed["gradients"] for seed in row["seeds"].values()]
         if value is not None:
             found.append((row["title"], sum(spent) / len(spent), value))

@@ -6,21 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from innermax.attacks.guided import GuidedPGD
 from innermax.attacks.named import named_attack
 from innermax.reproduce.piece import Known
 from innermax.reproduce.questions import Attacks, Scored, Trained, bits
-from innermax.reproduce.settings import Training
+from innermax.reproduce.settings import Scale, Training
 from innermax.reproduce.workshop import Question
 from innermax.statistics import paired_difference
 from innermax.tables import shown_name
 from innermax.threat import Linf
 
 TABLE = ("fgsm", "pgd-10", "pgd-20", "cw-30")  # the attacks of the paper's tables
+STRONGEST = "guided"
+FEW = 500  # images it is run on
 
 
 def attacks_of(eps: float, names: Sequence[str] = TABLE) -> Attacks:
     """The attacks of these names, on L∞ balls of this size."""
     return tuple((name, named_attack(name, Linf(eps))) for name in names)
+
+
+def strongest(scale: Scale, eps: float) -> Attacks:
+    """The strongest attack at hand, so that nobody takes masked gradients for robustness."""
+    return ((STRONGEST, GuidedPGD(Linf(eps), budget=scale.budget)),)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from innermax.reproduce.comparison import (
+    FEW,
+    STRONGEST,
     TABLE,
     Row,
     accuracy_over_seeds,
@@ -12,6 +14,7 @@ from innermax.reproduce.comparison import (
     by_seed,
     difference,
     points,
+    strongest,
     table,
     title,
 )
@@ -20,9 +23,6 @@ from innermax.reproduce.questions import Attacks, Trained
 from innermax.reproduce.settings import Scale, Setting, Training
 from innermax.reproduce.workshop import Question
 from innermax.strategies import Dynamic, Strategy
-
-_STRONGEST = "guided"
-_FEW = 500
 
 
 def _seeds(scale: Scale, setting: Setting, strategy: Strategy, objective: str = "cross_entropy") -> list[Training]:
@@ -33,7 +33,7 @@ def _asked(scale: Scale) -> tuple[tuple[Attacks, int | None], ...]:
     """The paper's attacks on all test images, the strongest at hand on fewer."""
     images = scale.images["mnist"]
     eps = scale.mnist.eps
-    return (attacks_of(eps), images), (attacks_of(eps, (_STRONGEST,)), min(images or _FEW, _FEW))
+    return (attacks_of(eps), images), (strongest(scale, eps), min(images or FEW, FEW))
 
 
 # Does Dynamic win, and why?
@@ -68,21 +68,21 @@ def _dynamic_numbers(scale: Scale, known: Known) -> dict[str, Any]:
     rows = _variants(scale)
     standard, differences = rows[0], dict[str, dict[str, Any]]()
     for row in rows[1:]:
-        for place, attack in ((0, "clean"), (0, "pgd-20"), (0, "cw-30"), (1, _STRONGEST)):
+        for place, attack in ((0, "clean"), (0, "pgd-20"), (0, "cw-30"), (1, STRONGEST)):
             one, other = ([r.scored[seed][place] for seed in r.scored] for r in (row, standard))
             differences.setdefault(row.title, {})[attack] = difference(known, one, other, attack)
     return {"rows": [row.numbers(known) for row in rows], "differences": differences}
 
 
 def _dynamic_text(numbers: Numbers) -> str:
-    attacks = ("clean", "pgd-20", "cw-30", _STRONGEST)
+    attacks = ("clean", "pgd-20", "cw-30", STRONGEST)
     lines = [f"| minus Standard, points | {' | '.join(map(title, attacks))} |", f"| --- |{' --- |' * len(attacks)}"]
     for name, row in numbers["differences"].items():
         lines.append(f"| {name} | {' | '.join(points(row[attack]) for attack in attacks)} |")
     return "\n\n".join(
         [
             "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training.",
-            table(numbers["rows"], ("clean", *TABLE, _STRONGEST)),
+            table(numbers["rows"], ("clean", *TABLE, STRONGEST)),
             "Differences on the same images and seed; in brackets Student's 95 % interval over seeds.",
             "\n".join(lines),
         ]
@@ -114,7 +114,7 @@ def _constants(scale: Scale) -> dict[str, Training]:
 
 
 def _constant_rows(scale: Scale) -> list[Row]:
-    attacks = attacks_of(scale.mnist.eps, ("pgd-20", _STRONGEST))
+    attacks = (*attacks_of(scale.mnist.eps, ("pgd-20",)), *strongest(scale, scale.mnist.eps))
     asked = (attacks, None)
     return [Row.of(name, [training], asked, split="validation") for name, training in _constants(scale).items()]
 
@@ -130,7 +130,7 @@ def _constants_numbers(scale: Scale, known: Known) -> dict[str, Any]:
 def _constants_text(numbers: Numbers) -> str:
     return (
         "MNIST, accuracy in % on the validation split, one seed, 0.6 of the epochs; one constant "
-        "changed at a time.\n\n" + table(numbers["rows"], ("clean", "pgd-20", _STRONGEST))
+        "changed at a time.\n\n" + table(numbers["rows"], ("clean", "pgd-20", STRONGEST))
     )
 
 

@@ -12,9 +12,10 @@ import innermax as im
 from innermax.attacks.base import Problem
 from innermax.data import ImageSet
 from innermax.evaluation import Evaluation
+from innermax.intake import normalisation_known
 from innermax.oracle import Oracle
 from innermax.reproduce.settings import Training
-from innermax.reproduce.workshop import Answer, Workshop, fingerprint
+from innermax.reproduce.workshop import Answer, Workshop, fingerprint, load
 from innermax.scoring import Attack
 from innermax.statistics import accuracy
 from innermax.training import chosen_device
@@ -56,7 +57,7 @@ class Scored:
     def answer(self, workshop: Workshop) -> Answer:
         """Of "clean" and each attack {"correct": bits, "accuracy", "low", "high"} and, white-box, what it cost."""
         model = workshop.model(self.training, self.best)
-        data = workshop.data(self.training.setting)
+        data = load(self.training.setting)
         images = (data.test if self.split == "test" else data.validation)[: self.images]  # type: ignore[index]
         if self.made_on is not None:
             surrogate = workshop.model(self.made_on)
@@ -64,7 +65,8 @@ class Scored:
             columns = {name: found.correct("surrogate", "target", name) for name, _ in self.attacks}
             return {name: _score(column) for name, column in columns.items()}
         rows = workshop.models / f"{fingerprint(self)}-rows"  # an interrupted evaluation goes on from there
-        evaluation = im.evaluate(model, images, dict(self.attacks), rows_dir=rows, audit=False)
+        with normalisation_known():
+            evaluation = im.evaluate(model, images, dict(self.attacks), rows_dir=rows, audit=False)
         return {
             name: _score(evaluation.correct(name)) | _cost(evaluation, name) for name in ("clean", *evaluation.rows)
         }
@@ -80,9 +82,10 @@ class Gauged:
 
     def answer(self, workshop: Workshop) -> Answer:
         """{"fosc", "relative_fosc", "loss", "correct"}: lists of one number an example."""
-        images = workshop.data(self.training.setting).test[: self.images]
+        images = load(self.training.setting).test[: self.images]
         model = workshop.model(self.training)
-        rows = im.evaluate(model, images, {"attack": self.attack}, audit=False).rows["attack"]
+        with normalisation_known():
+            rows = im.evaluate(model, images, {"attack": self.attack}, audit=False).rows["attack"]
         return {name: _short(getattr(rows, name)) for name in ("fosc", "relative_fosc", "loss", "correct")}
 
 
@@ -97,7 +100,7 @@ class Followed:
     def answer(self, workshop: Workshop) -> Answer:
         """{"fosc", "loss"}: a list a step, from the start on, of one number an example."""
         device = chosen_device(workshop.device)
-        images: ImageSet = workshop.data(self.training.setting).test[: self.images].to(device)
+        images: ImageSet = load(self.training.setting).test[: self.images].to(device)
         x, y = images.batch(torch.arange(len(images), device=device))
         oracle, threat = Oracle(workshop.model(self.training)), self.attack.threat
         problem = Problem.of(threat, oracle, x, y, target=None, seed=0, index=None, final="gradient")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from innermax.attacks.gradient import PGD
+from innermax.attacks.guided import GuidedPGD
 from innermax.checks import unknown
 from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Strategy, Unsecured
 from innermax.threat import Linf
@@ -91,6 +92,7 @@ class Scale:
         seeds: trainings of each defence, by the setting's name.
         images: test images that are attacked, the first so many, by the setting's name; None: all.
         note: in words, how this differs from the paper.
+        budget: gradients an example of the guided attack, the strongest at hand.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Scale:
     seeds: Mapping[str, int]
     images: Mapping[str, int | None]
     note: str
+    budget: int = GuidedPGD.budget
 
     def trainings(self, data: str, strategy: str, **changes: Any) -> list[Training]:
         """A defence with every seed."""
@@ -114,20 +117,21 @@ _CIFAR = Setting("cifar10", "cifar-cnn", 8 / 255, 120, 100 / 120, (60 / 120, 100
 _WIDE = replace(
     _CIFAR, model="wideresnet", epochs=205, lr=0.1, lr_drops=(0.5, 0.75), weight_decay=2e-4, steps=7
 )  # Madry et al. 2018's training
-_DIGITS = Setting("digits", "digits-cnn", 0.15, 2, 0.5, (0.5,), lr=0.05, batch_size=64, train=320, validation=100)
+_DIGITS = Setting("digits", "digits-cnn", 0.15, 2, 0.5, (0.5,), lr=0.05, batch_size=64, train=192, validation=50)
 
 SCALES = {
     "smoke": Scale(
         "smoke",
         mnist=_DIGITS,
         cifar=replace(_DIGITS, eps=0.1),
-        wide=replace(_DIGITS, model="wideresnet", options={"depth": 10, "width": 1}, train=128, epochs=1, steps=7),
+        wide=replace(_DIGITS, model="wideresnet", options={"depth": 10, "width": 1}, train=64, epochs=1, steps=7),
         sweep=replace(_DIGITS, eps=0.1, epochs=1),
         surrogate=replace(_DIGITS, eps=0.1, batch_size=32),
         seeds={"mnist": 1, "cifar": 1, "wide": 1, "sweep": 1},
-        images={"mnist": 40, "cifar": 40, "wide": 40, "sweep": 40},
+        images={"mnist": 20, "cifar": 20, "wide": 20, "sweep": 20},
         note="Everything runs on scikit-learn's 8×8 digits for an epoch or two: it shows that the road is whole, not "
         "how robust anything is.",
+        budget=30,
     ),
     "cpu": Scale(
         "cpu",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from innermax.reproduce.comparison import TABLE, Row, attacks_of, table
+from innermax.reproduce.comparison import FEW, STRONGEST, TABLE, Row, attacks_of, strongest, table
 from innermax.reproduce.piece import Known, Numbers, Piece
 from innermax.reproduce.settings import Scale, Training
 from innermax.reproduce.workshop import Question
@@ -15,8 +15,6 @@ _DEFENCES = {
     "curriculum": "Curriculum",
     "dynamic": "Dynamic",
 }
-_STRONGEST = "guided"  # the strongest attack at hand, so that nobody takes masked gradients for robustness
-_FEW = 500  # images it is run on
 # Per cent, as the paper prints them.
 _TABLE_1 = {
     ("mnist", "unsecured"): (99.20, 14.04, 0.0, 0.0, 0.0),
@@ -52,7 +50,7 @@ def _white_box(scale: Scale, paper: Mapping[tuple[str, str], Sequence[float]], a
     for (data, defence), numbers in paper.items():
         trainings, images = scale.trainings(data, defence), scale.images[data]
         eps = trainings[0].setting.eps
-        asked = [(attacks_of(eps, attacks), images), (attacks_of(eps, (_STRONGEST,)), min(images or _FEW, _FEW))]
+        asked = [(attacks_of(eps, attacks), images), (strongest(scale, eps), min(images or FEW, FEW))]
         printed = dict(zip(("clean", *attacks), numbers, strict=True))
         rows.setdefault(data, []).append(Row.of(_DEFENCES[defence], trainings, *asked, paper=printed))
     return rows
@@ -108,8 +106,8 @@ PIECES = (
         "table1",
         "Table 1: white-box robustness",
         _table_1,
-        ("clean", *TABLE, _STRONGEST),
-        f"{_READING} *Guided* is the strongest attack at hand, on the first {_FEW:,} images; not in the paper.",
+        ("clean", *TABLE, STRONGEST),
+        f"{_READING} *Guided* is the strongest attack at hand, on the first {FEW:,} images; not in the paper.",
     ),
     _piece(
         "table2", "Table 2: black-box robustness", _table_2, TABLE, f"{_READING} Images are made on another network."
@@ -118,7 +116,7 @@ PIECES = (
         "table3",
         "Table 3: white-box robustness of a wide residual network",
         _table_3,
-        ("clean", "fgsm", "pgd-20", "cw-30", _STRONGEST),
+        ("clean", "fgsm", "pgd-20", "cw-30", STRONGEST),
         _READING,
     ),
 )

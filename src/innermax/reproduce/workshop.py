@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -85,7 +86,10 @@ class Workshop:
         folder = self.models / fingerprint(training)
         setting = training.setting
         with self._alone(folder.name):
-            data = self.data(setting)
+            done = finished(folder, setting.epochs)
+            if done is not None:
+                return done
+            data = load(setting)
             return im.train(
                 network(setting, data, training.seed),
                 data.train[: setting.train],
@@ -114,10 +118,6 @@ class Workshop:
         model = im.load_model(self.models / fingerprint(training) / "best.safetensors") if best else run.model
         return model.to(chosen_device(self.device)).eval()
 
-    def data(self, setting: Setting) -> Data:
-        """The setting's data set."""
-        return im.load_data(setting.data, validation=setting.validation)
-
     def _path(self, question: Question) -> Path:
         return self.answers / f"{fingerprint(question)}.json"
 
@@ -133,6 +133,25 @@ class Workshop:
             except BlockingIOError:
                 raise Busy(name) from None
             yield
+
+
+def finished(folder: Path, epochs: int) -> im.Run | None:
+    """The run of a folder that holds all its epochs."""
+    metrics = folder / "metrics.jsonl"
+    rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    if len(rows) < epochs:
+        return None
+    return im.Run(im.load_model(folder).eval(), tuple(map(json.loads, rows)), folder)
+
+
+def load(setting: Setting) -> Data:
+    """The setting's data set."""
+    return _loaded(setting.data, setting.validation)
+
+
+@lru_cache(maxsize=2)
+def _loaded(name: str, validation: int) -> Data:
+    return im.load_data(name, validation=validation)
 
 
 def network(setting: Setting, data: Data, seed: int) -> nn.Module:
