@@ -79,7 +79,7 @@ class Row:
             if trained is None or any(answer is None for answer in answers):
                 continue
             measured: dict[str, Any] = {}
-            for answer in answers:
+            for answer in reversed(answers):  # of clean images the first question asks most
                 measured |= {
                     name: {key: value[key] for key in ("accuracy", "low", "high", "total")}
                     for name, value in (answer or {}).items()

@@ -74,7 +74,10 @@ def figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
         second.bar(
             places, heights, width, label=name, color=COLOURS[number], hatch=("", "//", "..")[number], edgecolor="w"
         )
-    second.set_xticks(range(len(attacks)), [{"clean": "Clean"}.get(name, name.upper()) for name in attacks])
+    second.set_xticks(
+        range(len(attacks)), [{"clean": "Clean", "cw-30": "C&W∞"}.get(name, name.upper()) for name in attacks]
+    )
+    second.margins(y=0.3)  # room for the legend
     second.set(ylabel="accuracy (%)", title="(b) robustness")
     first.set(xlabel="FOSC (ball)", title="(a) PGD-ε/4 and PGD-ε/8")
     third.set(xlabel="FOSC (ball)", title="(c) FGSM first, then PGD")
@@ -131,6 +134,7 @@ def densities(axis: "Axes", groups: Mapping[str, Sequence[float]]) -> None:
             places = np.linspace(0, 1.1 * largest, _POINTS)
             _line(axis, places, gaussian_kde(values)(places), name, number)
     axis.set_ylabel("density")
+    axis.locator_params(axis="x", nbins=5)
     axis.set_ylim(bottom=0)
 
 
