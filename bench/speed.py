@@ -31,6 +31,7 @@ import innermax as im
 from innermax.data import ImageSet
 from innermax.objectives import cross_entropy
 from innermax.oracle import Oracle
+from innermax.strategies import Strategy
 from innermax.training import _Loop
 
 STEPS = 10
@@ -92,15 +93,25 @@ def attacks(rounds: int) -> dict[str, Any]:
 class Ours:
     """A training step as `innermax.train` takes it, one call a step."""
 
-    def __init__(self, setting: Setting, x: Tensor, y: Tensor, precision: str) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        x: Tensor,
+        y: Tensor,
+        precision: str,
+        strategy: Callable[[im.PGD], Strategy] = im.Standard,
+    ) -> None:
+        self.strategy = strategy(im.PGD(im.Linf(setting.eps), steps=STEPS))
         options = {
             "device": "auto", "precision": precision, "ema": None, "optimizer": "sgd", "lr": 0.01, "momentum": 0.9,
             "weight_decay": 1e-4, "seed": 0, "epochs": 1, "batch_size": len(x), "shift": 0, "flip": False,
             "clip": None, "lr_schedule": "constant", "lr_drops": (),
+            "strategy": self.strategy,
         }  # fmt: skip
         self.loop = _Loop.started(setting.model(), ImageSet(x, y), options)
         self.x, self.y = x, y
-        self.pgd = im.PGD(im.Linf(setting.eps), steps=STEPS)
+        self.loop.epoch = 1  # where a warm start has something to start from
+        self.pgd = self.strategy.attack_at(0.5)
 
     def __call__(self) -> None:
         self.loop.update(torch.arange(len(self.x)), self.pgd, cross_entropy, 0.0, gauge=False)
