@@ -24,6 +24,7 @@ from innermax.reproduce.run import PIECES, reproduce
 from innermax.reproduce.settings import SCALES, Training
 from innermax.reproduce.workshop import Busy, Workshop, fingerprint
 
+pytestmark = pytest.mark.timeout(900)  # every piece is made once, in about a minute
 SMOKE = SCALES["smoke"]
 TINY = replace(SMOKE.mnist, epochs=1, train=100)
 
