@@ -113,7 +113,8 @@ def build_problem(spread: float, examples: int = 8, dimensions: int = 4) -> Prob
     """Random examples with a mean of 0 and √Var = 4/3; random offsets with a mean of 0, the largest spread·με."""
     key = randomness.keys(0, torch.arange(examples))
     draws = 2 * randomness.uniform(key, 2 * dimensions).double() - 1
-    centres, offsets = (draws - draws.mean(0)).split(dimensions, dim=1)
+    draws = draws - draws.mean(0)
+    centres, offsets = draws[:, :dimensions], draws[:, dimensions:]
     centres = centres / deviation(centres) * 4 / 3
     largest = spread * Problem.concavity * Problem.eps
     return Problem(centres, largest * offsets / offsets.abs().max())

@@ -1,19 +1,4 @@
-"""Theorem 1 (Wang et al. 2019, Section 4.2) beside runs of Algorithm 1 on problems whose every constant is known.
-
-The theorem bounds the averaged squared gradient norm of L_S(θ) = 1/n Σ_i max over x ∈ X_i of f_i(θ, x), X_i an L∞ ball,
-when SGD uses maximizers x̂_i with FOSC ≤ δ. With g a mini-batch's gradient at the true maximizers x*_i, ĝ the one at the
-x̂_i, which is used, and L = L_θx L_xθ/μ + L_θθ, it rests on three facts:
-
-- strong concavity, from x̂ to x* and back: μ‖x̂ − x*‖² ≤ FOSC(x̂) ≤ δ, so that ‖ĝ − g‖ ≤ L_θx √(δ/μ) =: B;
-- ‖x*_i(θ) − x*_i(θ')‖ ≤ L_xθ/μ ‖θ − θ'‖, so that L_S is L-smooth;
-- a step of length η ≤ 1/L: η/2 ‖∇L_S(θ_t)‖² ≤ L_S(θ_t) − E L_S(θ_{t+1}) + ηB²/2 + Lη²(σ² + B²).
-
-Sum over t, divide by ηT/2 and put in η = min(1/L, √(Δ/(Lσ²T))), of which 1/η ≤ L + σ√(LT/Δ). For every T,
-
-    1/T Σ_t E‖∇L_S(θ_t)‖² ≤ 2LΔ/T + 4σ√(LΔ/T) + 3B²,   and 3B² is less than the paper's 5B² = 5 L²_θx δ/μ.
-
-The paper prints the bound without its first term: so it holds where 1/L does not cut η, T ≥ LΔ/σ².
-"""
+"""Theorem 1 as a piece: runs of Algorithm 1 beside the bound, as T, σ and δ vary: numbers, tables, a picture."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from innermax import randomness
 from innermax.checks import unknown
+from innermax.reproduce.convergence import algorithm_1, bounds
 from innermax.reproduce.strongly_concave import Problem, build_problem
-from innermax.threat import FeasibleSet, Linf
 
 Numbers = Mapping[str, Any]
 
@@ -52,79 +34,7 @@ BATCHES = (1, 64, 0)  # 0: every iteration sees all examples, σ = 0
 GRID_DELTAS = (1e-1, 1e-3)
 SWEEP_DELTAS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe & Ito (2008): told apart without colour vision
-
-
-def bounds(problem: Problem, iterations: int, sigma: float, delta: float) -> tuple[float, float]:
-    """(the bound for every T, the bound as printed)."""
-    scaled = problem.smoothness * problem.descent / iterations
-    printed = 4 * sigma * math.sqrt(scaled) + 5 * problem.coupling**2 * delta / problem.concavity
-    return 2 * scaled + printed, printed
-
-
-def inner_maximization(
-    slope: Float[Tensor, "b p"], around: FeasibleSet, concavity: float, delta: Float[Tensor, " b"]
-) -> tuple[Float[Tensor, "b p"], Int[Tensor, " b"], Float[Tensor, " b"]]:
-    """Algorithm 1's inner loop, K unlimited: projected gradient ascent from the clean inputs, until FOSC ≤ δ.
-
-    One step of 1/μ would do where the ball does not bind, whatever δ; at a quarter of that, FOSC ends near δ. The paper's
-    sign steps do not converge at a constant length. Returns each x̂, the gradients it took, and its FOSC.
-    """
-    found, calls, fosc = around.x.clone(), torch.zeros(len(slope), dtype=torch.int64), torch.zeros_like(delta)
-    rows, x, gradient, count = torch.arange(len(slope)), around.x, slope, 1
-    while len(rows):
-        x, count = around.project(x + gradient / (4 * concavity)), count + 1
-        gradient = slope - concavity * (x - around.x)
-        gap = around.gap(gradient, x)
-        done, on = (gap <= delta).nonzero()[:, 0], (gap > delta).nonzero()[:, 0]
-        if len(done):
-            found[rows[done]], calls[rows[done]], fosc[rows[done]] = x[done], count, gap[done]
-            rows, x, gradient, slope, delta, around = (v[on] for v in (rows, x, gradient, slope, delta, around))
-    return found, calls, fosc
-
-
-def algorithm_1(
-    problem: Problem, iterations: int, delta: Float[Tensor, " r"], batch: Int[Tensor, " r"], seed: Int[Tensor, " r"]
-) -> dict[str, Float[Tensor, "r t"]]:
-    """Algorithm 1 for T iterations, a row a run: each with its δ, its batch size (0: all examples) and its seed.
-
-    Returns a column an iteration: "squared", ‖∇L_S(θ_t)‖²; "bias", ‖1/n Σ_i ∇_θ f_i(θ_t, x̂_i) − ∇L_S(θ_t)‖; "noise",
-    the deviation of one example's gradient at the true maximizers; "fosc", the largest FOSC; "calls", the mean number of
-    inner gradients an example.
-    """
-    runs, n = len(delta), len(problem.centres)
-    sigma = torch.where(batch > 0, problem.noise / batch.double().sqrt(), 0.0)
-    rate = (problem.descent / (problem.smoothness * sigma**2 * iterations)).sqrt().clamp(max=1 / problem.smoothness)
-    around = Linf(problem.eps, bounds=None).around(problem.centres.repeat(runs, 1))
-    theta, levels = problem.start.repeat(runs, 1), delta.repeat_interleave(n)
-    rows = []
-    for t in range(iterations):
-        # All examples are solved, whatever the batch: a search depends on θ and its example alone.
-        found, calls, fosc = inner_maximization(problem.slope(theta).flatten(0, 1), around, problem.concavity, levels)
-        used = problem.gradients(theta, found.unflatten(0, (runs, n)))
-        true = problem.gradients(theta, problem.maximizers(theta))
-        mean = true.mean(1)
-        rows.append(
-            {
-                "squared": mean.square().sum(1),
-                "bias": (used.mean(1) - mean).norm(dim=1),
-                "noise": (true - mean[:, None]).square().sum(2).mean(1).sqrt(),
-                "fosc": fosc.unflatten(0, (runs, n)).amax(1),
-                "calls": calls.unflatten(0, (runs, n)).double().mean(1),
-            }
-        )
-        theta = theta - rate[:, None] * (_shares(batch, seed, t, n)[:, :, None] * used).sum(1)
-    return {name: torch.stack([row[name] for row in rows], dim=1) for name in rows[0]}
-
-
-def _shares(batch: Int[Tensor, " r"], seed: Int[Tensor, " r"], t: int, n: int) -> Float[Tensor, "r n"]:
-    """The share of each example in iteration t's batches, drawn with replacement."""
-    shares = torch.full((len(batch), n), 1 / n, dtype=torch.float64)
-    for size in set(batch.tolist()) - {0}:
-        rows = batch == size
-        drawn = (randomness.uniform(randomness.keys(0, seed[rows], t, size), size) * n).long()
-        counts = torch.zeros(len(drawn), n, dtype=torch.float64)
-        shares[rows] = counts.scatter_add(1, drawn, torch.full_like(drawn, 1 / size, dtype=torch.float64))
-    return shares
+_SQUARED = r"$\|\nabla L_S(\theta_t)\|^2$"
 
 
 def measure(scale: str) -> dict[str, Any]:
@@ -136,12 +46,11 @@ def measure(scale: str) -> dict[str, Any]:
         raise unknown("scale", scale, SCALES)
     iterations, seeds = SCALES[scale].iterations, SCALES[scale].seeds
     problems = {name: build_problem(spread) for name, spread in SPREADS.items()}
-    varied = problems["varied"]
+    grid = [_cells(problems["varied"], T, GRID_DELTAS, BATCHES, seeds) for T in iterations]
     return {
         "scale": scale,
-        "seeds": seeds,
         "constants": {name: _constants(problem) for name, problem in problems.items()},
-        "grid": [cell for T in iterations for cell in _cells(varied, T, GRID_DELTAS, BATCHES, seeds)],
+        "grid": [cell for cells in grid for cell in cells],
         "sweep": {name: _cells(problem, iterations[-1], SWEEP_DELTAS, (0,), 1) for name, problem in problems.items()},
     }
 
@@ -162,7 +71,7 @@ def _constants(problem: Problem) -> dict[str, float]:
 def _cells(
     problem: Problem, iterations: int, deltas: Sequence[float], batches: Sequence[int], seeds: int
 ) -> list[dict[str, Any]]:
-    """A cell for each batch size and δ: the runs of all seeds (one where there is no noise), and the bound."""
+    """A cell for each batch size and δ: the runs of all seeds, one where there is no noise, beside the bound."""
     runs = [(m, d, s) for m, d in product(batches, deltas) for s in range(seeds if m else 1)]
     sizes, levels, numbers = zip(*runs, strict=True)
     batch, delta, seed = torch.tensor(sizes), torch.tensor(levels, dtype=torch.float64), torch.tensor(numbers)
@@ -191,48 +100,31 @@ def _cells(
                 "printed_bound": printed,
                 "printed_condition": sigma**2 * iterations >= problem.smoothness * problem.descent,
                 "inner_gradients": float(own["calls"].mean()),
-                "largest_fosc": float(own["fosc"].max()),
-                "largest_noise": float(own["noise"].max()),
                 "largest_bias": float(own["bias"].max()),
                 "bias_bound": problem.coupling * math.sqrt(d / problem.concavity),
+                "fosc_over_delta": float(own["fosc"].max()) / d,
+                "noise_over_sigma": float(own["noise"].max()) / problem.noise,
             }
         )
     return cells
 
 
 def markdown(numbers: Numbers) -> str:
-    """The constants, the bound over T, σ and δ, what δ leaves, and what follows."""
-    sweep = numbers["sweep"]
+    """What follows from the numbers; the constants; the bound over T, σ and δ; what δ leaves."""
+    sweep, grid = numbers["sweep"], sorted(numbers["grid"], key=lambda cell: (-cell["delta"], -cell["sigma"]))
+    constants = ["problem", "L_θθ", "L_θx", "L_xθ", "μ", "L", "σ, batch of 1", "Δ", "ε"]
+    over = ["δ", "σ", "T", "measured", "95 % interval", "bound", "ratio", "as printed", "T ≥ LΔ/σ²", "inner gradients"]
+    left = ["problem", "δ", "measured", "last tenth", "L²_θx δ/μ", "bound", "ratio", "bias", "L_θx √(δ/μ)"]
     return "\n\n".join(
         [
             _verdict(numbers),
-            _table(
-                ["problem", "L_θθ", "L_θx", "L_xθ", "μ", "L", "σ, batch of 1", "Δ", "ε"],
-                [[name, *(f"{value:.4g}" for value in row.values())] for name, row in numbers["constants"].items()],
-            ),
-            "The averaged squared gradient norm, a mean over seeds with its 95 % interval, against the bound. Examples "
-            "that differ (varied).",
-            _table(
-                ["δ", "σ", "T", "measured", "95 % interval", "bound", "ratio", "as printed", "T ≥ LΔ/σ²", "∇ₓ"],
-                [_grid_row(c) for c in sorted(numbers["grid"], key=lambda c: (-c["delta"], -c["sigma"]))],
-            ),
-            f"What δ leaves: no noise, T = {sweep['varied'][0]['iterations']:,}. The bias is the largest that was met.",
-            _table(
-                [
-                    "problem",
-                    "δ",
-                    "measured",
-                    "last tenth",
-                    "L²_θx δ/μ",
-                    "bound",
-                    "ratio",
-                    "bias",
-                    "≤ L_θx √(δ/μ)",
-                    "∇ₓ",
-                ],
-                [[name, *_sweep_row(cell)] for name, cells in sweep.items() for cell in cells],
-            ),
-            "∇ₓ: inner gradients an example and iteration.",
+            _table(constants, [[k, *map("{:.4g}".format, row.values())] for k, row in numbers["constants"].items()]),
+            "Measured: 1/T Σ ‖∇L_S(θ_t)‖², the mean over seeds, on examples that differ (varied). At σ = 0 every "
+            "iteration uses all examples and nothing is left to chance. Inner gradients: an example and iteration.",
+            _table(over, [_grid_row(cell) for cell in grid]),
+            f"What δ leaves, at σ = 0 and T = {sweep['varied'][0]['iterations']:,}. Last tenth: the mean of "
+            "‖∇L_S(θ_t)‖² over the last tenth of the iterations. Bias: the largest error of the whole set's gradient.",
+            _table(left, [[name, *_sweep_row(cell)] for name, cells in sweep.items() for cell in cells]),
         ]
     )
 
@@ -243,10 +135,10 @@ def _grid_row(cell: Numbers) -> list[str]:
         f"{cell['sigma']:.3g}",
         f"{cell['iterations']:,}",
         f"{cell['measured']:.4f}",
-        f"{cell['low']:.4f}–{cell['high']:.4f}" if cell["batch"] else "exact",
-        f"{cell['bound']:.4f}",
+        f"{cell['low']:.4f}–{cell['high']:.4f}" if cell["batch"] else "–",
+        f"{cell['bound']:.4f}" + ("" if _holds(cell, "bound") else " **exceeded**"),
         f"{cell['ratio']:.1f}",
-        f"{cell['printed_bound']:.4f}" + ("" if cell["high"] <= cell["printed_bound"] else " **too low**"),
+        f"{cell['printed_bound']:.4f}" + ("" if _holds(cell, "printed_bound") else " **exceeded**"),
         "yes" if cell["printed_condition"] else "no",
         f"{cell['inner_gradients']:.1f}",
     ]
@@ -254,35 +146,8 @@ def _grid_row(cell: Numbers) -> list[str]:
 
 def _sweep_row(cell: Numbers) -> list[str]:
     values = (cell["measured"], cell["last_tenth"], cell["bias_bound"] ** 2, cell["bound"])
-    return [
-        f"{cell['delta']:g}",
-        *(f"{value:.2g}" for value in values),
-        f"{cell['ratio']:.1f}",
-        f"{cell['largest_bias']:.3g}",
-        f"{cell['bias_bound']:.3g}",
-        f"{cell['inner_gradients']:.1f}",
-    ]
-
-
-def _verdict(numbers: Numbers) -> str:
-    """What the numbers say, each clause counted from them."""
-    sweep, grid = numbers["sweep"], numbers["grid"]
-    cells = [*grid, *(cell for row in sweep.values() for cell in row)]
-    held = [cell for cell in cells if cell["high"] <= cell["bound"]]
-    within, beyond = ([cell for cell in cells if cell["printed_condition"] is condition] for condition in (True, False))
-    broken, missed = (sum(cell["high"] > cell["printed_bound"] for cell in group) for group in (within, beyond))
-    ratios = [cell["ratio"] for cell in cells]
-    left = {name: [cell["last_tenth"] / cell["bias_bound"] ** 2 for cell in row] for name, row in sweep.items()}
-    share = max(cell["largest_bias"] / cell["bias_bound"] for cell in cells)
-    return (
-        f"The bound holds in {len(held)} of {len(cells)} settings and is {min(ratios):.1f} to {max(ratios):.1f} times "
-        f"what is measured. As printed, without 2LΔ/T, it is exceeded in {broken} of the {len(within)} settings with "
-        f"T ≥ LΔ/σ², and in {missed} of the {len(beyond)} others. Without noise, over the last tenth of the "
-        f"iterations, δ = {sweep['varied'][-1]['delta']:g}…{sweep['varied'][0]['delta']:g} leaves "
-        f"{min(left['aligned']):.2g} to {max(left['aligned']):.2g} times L²_θx δ/μ where every maximizer just reaches "
-        f"the ball's surface (aligned), {min(left['varied']):.2g} to {max(left['varied']):.2g} times where examples "
-        f"differ (varied); the theorem allows 5. The largest bias of a gradient is {share:.2f} of L_θx √(δ/μ)."
-    )
+    bias = (f"{cell['ratio']:.1f}", f"{cell['largest_bias']:.2g}", f"{cell['bias_bound']:.2g}")
+    return [f"{cell['delta']:g}", *map("{:.2g}".format, values), *bias]
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -290,33 +155,72 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _holds(cell: Numbers, bound: str) -> bool:
+    """Whether the interval lies below the bound."""
+    return bool(cell["high"] <= cell[bound])
+
+
+def _verdict(numbers: Numbers) -> str:
+    """A paragraph, each clause counted from the numbers."""
+    sweep = numbers["sweep"]
+    cells = [*numbers["grid"], *sweep["varied"], *sweep["aligned"]]
+    within, beyond = ([cell for cell in cells if cell["printed_condition"] is kind] for kind in (True, False))
+    broken = [sum(not _holds(cell, "printed_bound") for cell in group) for group in (within, beyond)]
+    low, high = (extreme(cell["ratio"] for cell in cells) for extreme in (min, max))
+    fosc, noise = (max(cell[key] for cell in cells) for key in ("fosc_over_delta", "noise_over_sigma"))
+    bias = max(cell["largest_bias"] / cell["bias_bound"] for cell in cells)
+    floors = {name: [cell["last_tenth"] / cell["bias_bound"] ** 2 for cell in row] for name, row in sweep.items()}
+    span = {name: f"{min(shares):.2g} to {max(shares):.2g}" for name, shares in floors.items()}
+    return (
+        f"The bound that is for every T holds in {sum(_holds(cell, 'bound') for cell in cells)} of {len(cells)} "
+        f"settings, and is {low:.1f} to {high:.1f} times what is measured. The printed one, without 2LΔ/T, is exceeded "
+        f"in {broken[0]} of {len(within)} settings with T ≥ LΔ/σ² and in {broken[1]} of the {len(beyond)} others. What "
+        f"they rest on, at the most that was met: FOSC {fosc:.3f} δ, the noise of one example's gradient {noise:.2f} σ, "
+        f"the gradient's bias {bias:.2f} L_θx √(δ/μ). What δ leaves in the end, without noise, is {span['aligned']} "
+        "times L²_θx δ/μ where every maximizer just reaches the ball's surface (aligned, δ's worst case), and goes as "
+        f"δ^{_power(sweep['aligned']):.1f} over the smallest two δ; where examples differ (varied) it is "
+        f"{span['varied']} times, and goes as δ^{_power(sweep['varied']):.1f}. The theorem allows 5 times."
+    )
+
+
+def _power(row: Sequence[Numbers]) -> float:
+    """The power of δ with which the floor falls, over the smallest two δ."""
+    large, small = row[-2:]
+    return math.log(large["last_tenth"] / small["last_tenth"]) / math.log(large["delta"] / small["delta"])
+
+
 def draw(numbers: Numbers, path: Path) -> None:
-    """Measured and bound against T for each σ, at the smallest δ; and against δ, without noise; as a PNG."""
+    """Measured and bound against T for each σ, at the grid's smallest δ; and against δ at σ = 0; as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    delta = min(cell["delta"] for cell in numbers["grid"])
-    cells = [cell for cell in numbers["grid"] if cell["delta"] == delta]
-    for sigma, colour, mark in zip(sorted({c["sigma"] for c in cells}, reverse=True), COLOURS, "os^", strict=True):
-        own = [cell for cell in cells if cell["sigma"] == sigma]
-        T, measured = [cell["iterations"] for cell in own], [cell["measured"] for cell in own]
-        errors = [cell["high"] - cell["measured"] for cell in own]
-        left.errorbar(T, measured, errors, color=colour, marker=mark, capsize=3, label=f"σ = {sigma:.2g}")
-        left.plot(T, [cell["bound"] for cell in own], "--", color=colour)
-    left.plot([], [], "--", color="0.3", label="bound")
-    left.set(xlabel="iterations T", title=f"averaged ‖∇L_S(θ_t)‖², δ = {delta:g}")
-    for (name, row), colour, mark in zip(numbers["sweep"].items(), COLOURS, "os", strict=False):
-        deltas = [cell["delta"] for cell in row]
-        right.plot(deltas, [cell["last_tenth"] for cell in row], color=colour, marker=mark, label=f"{name}, last tenth")
-        right.plot(deltas, [cell["measured"] for cell in row], ":", color=colour, marker=mark, mfc="w", label=name)
-    row = numbers["sweep"]["varied"]
-    right.plot(deltas, [cell["bound"] for cell in row], "--", color="0.3", label="bound")
-    right.plot(deltas, [cell["bias_bound"] ** 2 for cell in row], "-.", color="0.6", label="L²_θx δ/μ")
-    right.set(xlabel="δ", title=f"‖∇L_S(θ_t)‖² without noise, T = {row[0]['iterations']:,}")
     for axis in (left, right):
         axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
+    delta = min(cell["delta"] for cell in numbers["grid"])
+    for batch, colour, mark in zip(BATCHES, COLOURS, "os^", strict=True):
+        row = [cell for cell in numbers["grid"] if cell["batch"] == batch and cell["delta"] == delta]
+        T, measured = [cell["iterations"] for cell in row], [cell["measured"] for cell in row]
+        errors = [cell["high"] - cell["measured"] for cell in row]
+        label = f"σ = {row[0]['sigma']:.2g}, average over t"
+        left.errorbar(T, measured, errors, color=colour, marker=mark, capsize=3, label=label)
+        left.plot(T, [cell["bound"] for cell in row], "--", color=colour)
+    left.set_xticks(T, [f"{value:,}" for value in T])
+    left.set_xticks([], minor=True)
+    left.set(xlabel="iterations T", title=f"{_SQUARED}, δ = {delta:g}, varied")
+    for (name, row), colour, mark in zip(numbers["sweep"].items(), COLOURS, "os", strict=False):
+        keys = ("delta", "measured", "last_tenth", "bound")
+        deltas, average, end, bound = ([cell[key] for cell in row] for key in keys)
+        right.plot(deltas, average, ":", color=colour, marker=mark, mfc="w", label=f"{name}, average over t")
+        right.plot(deltas, end, color=colour, marker=mark, label=f"{name}, last tenth")
+        right.plot(deltas, bound, "--", color=colour)
+    right.plot(
+        deltas, [cell["bias_bound"] ** 2 for cell in row], "-.", color="0.5", label=r"$L_{\theta x}^2\delta/\mu$"
+    )
+    right.set(xlabel="δ", title=f"{_SQUARED}, σ = 0, T = {row[0]['iterations']:,}")
+    for axis in (left, right):
+        axis.plot([], [], "--", color="0.3", label="bound, in its colour")
+        axis.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     figure.savefig(path, dpi=130)
