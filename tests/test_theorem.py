@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from scipy import optimize
 
 from innermax.reproduce import theorem
@@ -125,7 +126,7 @@ def test_the_maximum_is_smooth_and_not_convex(problem):
 
 
 def test_descent_is_that_of_the_worst_cases_closed_form():
-    """Each of four coordinates falls from |θ_j| = r/10 to r, where the wave is at its node: s/2·(u² − 1)r² and the wave."""
+    """Each of four coordinates falls from |θ_j| = r/10 to r, the wave's node: s/2·(u² − 1)r² and the wave."""
     aligned = PROBLEMS["aligned"]
     exact = 4 * (S * R**2 * (0.1**2 - 1) / 2 + 2 * S * R**2 / math.pi * math.cos(math.pi / 20))
     assert exact <= aligned.descent <= exact + 1e-6
@@ -235,7 +236,7 @@ def test_a_step_is_the_theorems_and_batches_are_unbiased_with_a_variance_of_a_ba
         rate = min(1 / problem.smoothness, math.sqrt(problem.descent / (problem.smoothness * sigma**2 * 2)))
         at = problem.start
         full = full_gradient(problem, at)
-        # L_S is nearly quadratic beside its maximum: E‖∇L_S(θ_1)‖² is that of the mean step plus what its variance adds.
+        # L_S is nearly quadratic near its maximum: E‖∇L_S(θ_1)‖² is the mean step's plus what its variance adds.
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randint(8, (seeds, m), generator=generator)
         gradients = problem.gradients(at, problem.maximizers(at))
@@ -336,7 +337,9 @@ def test_tables_are_whole(numbers):
 
 
 def test_the_picture_is_drawn(numbers, tmp_path):
-    theorem.draw(numbers, tmp_path / "theorem.png")
+    figure = Figure(layout="constrained", dpi=150)
+    theorem.draw(numbers, figure)
+    figure.savefig(tmp_path / "theorem.png")
     from matplotlib.image import imread
 
     image = imread(tmp_path / "theorem.png")

@@ -9,14 +9,13 @@ from typing import Any
 
 from innermax.checkpoints import write_bytes, write_json
 from innermax.checks import unknown
-from innermax.reproduce import cheaper, evidence, figures, tables
+from innermax.reproduce import cheaper, evidence, figures, tables, theorem
 from innermax.reproduce.piece import Piece
 from innermax.reproduce.settings import Scale, find_scale
 from innermax.reproduce.workshop import Answer, Busy, Question, Workshop
 
-PIECES: dict[str, Piece] = {
-    piece.name: piece for piece in (*tables.PIECES, *figures.PIECES, *evidence.PIECES, *cheaper.PIECES)
-}
+_ALL = (*tables.PIECES, *figures.PIECES, *theorem.PIECES, *evidence.PIECES, *cheaper.PIECES)
+PIECES: dict[str, Piece] = {piece.name: piece for piece in _ALL}
 
 
 def reproduce(

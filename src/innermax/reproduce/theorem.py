@@ -1,19 +1,21 @@
 """Theorem 1 as a piece: runs of Algorithm 1 beside the bound, as T, σ and δ vary: numbers, tables, a picture."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from innermax.checks import unknown
 from innermax.reproduce.convergence import algorithm_1, bounds
+from innermax.reproduce.piece import Numbers, Piece
 from innermax.reproduce.strongly_concave import Problem, build_problem
+from innermax.reproduce.workshop import Answer, Workshop
 
-Numbers = Mapping[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,17 @@ GRID_DELTAS = (1e-1, 1e-3)
 SWEEP_DELTAS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe & Ito (2008): told apart without colour vision
 _SQUARED = r"$\|\nabla L_S(\theta_t)\|^2$"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The numbers at a scale, as a piece asks for them."""
+
+    scale: str
+
+    def answer(self, workshop: Workshop) -> Answer:
+        """What `measure` measures."""
+        return measure(self.scale)
 
 
 def measure(scale: str) -> dict[str, Any]:
@@ -175,7 +188,7 @@ def _verdict(numbers: Numbers) -> str:
         f"The bound that is for every T holds in {sum(_holds(cell, 'bound') for cell in cells)} of {len(cells)} "
         f"settings, and is {low:.1f} to {high:.1f} times what is measured. The printed one, without 2LΔ/T, is exceeded "
         f"in {broken[0]} of {len(within)} settings with T ≥ LΔ/σ² and in {broken[1]} of the {len(beyond)} others. What "
-        f"they rest on, at the most that was met: FOSC {fosc:.3f} δ, the noise of one example's gradient {noise:.2f} σ, "
+        f"they rest on, at the most that was met: FOSC {fosc:.3f} δ, noise of one example's gradient {noise:.2f} σ, "
         f"the gradient's bias {bias:.2f} L_θx √(δ/μ). What δ leaves in the end, without noise, is {span['aligned']} "
         "times L²_θx δ/μ where every maximizer just reaches the ball's surface (aligned, δ's worst case), and goes as "
         f"δ^{_power(sweep['aligned']):.1f} over the smallest two δ; where examples differ (varied) it is "
@@ -189,11 +202,9 @@ def _power(row: Sequence[Numbers]) -> float:
     return math.log(large["last_tenth"] / small["last_tenth"]) / math.log(large["delta"] / small["delta"])
 
 
-def draw(numbers: Numbers, path: Path) -> None:
-    """Measured and bound against T for each σ, at the grid's smallest δ; and against δ at σ = 0; as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
+def draw(numbers: Numbers, figure: "Figure") -> None:
+    """Measured and bound against T for each σ, at the grid's smallest δ; and against δ at σ = 0."""
+    figure.set_size_inches(10.5, 5.6)
     left, right = figure.subplots(1, 2)
     for axis in (left, right):
         axis.set(xscale="log", yscale="log")
@@ -223,4 +234,15 @@ def draw(numbers: Numbers, path: Path) -> None:
     for axis in (left, right):
         axis.plot([], [], "--", color="0.3", label="bound, in its colour")
         axis.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-    figure.savefig(path, dpi=130)
+
+
+PIECES = (
+    Piece(
+        "theorem1",
+        "Theorem 1: the bound, and what Algorithm 1 does",
+        lambda scale: [Measured(scale.name)],
+        lambda scale, known: {"theorem": known(Measured(scale.name))},
+        lambda numbers: "" if numbers["theorem"] is None else markdown(numbers["theorem"]),
+        lambda numbers, figure: draw(numbers["theorem"], figure),
+    ),
+)
