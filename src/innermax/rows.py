@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from innermax.checkpoints import write_bytes
-from innermax.runs import differences, read_config
+from innermax.runs import differences, is_vacant, read_config
 
 Column = npt.NDArray[Any]
 CLEAN = "clean"
@@ -167,8 +167,7 @@ def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
                 "choose another folder, or remove it"
             )
         return
-    unfinished = f"{_CONFIGURATION}.part"  # of a process that was killed in its first moment
-    if folder.exists() and (not folder.is_dir() or any(path.name != unfinished for path in folder.iterdir())):
+    if not is_vacant(folder):
         raise ValueError(f"rows_dir {folder} exists and holds no rows of innermax; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)
