@@ -295,7 +295,7 @@ def evaluate(
             parts.read()
         with kept_rows(folder), warnings.catch_warnings():
             _clean(bench, exact, attacks, parts)
-            for sentence in misgivings(exact, images, device):
+            for sentence in misgivings(exact, images, device, batch_size):
                 warnings.warn(sentence, stacklevel=2)
             if parts.joined(CLEAN).columns["probable"].all():
                 message = f"{_PROBABLE}; attacks and gauges need logits (leave the softmax out)"
