@@ -1255,6 +1255,65 @@ def test_where_an_end_is_scored_the_last_quarter_of_the_steps_is_asked_in_float3
     assert asked == [oracle] * coarse + [oracle.precise] * precise
 
 
+def misled():
+    """A model whose clean answers seem wrong in bf16: logits so large that it tells the classes of few images apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 2))
+    model[1].bias.data[:] = 100
+    x = 0.3 + 0.4 * torch.rand(16, 2, 5, 5)
+    y = model(x).argmax(1)
+    oracle = Oracle.fast(model, x, "bf16")
+    assert (oracle.logits(x).argmax(1) != y).sum() >= 3
+    return model, oracle, x, y
+
+
+@pytest.mark.parametrize("options", [{}, {"restarts": 3}])
+@pytest.mark.parametrize("final", ["gradient", "loss", "none"])
+@pytest.mark.parametrize("eps", [1e-4, 0.02, 0.3])
+def test_nobody_leaves_on_the_word_of_bf16(eps, final, options, monkeypatch):
+    model, oracle, x, y = misled()
+    asked, answer = [], oracle.precise.logits
+    monkeypatch.setattr(oracle.precise, "logits", lambda x: asked.append(len(x)) or answer(x))
+    attack = PGD(Linf(eps), **{"steps": 8, "stop_on_success": True, **options})
+    result = attack(oracle, x, y, final=final)
+    fallen = model(result.x_adv).argmax(1) != y
+    exact = attack(model, x, y, final="loss").misclassified
+    assert (fallen == exact).float().mean() > 0.9
+    if eps == 1e-4:
+        assert not fallen.any()
+        assert (result.forward_calls >= 2).sum() >= 3, "asked at more than one point"
+    if eps == 0.3:
+        assert fallen.all()
+    assert len(asked) > 0
+    assert int(result.forward_calls.sum()) == sum(asked)
+    if result.misclassified is not None:
+        assert torch.equal(result.misclassified, fallen)
+    if result.logits is not None:
+        truth = model(result.x_adv)
+        torch.testing.assert_close(result.logits[fallen], truth[fallen])
+        torch.testing.assert_close(result.loss[fallen], F.cross_entropy(truth, y, reduction="none")[fallen])
+
+
+@pytest.mark.parametrize("final", ["gradient", "loss"])
+def test_who_stops_on_its_gauge_has_not_fallen_on_the_word_of_bf16(final):
+    """And starts again, as a survivor does."""
+    _, oracle, x, y = misled()
+    attack = PGD(Linf(1e-4), steps=8, restarts=2, stop_at=1e9, stop_on_success=True)
+    result = attack(oracle, x, y, final=final)
+    assert not result.misclassified.any()
+    assert result.steps.tolist() == [1] * 16
+    assert result.gradient_calls.tolist() == [4] * 16
+
+
+def test_in_float32_nobody_is_asked_twice():
+    model, _, x, y = misled()
+    logged = Logged(model)
+    result = PGD(Linf(0.3), steps=8, stop_on_success=True)(logged, x, y)
+    assert result.misclassified.all()
+    assert result.forward_calls.tolist() == [0] * 16
+    assert sum(logged.log.rows) == int(result.gradient_calls.sum())
+
+
 def test_an_oracle_in_float32_is_its_own_precise_one():
     oracle = Oracle.fast(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(2, 1, 2, 2), "float32")
     assert oracle.precise is oracle

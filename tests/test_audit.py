@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 import innermax as im
 from innermax.audit import Audit, Evidence, Quantiles, SearchEvidence, certain_gain, judged
+from innermax.cli import main
 from innermax.evaluation import Evaluation
 from innermax.losses import margin
 from innermax.oracle import Oracle
@@ -26,6 +28,14 @@ import broken
 LINF = im.Linf(0.15)
 PGD = im.PGD(LINF, steps=10)
 KNOWN = Quantiles(0.0, 0.0, 0.0)
+
+
+@pytest.fixture
+def untyped():
+    """Without runtime type checking, whose errors would come before the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")
@@ -154,6 +164,97 @@ def test_flat_inputs_two_threats_and_nobody_left():
     assert (nobody.verdict, nobody.evidence.sampled) == ("no failure found", 0)
 
 
+class Backwards(torch.autograd.Function):
+    """The same image, with a gradient that leads away."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Misleading(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        assert not x.isnan().any()  # cannot be traced: a trace would hold the forward pass alone
+        return self.model(Backwards.apply(x))
+
+
+def test_images_made_on_a_surrogate_are_tried(trained, images):
+    attacks = {"pgd": PGD}
+    others = {"plain": trained, "random": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}
+    before = [value.clone() for value in trained.state_dict().values()]
+    alone = im.evaluate(Misleading(trained), images, attacks).audit
+    audit = im.evaluate(Misleading(trained), images, attacks, surrogates=others).audit
+    found = audit.evidence
+    survivors = im.evaluate(trained, images, attacks)
+    assert found.fallen["surrogate plain"] > 0
+    assert found.fallen["surrogate random"] == 0
+    assert found.total_gain > alone.evidence.total_gain
+    assert audit.verdict == "gradients masked"
+    assert "surrogate plain" in " ".join(format_audit(audit).plain.split())
+    own = {name: count for name, count in found.fallen.items() if not name.startswith("surrogate")}
+    assert own == alone.evidence.fallen
+    tried = found.sampled - sum(own.values())
+    cost = 20 * tried + 20 * (tried - found.fallen["surrogate plain"])
+    large = audit.evidence.gradients - alone.evidence.gradients - cost
+    assert abs(large) <= 11 * 32, "a search with large ε, on those that stand"
+    assert all(torch.equal(one, other) for one, other in zip(before, trained.state_dict().values(), strict=True))
+    assert survivors.audit.evidence.fallen.keys().isdisjoint({"surrogate plain"})
+
+
+def test_a_surrogate_of_a_model_that_draws(trained, images):
+    model = broken.Changed(trained, after=broken.Noisy(1.0)).eval()
+    audit = im.evaluate(model, images[:20], {"pgd": PGD}, surrogates={"plain": trained}).audit
+    assert audit.verdict == "randomised"
+    assert {"averaged", "surrogate plain"} == audit.evidence.fallen.keys()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"surrogates": {}}, ValueError, "surrogates must hold at least one model, came none"),
+        ({"surrogates": nn.Linear(64, 10)}, TypeError, "surrogates must map names to models, came Linear"),
+        ({"surrogates": {"": nn.Linear(64, 10)}}, ValueError, "a model's name must be a text, came ''"),
+        ({"surrogates": {"a": print}}, TypeError, "surrogate 'a': model must be a torch.nn.Module"),
+        ({"surrogates": {"a": nn.Linear(3, 10)}}, ValueError, "surrogate 'a': the model fails on x of shape"),
+        (
+            {"surrogates": {"a": nn.Sequential(nn.Flatten(), nn.Linear(64, 3))}},
+            ValueError,
+            "surrogate 'a': it has 3 classes, the model 10",
+        ),
+        ({"audit": False}, ValueError, "surrogates are what the audit tries: they need audit=True"),
+        ({"attacks": {}}, ValueError, "surrogates are what the audit tries: they need audit=True"),
+    ],
+)
+def test_surrogates_are_checked_at_the_door(trained, images, untyped, changed, error, message):
+    arguments = {"attacks": {"pgd": PGD}, "surrogates": {"plain": trained}} | changed
+    with pytest.raises(error, match=message):
+        im.evaluate(trained, images[:4], **arguments)
+
+
+def test_a_surrogate_on_the_command_line(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "other"):
+        im.save_model(name, trained)
+    words = ["evaluate", "mine", "--data", "digits", "--threat.eps", "0.15", "--attacks", "fgsm", "--limit", "9"]
+    assert main([*words, "--json", "s.json", "--surrogate", "other"]) == 0
+    assert "surrogate other" in json.loads(Path("s.json").read_text())["audit"]["evidence"]["fallen"]
+    capsys.readouterr()
+    transfer = ["transfer", "mine", "other", "--data", "digits", "--threat.eps", "0.15", "--surrogate", "other"]
+    for refused, reason in ([*words, "--surrogate", "nowhere"], "nowhere"), (transfer, "surrogate"):
+        assert main(refused) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert reason in err
+
+
 def search(**changed):
     return replace(SearchEvidence(KNOWN, KNOWN, 0.0, 0.0, steps=20, reach=5.0, late_gain=0.0, loss_gain=0.1), **changed)
 
@@ -180,6 +281,11 @@ def evidence(**changed):
         ({"total_gain": 0.1, "zero_gradient": 0.9}, "gradients masked", "saturate"),
         ({"total_gain": 0.1, "foretold": 0.2}, "gradients masked", "shattered"),
         ({"total_gain": 0.1, "hidden_gain": 0.1}, "gradients masked", "do not follow"),
+        (
+            {"total_gain": 0.1, "hidden_gain": 0.1, "fallen": {"margin": 1, "score-based": 0, "surrogate my net": 3}},
+            "gradients masked",
+            "gain more (surrogate my net)",
+        ),
         ({"total_gain": 0.1, "search": search(steps=2)}, "not converged", "too few steps: pgd takes 2"),
         ({"total_gain": 0.1, "search": search(reach=0.4)}, "not converged", "step size is too small"),
         ({"total_gain": 0.1, "search": search(loss_gain=-1.0)}, "not converged", "easier"),

@@ -1,10 +1,13 @@
 """Evaluations that are killed, interrupted, shared and damaged: the table is the same to the bit."""
 
+import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import signal
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass, fields
@@ -18,7 +21,8 @@ import yaml
 from torch import nn
 
 import innermax as im
-from innermax.rows import AttackRows, Parts
+from innermax import decoding, sharing
+from innermax.rows import AttackRows, Part, Parts
 from innermax.sharing import shared
 
 THREAT = im.Linf(0.01)
@@ -204,6 +208,29 @@ def test_two_processes_make_the_same_table(whole, tmp_path):
     assert not multiprocessing.active_children()
 
 
+def _summed(task, rank, processes, device):
+    images, labels, answer = task
+    mapped = ".npy" in Path("/proc/self/maps").read_text()
+    Path(answer).write_text(f"{mapped} {images.sum()} {labels.sum()}")
+
+
+def test_processes_map_what_is_too_large_for_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "IN_MEMORY", 1000)
+    images, labels = examples()
+    folder, place = tmp_path / "files", tmp_path / "temporary"
+    for path in (folder, place):
+        path.mkdir()
+    pickled = sharing._pickled((images, images[50:], labels), folder, 2)
+    assert len(pickled) < images.numel() / 4
+    for found, expected in zip(pickle.loads(pickled), (images, images[50:], labels), strict=True):
+        assert torch.equal(found, expected)
+    assert len(list(folder.iterdir())) == 3
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    shared(_summed, (images, labels, str(tmp_path / "answer")), 1, "cpu", lambda: None)
+    assert (tmp_path / "answer").read_text() == f"True {images.sum()} {labels.sum()}"
+    assert not list(place.glob("innermax-*"))
+
+
 def test_what_does_not_pickle_is_said(tmp_path):
     model = Noisy()
     model.hidden = lambda x: x
@@ -296,6 +323,20 @@ def test_a_part_of_other_rows_is_not_taken(whole):
             assert evaluated(whole).examples.equals(expected)
 
 
+@pytest.mark.parametrize("order", [(0, 2, 4), (4, 0, 2)])
+def test_parts_of_several_types_are_one_column(order):
+    """As of an attack that gauges itself on some batches only."""
+    parts = Parts(("clean", "a"), 5, 2, None)
+    values = {0: np.array([True, False]), 2: np.array([math.nan, math.nan]), 4: np.array([True])}
+    for start in order:
+        parts.add("a", start, Part({"zero_gradient": values[start]}, 1.5))
+    joined = parts.joined("a")
+    np.testing.assert_array_equal(joined.columns["zero_gradient"], [1, 0, math.nan, math.nan, 1])
+    assert joined.seconds == 4.5
+    assert parts.missing("a") == []
+    assert parts.missing("clean") == [0, 2, 4]
+
+
 def test_a_turned_bit_never_turns_a_row(whole):
     names = ("clean", *ATTACKS)
     path = files(whole)[-1]
@@ -306,16 +347,18 @@ def test_a_turned_bit_never_turns_a_row(whole):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             parts.read()
-        return parts.held["pgd/20"].get(6 * SIZE)
+        there = 6 * SIZE in parts.held["pgd/20"]
+        return {key: column[6 * SIZE :] for key, column in parts.columns["pgd/20"].items()} if there else None
 
     expected, refused = read(), 0
     assert expected is not None
+    assert {len(column) for column in expected.values()} == {COUNT % SIZE}
     for place in range(0, len(content), 61):
         path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
         found = read()
         refused += found is None
         assert found is None or all(
-            np.array_equal(found.columns[key], column, equal_nan=True) for key, column in expected.columns.items()
+            np.array_equal(found[key], column, equal_nan=True) for key, column in expected.items()
         )
     path.write_bytes(content)
     assert refused > 20

@@ -3,6 +3,9 @@
 import functools
 import json
 import math
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -164,6 +167,49 @@ def test_a_foreign_folder_is_refused(tmp_path):
         with pytest.raises(ValueError, match="belongs to another configuration"):
             runs.open_folder(tmp_path, configuration(), overwrite)
     assert contents(tmp_path) == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from innermax import runs
+Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+runs.open_folder(Path(sys.argv[1]), {"training": {"seed": 3, "lr": 0.1}, "settings": {}}, sys.argv[2] == "overwrite")
+"""
+
+
+def killed(folder, *words):
+    """A process that dies as it puts the folder's configuration into its place."""
+    command = [sys.executable, "-c", KILLED, str(folder), *words]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert (folder / "config.yaml.part").exists()
+
+
+def test_a_run_killed_in_its_first_moment_can_begin_again(tmp_path):
+    folder = tmp_path / "run"
+    killed(folder, "resume")
+    assert [path.name for path in folder.iterdir()] == ["config.yaml.part"]
+    now = {"training": {"seed": 3, "lr": 0.2}, "settings": {}}
+    runs.open_folder(folder, now, False)
+    assert runs.read_config(folder) == now
+    assert set(map(str, contents(folder))) == {"config.yaml", "environment.json"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml.part").write_text("trai")
+    (tmp_path / "other" / "thesis.tex").write_text("dear")
+    with pytest.raises(ValueError, match="exists and holds no run of innermax"):
+        runs.open_folder(tmp_path / "other", now, False)
+
+
+def test_a_run_killed_as_it_overwrites_another_is_still_a_run(tmp_path):
+    before = {"training": {"seed": 3, "lr": 0.3}, "settings": {}}
+    folder = runs.open_folder(tmp_path / "run", before, False)
+    (folder / "evaluation.json").write_text("{}")
+    killed(folder, "overwrite")
+    assert runs.read_config(folder) == before
+    now = {"training": {"seed": 3, "lr": 0.2}, "settings": {}}
+    runs.open_folder(folder, now, True)
+    assert runs.read_config(folder) == now
+    assert set(map(str, contents(folder))) == {"config.yaml", "environment.json", "evaluation.json"}
 
 
 def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):

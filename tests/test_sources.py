@@ -294,6 +294,14 @@ def test_normalisation_outside_is_noticed_and_the_advice_works(digits, mean, std
     assert right > 0.7 > 0.3 > raw.accuracy["clean"].value
 
 
+def test_misgivings_are_the_same_in_smaller_batches(digits):
+    data, _ = digits
+    oracle = im.Oracle(Normalised(bare(digits), 0.31, 0.37, 0.7))
+    whole, parts = (list(misgivings(oracle, data, CPU, batch_size)) for batch_size in (256, 7))
+    assert len(whole) == 1
+    assert parts == whole
+
+
 def test_a_model_that_needs_no_normalisation_is_left_in_peace(digits):
     data, _ = digits
     weak = nn.Sequential(im.Normalize([0.3], [0.4]), nn.Flatten(), nn.Linear(64, 10))

@@ -17,7 +17,8 @@ from innermax.statistics import wilson
 Verdict = Literal["no failure found", "not converged", "gradients masked", "randomised"]
 TOLERANCE = 0.005  # a robust accuracy that is wrong by more has failed
 UNCONVERGED = 0.02  # relative FOSC above which a search is not at a stationary point
-PROXIES = ("straight-through", "smoothed", "score-based")  # searches that do not follow the model's own gradient
+SURROGATE = "surrogate "  # begins the name of a search on another model, whose own name follows
+_PROXIES = ("straight-through", "smoothed", "score-based")
 _DIFFERENT = 1e-3  # of the spread of an example's logits: more than rounding makes of the same image
 _NO_GRADIENT = 0.5  # share of examples
 _VANISHING = 0.25  # share of examples
@@ -170,6 +171,11 @@ def certain_gain(likeliest: int, others: int, others_tried: int, others_all: int
     return (likeliest + max(others, low * others_all)) / examples
 
 
+def is_proxy(search: str) -> bool:
+    """Whether a search of this name does not follow the model's own gradient."""
+    return search in _PROXIES or search.startswith(SURROGATE)
+
+
 def randomised(evidence: Evidence) -> bool:
     """Whether the same image twice gives different answers."""
     return evidence.repeat_difference > _DIFFERENT
@@ -214,7 +220,7 @@ def _masks(found: Evidence) -> dict[str, str]:
             f"{100 * found.foretold:.0f} % of points"
         ] = "average gradients over nearby points, or attack without them: innermax evaluate RUN --attacks square-5000"
     if not masks and found.hidden_gain > TOLERANCE:
-        won = ", ".join(name for name in PROXIES if found.fallen.get(name))
+        won = ", ".join(name for name, count in found.fallen.items() if count and is_proxy(name))
         masks[f"searches that do not follow the model's own gradient gain more ({won})"] = (
             "attack without gradients, or through a surrogate: innermax evaluate RUN --attacks autoattack,square-5000"
         )

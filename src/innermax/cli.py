@@ -174,7 +174,7 @@ def _transfer(words: list[str]) -> None:
         "transfer SURROGATE TARGET…",
         "Attack one trained model, the surrogate, and score the images on others, the targets: black-box robustness. "
         f"Each is {_SOURCES}.",
-        {"best", "normalize", "devices", "rows_dir"},
+        {"best", "normalize", "devices", "rows_dir", "surrogate"},
     )
     sources = list(takewhile(lambda word: not word.startswith("-"), words))
     options = words[len(sources) :]
@@ -227,13 +227,15 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     _check_json(chosen.json)
     model = im.load_model(path / "best.safetensors" if chosen.best else source, allow_code=chosen.allow_code)
     model = model if chosen.normalize is None else _normalized(model, chosen.normalize)
+    other = chosen.surrogate
+    surrogates = None if other is None else {other: im.load_model(other, allow_code=chosen.allow_code)}
     test = im.load_data(name, validation=0).test
     options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
     options["device"] = device
     rows_dir = chosen.rows_dir
     if rows_dir is None and (path / "config.yaml").is_file() and os.access(path, os.W_OK):
         rows_dir = _own_rows(path, model, name, attacks, {**options, "limit": chosen.limit})
-    options |= {"devices": chosen.devices, "rows_dir": rows_dir}
+    options |= {"devices": chosen.devices, "rows_dir": rows_dir, "surrogates": surrogates}
     with show_evaluation() as show:
         evaluation = im.evaluate(model, test[: chosen.limit], attacks, **options, progress=show)
     if chosen.json is not None:

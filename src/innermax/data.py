@@ -1,20 +1,19 @@
-"""Labelled images in memory: from names, folders, parquet files and data set objects; and their augmentation.
+"""Labelled images: from names, folders, parquet files and data set objects; and their augmentation.
 
 pyarrow, PIL, scikit-learn and datasets are imported where they are used: training on tensors needs none of them.
 """
 
 import json
-import math
 import operator
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from innermax.checks import check_inputs, check_labels, unknown
+from innermax.decoding import Row, coloured, decoded, stacked, taken
 from innermax.randomness import permutation, uniform
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class _Source(NamedTuple):
@@ -44,20 +41,17 @@ _HUB = {
 _NAMES = ("digits", *_HUB)
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "fine_label")
-_GREY_MODES = ("1", "L", "LA", "La")
-_COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_MOST_PIXELS = 4096 * 4096  # of one image; checked on its header, before anything is decoded
-_THREADED_PIXELS = 128 * 128  # measured: below this, threads waiting for Python's lock cost more than they bring
+_ROWS = 256  # of a table, read at a time
 _SPLIT_SEED = 20190609  # of the held-out examples; never the training's seed, so that runs share their splits
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images and labels in memory, checked once.
+    """Images and labels, checked once.
 
-    images: uint8 (N, C, H, W), or float32 (N, *features) in [0, 1]; labels: int64 (N,), ≥ 0; N ≥ 1.
+    images: uint8 (N, C, H, W), or float32 (N, *features) in [0, 1]; labels: int64 (N,), ≥ 0; N ≥ 1. Images that
+    innermax reads, more than 2 GiB of them, lie in a nameless file in the folder for temporary files (TMPDIR).
     Raises TypeError for another type, ValueError for another shape or range.
     """
 
@@ -85,7 +79,8 @@ class ImageSet:
 
     def __getitem__(self, index: Tensor | slice) -> "ImageSet":
         """The chosen examples, at least one."""
-        return ImageSet(self.images[index], self.labels[index])
+        images = self.images[index] if isinstance(index, slice) else taken(self.images, index)
+        return ImageSet(images, self.labels[index])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -130,7 +125,8 @@ def load_data(name_or_path: str | Path, *, validation: float | int | None = None
     with one folder of images a class; validation*.parquet or validation/ are used where present. Names other than
     digits are looked for in the folder root/name, then on the Hugging Face Hub. root: INNERMAX_DATA unless told.
     validation: held out of train, as a fraction in (0, 1) or a count; 0: none; None: 10 %, at most 5,000. Which
-    examples are held out depends on nothing but their number. Raises ValueError, naming what cannot be found or read.
+    examples are held out depends on nothing but their number. Images are decoded a few at a time; where a split has
+    more than 2 GiB of them, into a file (see ImageSet). Raises ValueError, naming what cannot be found or read.
     """
     name = str(name_or_path)
     if isinstance(name_or_path, str) and name in _NAMES:
@@ -167,7 +163,7 @@ def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
     hugging_face = sys.modules.get("datasets")  # its objects cannot exist before it is imported
     if hugging_face is not None and isinstance(dataset, hugging_face.Dataset):
         rows = len(dataset) if limit is None else min(limit, len(dataset))
-        return _from_table(dataset.with_format("arrow")[:rows], "the Hugging Face data set")
+        return _from_hugging_face(dataset, rows, "the Hugging Face data set")
     if isinstance(dataset, torch.utils.data.Dataset) and hasattr(dataset, "__len__"):
         return _from_items(dataset, len(dataset) if limit is None else min(limit, len(dataset)))
     raise TypeError(
@@ -272,8 +268,7 @@ def _named(name: str, root: Path | None) -> _Splits:
             f"cannot get {name} ({source.hub_id}) from the Hugging Face Hub: {type(error).__name__}: {error}. Without "
             f"a connection, put {name}/train*.parquet and test*.parquet into a folder that INNERMAX_DATA names"
         ) from error
-    tables = {split: part.with_format("arrow")[:] for split, part in parts.items()}
-    train, test = (_from_table(tables[split], f"{source.hub_id} {split}") for split in ("train", "test"))
+    train, test = (_from_hugging_face(part, len(part), f"{source.hub_id} {split}") for split, part in parts.items())
     return _Splits(train, None, test, _class_names(parts["train"].features.arrow_schema))
 
 
@@ -283,7 +278,8 @@ def _folder(path: Path) -> _Splits:
         shards = {split: sorted(path.glob(f"{split}*.parquet")) for split in ("train", "validation", "test")}
         if not shards["test"]:
             raise ValueError(f"{path} holds train*.parquet but no test*.parquet")
-        names = _class_names(_schema(shards["train"][0]))
+        with _parquet(shards["train"][0]) as first:
+            names = _class_names(first.schema_arrow)
         found = {split: _from_parquet(files) for split, files in shards.items() if files}
     elif (path / "train").is_dir() and (path / "test").is_dir():
         names = _subfolders(path / "train")
@@ -298,7 +294,7 @@ def _folder(path: Path) -> _Splits:
 
 def _in_colour(images: ImageSet) -> ImageSet:
     """Three channels, a grey image's the same."""
-    return ImageSet(images.images.expand(-1, 3, -1, -1).contiguous(), images.labels)
+    return images if images.shape[0] == 3 else ImageSet(coloured(images.images), images.labels)
 
 
 def _subfolders(path: Path) -> tuple[str, ...]:
@@ -310,58 +306,66 @@ def _from_class_folders(path: Path, class_names: tuple[str, ...]) -> ImageSet:
     for name in _subfolders(path):
         if name not in class_names:
             raise unknown(f"class in {path}:", name, class_names)
-    rows = _Rows([], [], [])
+    rows: list[Row] = []
     for label, name in enumerate(class_names):
         folder = path / name
         files = sorted(folder.iterdir()) if folder.is_dir() else []
-        images = [file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
-        rows.names.extend(map(str, images))
-        rows.images.extend(images)
-        rows.labels.extend([label] * len(images))
-    if not rows.images:
+        images = (file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
+        rows.extend(Row(str(file), file, label) for file in images)
+    if not rows:
         raise ValueError(f"{path} holds no images (folders of {', '.join(sorted(_SUFFIXES))} files, one a class)")
-    return _decoded(rows)
+    return ImageSet(*decoded(lambda: iter(rows), len(rows)))
 
 
-class _Rows(NamedTuple):
-    """Images still encoded (or PIL's), what to call each in an error, and their labels."""
-
-    names: list[str]
-    images: list[Any]  # bytes, Path or PIL image
-    labels: list[int]
-
-
-def _schema(file: Path) -> Any:
-    """A parquet file's Arrow schema."""
+@contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
+    """A parquet file, opened; what is wrong with it becomes a ValueError that begins with its name."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        return pq.read_schema(file)
+        with pq.ParquetFile(file) as opened:
+            yield opened
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file} cannot be read as parquet: {error}") from error
 
 
 def _from_parquet(files: Sequence[Path]) -> ImageSet:
     """The rows of several shards, in order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = _Rows([], [], [])
-    for file in files:
-        columns = _columns(_schema(file).names, str(file))
-        try:
-            table = pq.read_table(file, columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{file} cannot be read as parquet: {error}") from error
-        shard = _rows(table, str(file))
-        rows = _Rows(rows.names + shard.names, rows.images + shard.images, rows.labels + shard.labels)
-    return _decoded(rows)
+    count = sum(map(_length, files))
+    return ImageSet(*decoded(lambda: chain.from_iterable(map(_shard, files)), count))
 
 
-def _from_table(table: Any, where: str) -> ImageSet:
-    """An Arrow table in memory; unlike a file's, its rows may name image files by path."""
-    return _decoded(_rows(table, where, follow_paths=True))
+def _length(file: Path) -> int:
+    """How many rows a parquet file holds."""
+    with _parquet(file) as opened:
+        count = int(opened.metadata.num_rows)
+    if count == 0:
+        raise ValueError(f"{file} holds no rows")
+    return count
+
+
+def _shard(file: Path) -> Iterator[Row]:
+    """The rows of a parquet file; no more of them are in memory than one of its row groups."""
+    start = 0
+    with _parquet(file) as opened:
+        columns = _columns(opened.schema_arrow.names, str(file))
+        for batch in opened.iter_batches(_ROWS, columns=columns):
+            yield from _rows(batch, str(file), start)
+            start += batch.num_rows
+
+
+def _from_hugging_face(dataset: Any, count: int, where: str) -> ImageSet:
+    """The first count rows; unlike a parquet file's, they may name image files by path."""
+    if count == 0:
+        raise ValueError(f"{where} holds no rows")
+    tables = dataset.with_format("arrow")
+
+    def rows() -> Iterator[Row]:
+        for start in range(0, count, _ROWS):
+            yield from _rows(tables[start : min(start + _ROWS, count)], where, start, follow_paths=True)
+
+    return ImageSet(*decoded(rows, count))
 
 
 def _columns(names: Sequence[str], where: str) -> list[str]:
@@ -375,25 +379,23 @@ def _columns(names: Sequence[str], where: str) -> list[str]:
     return found
 
 
-def _rows(table: Any, where: str, *, follow_paths: bool = False) -> _Rows:
-    """The encoded images and labels of an Arrow table."""
+def _rows(table: Any, where: str, start: int, *, follow_paths: bool = False) -> Iterator[Row]:
+    """The encoded images and labels of a part of an Arrow table, from row `start` on."""
     import pyarrow as pa
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-    image, label = _columns(table.column_names, where)
-    if table.num_rows == 0:
-        raise ValueError(f"{where} holds no rows")
+    image, label = _columns(table.schema.names, where)
     if not pa.types.is_integer(table[label].type) or table[label].null_count:
         raise ValueError(f"column {label} of {where} must hold integers, none missing, came {table[label].type}")
     kind = table[image].type
     if not pa.types.is_struct(kind) or not {"bytes", "path"} <= {field.name for field in kind}:
         raise ValueError(f"column {image} of {where} must hold encoded images, struct<bytes, path>, came {kind}")
-    names = [f"row {row} of {where}" for row in range(table.num_rows)]
     images = pc.struct_field(table[image], "bytes").to_pylist()
     if follow_paths:
         paths = pc.struct_field(table[image], "path").to_pylist()
         images = [path and Path(path) if data is None else data for data, path in zip(images, paths, strict=True)]
-    return _Rows(names, images, table[label].to_pylist())
+    for number, (data, target) in enumerate(zip(images, table[label].to_pylist(), strict=True), start):
+        yield Row(f"row {number} of {where}", data, target)
 
 
 def _class_names(schema: Any) -> tuple[str, ...] | None:
@@ -411,9 +413,17 @@ def _from_tensors(images: Tensor, labels: Tensor) -> ImageSet:
 
 def _from_items(dataset: Any, count: int) -> ImageSet:
     """The first count (x, y) of a torch Dataset."""
+    if count == 0:
+        raise ValueError("the data set holds no examples")
+    rows = partial(_items, dataset, count)
+    if isinstance(next(rows()).image, Tensor):
+        return ImageSet(*stacked(rows(), count))
+    return ImageSet(*decoded(rows, count))
+
+
+def _items(dataset: Any, count: int) -> Iterator[Row]:
     from PIL import Image
 
-    rows = _Rows([], [], [])
     for number in range(count):
         name, item = f"item {number} of the data set", dataset[number]
         if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], (Tensor, Image.Image)):
@@ -422,73 +432,4 @@ def _from_items(dataset: Any, count: int) -> ImageSet:
             label = operator.index(item[1])
         except TypeError:
             raise TypeError(f"y in {name} must be an integer, came {item[1]!r}") from None
-        rows.names.append(name)
-        rows.images.append(item[0])
-        rows.labels.append(label)
-    if not rows.images:
-        raise ValueError("the data set holds no examples")
-    if isinstance(rows.images[0], Image.Image):
-        return _decoded(rows)
-    kinds = {(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else type(x) for x in rows.images}
-    if len(kinds) > 1:
-        raise ValueError(f"the data set's images must have one shape and type, came {sorted(map(str, kinds))[:4]}")
-    return _from_tensors(torch.stack(rows.images), torch.tensor(rows.labels))
-
-
-def _decoded(rows: _Rows) -> ImageSet:
-    """The rows' images as uint8: grey if all are, else RGB; alpha is dropped. All must have the first one's size."""
-    with _opened(rows.names[0], rows.images[0]) as first:
-        size, grey = first.size, first.mode in _GREY_MODES
-        if math.prod(size) > _MOST_PIXELS:
-            raise ValueError(f"{size[0]}×{size[1]} pixels are more than the {_MOST_PIXELS:,} allowed")
-    pixels = _decode(rows, size, "L") if grey else None
-    if pixels is None:
-        pixels = _decode(rows, size, "RGB")
-    return ImageSet(torch.from_numpy(pixels), torch.tensor(rows.labels))
-
-
-def _decode(rows: _Rows, size: tuple[int, int], mode: str) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
-    """The rows' pixels (N, C, H, W), C = 1 for mode "L" and 3 for "RGB"; None where mode is "L" and one has colour."""
-    width, height = size
-    pixels = np.empty((len(rows.images), height, width, len(mode)), np.uint8)
-
-    def fill(chunk: range) -> bool:
-        for number in chunk:
-            with _opened(rows.names[number], rows.images[number]) as image:
-                if image.size != size:  # from the header: an image's pixels are not touched before its size is known
-                    raise ValueError(
-                        f"{image.size[0]}×{image.size[1]} pixels, but the first image has {width}×{height}"
-                    )
-                if image.mode not in _GREY_MODES + _COLOUR_MODES:
-                    raise ValueError(f"mode {image.mode} is not 8 bits a channel")
-                if mode == "L" and image.mode not in _GREY_MODES:
-                    return False
-                converted = image if image.mode == mode else image.convert(mode)
-                pixels[number] = np.asarray(converted).reshape(height, width, len(mode))
-        return True
-
-    chunks = [range(start, min(start + 256, len(pixels))) for start in range(0, len(pixels), 256)]
-    threads = min(os.cpu_count() or 1, 8) if width * height >= _THREADED_PIXELS else 1
-    with ThreadPoolExecutor(threads) as pool:
-        if not all(pool.map(fill, chunks)):
-            return None
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-
-
-@contextmanager
-def _opened(name: str, source: "bytes | Path | Image.Image | None") -> "Iterator[Image.Image]":
-    """The image, its header read; whatever goes wrong with it becomes a ValueError that begins with its name."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        if isinstance(source, Image.Image):
-            yield source
-        elif source is None:
-            raise ValueError("the image is missing")
-        else:
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
-                yield image
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not a readable {', '.join(_FORMATS)} image") from error
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, its bomb errors and more
-        raise ValueError(f"{name}: {error}") from error
+        yield Row(name, item[0], label)

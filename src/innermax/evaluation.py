@@ -45,9 +45,11 @@ from innermax.scoring import (
     Bench,
     Progress,
     Settings,
+    about,
     check_arguments,
     check_devices,
     check_images,
+    check_models,
     on_device,
     scoring_logits,
 )
@@ -237,6 +239,7 @@ def evaluate(
     rows_dir: str | Path | None = None,
     progress: Progress | None = None,
     audit: bool = True,
+    surrogates: Mapping[str, nn.Module] | None = None,
 ) -> Evaluation:
     """Accuracy on clean images, under each attack and under all of them, and how far each attack's search got.
 
@@ -263,13 +266,19 @@ def evaluate(
             then, from another thread, where there are several devices.
         audit: whether stronger searches on a sample of the survivors check the result, for at most a tenth of what
             AutoAttack costs.
+        surrogates: other models by name, left exactly as found: the audit also shows the model images made on them, for
+            20 of their gradients a survivor of the sample each.
 
     Raises:
         ValueError, TypeError: an argument is outside what is said above; labels are not among the model's classes, the
-            model returns NaN, an image lies outside an attack's bounds, or rows_dir belongs to another evaluation.
-            With rows_dir, notes of any exception say where finished rows are kept.
+            model returns NaN, an image lies outside an attack's bounds, a surrogate has other classes, or rows_dir
+            belongs to another evaluation. With rows_dir, notes of any exception say where finished rows are kept.
     """
     check_arguments(attacks, batch_size, seed, quantize, precision)
+    if surrogates is not None:
+        check_models("surrogates", surrogates)
+        if not (audit and attacks):
+            raise ValueError("surrogates are what the audit tries: they need audit=True and at least one attack")
     images = as_image_set(test_set)
     model, device = on_device(model, images, device)
     check_devices(devices, device)
@@ -279,13 +288,14 @@ def evaluate(
     parts = Parts((CLEAN, *attacks), len(images), batch_size, folder)
     with bench.in_float32(exact):
         oracle = bench.attack_oracle(model, exact, precision) if attacks else exact
+        others = _surrogate_oracles(bench, exact, surrogates or {})
         settings = bench.settings(attacks, precision, oracle.plan)
         if folder is not None:
             open_rows(folder, _configuration(bench, model, exact, attacks, settings))
             parts.read()
         with kept_rows(folder), warnings.catch_warnings():
             _clean(bench, exact, attacks, parts)
-            for sentence in misgivings(exact, images, device):
+            for sentence in misgivings(exact, images, device, batch_size):
                 warnings.warn(sentence, stacklevel=2)
             if parts.joined(CLEAN).columns["probable"].all():
                 message = f"{_PROBABLE}; attacks and gauges need logits (leave the softmax out)"
@@ -306,8 +316,21 @@ def evaluate(
             if folder is not None:
                 write_table(folder, evaluation.columns())
             if audit and attacks:
-                evaluation = replace(evaluation, audit=_audit(bench, model, exact, oracle, attacks, evaluation))
+                evaluation = replace(evaluation, audit=_audit(bench, model, exact, oracle, others, attacks, evaluation))
     return evaluation
+
+
+def _surrogate_oracles(bench: Bench, exact: Oracle, surrogates: Mapping[str, nn.Module]) -> dict[str, Oracle]:
+    """The compiled oracles of models that take the same images and have the same classes. ValueError for others."""
+    found = {}
+    for name, model in surrogates.items():
+        with about("surrogate", name):
+            own, _ = on_device(model, bench.images, bench.device)
+            found[name] = bench.attack_oracle(own, Oracle(own), "float32")
+            theirs, ours = (oracle.logits(bench.example()).shape[1] for oracle in (found[name], exact))
+            if theirs != ours:
+                raise ValueError(f"it has {theirs} classes, the model {ours}")
+    return found
 
 
 def _clean(bench: Bench, exact: Oracle, attacks: Mapping[str, Attack], parts: Parts) -> None:
@@ -413,6 +436,7 @@ def _audit(
     model: nn.Module,
     exact: Oracle,
     oracle: Oracle,
+    surrogates: Mapping[str, Oracle],
     attacks: Mapping[str, Attack],
     evaluation: Evaluation,
 ) -> Audit:
@@ -425,6 +449,7 @@ def _audit(
         attacks=attacks,
         rows=evaluation.rows,
         survived=evaluation.correct("worst_case"),
+        surrogates=surrogates,
         admit=partial(bench.admitted, "audit"),
         seed=bench.seed,
         batch_size=bench.batch_size,

@@ -1,11 +1,11 @@
 """What seems wrong between a model and the images it is given, as far as a few hundred answers show."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from innermax.data import ImageSet
@@ -19,21 +19,36 @@ _UNNORMALISED = "the model is right on"  # how the sentence about a missing norm
 _CHANCE = 1e-6  # that a class the model has is missing from the images by accident
 
 Statistics = tuple[list[float], list[float]]  # mean and std, one number a channel or one for all
+Batches = Iterator[tuple[Tensor, Tensor]]  # images and labels
 
 
-def misgivings(oracle: Oracle, images: ImageSet, device: torch.device) -> Iterator[str]:
+def misgivings(oracle: Oracle, images: ImageSet, device: torch.device, batch_size: int = _IMAGES) -> Iterator[str]:
     """One sentence for each thing that seems wrong; what to do is in it. Costs at most six passes over 256 images.
 
     The images' labels must be among the model's classes.
     """
     chosen = torch.linspace(0, len(images) - 1, min(_IMAGES, len(images))).round().long()
-    x, y = (part.to(device) for part in images.batch(chosen.to(images.images.device)))
+
+    def batches() -> Batches:
+        for index in torch.split(chosen, batch_size):
+            x, y = images.batch(index.to(images.images.device))
+            yield x.to(device), y.to(device)
+
     with oracle.private_randomness(0):  # a model that draws random numbers draws them later as if nothing had been
-        logits = oracle.logits(x)
-        right = logits.argmax(1) == y
-        yield from _other_classes(logits.shape[1], images)
-        if x.ndim == 4 and float(right.double().mean()) < _MARKED:
-            yield from _normalised_outside(oracle, x, y, right)
+        classes, right = _answered(oracle, batches())
+        yield from _other_classes(classes, images)
+        if len(images.shape) == 3 and float(right.double().mean()) < _MARKED:
+            yield from _normalised_outside(oracle, batches, right)
+
+
+def _answered(oracle: Oracle, batches: Batches, before: Statistics | None = None) -> tuple[int, Bool[Tensor, " n"]]:
+    """How many classes the model has, and which answers are right; with a normalisation before it where told."""
+    classes, right = 0, []
+    for x, y in batches:
+        logits = oracle.logits(x if before is None else Normalize(*before).to(x)(x))
+        classes = logits.shape[1]
+        right.append(logits.argmax(1) == y)
+    return classes, torch.cat(right)
 
 
 @contextmanager
@@ -53,10 +68,10 @@ def _other_classes(classes: int, images: ImageSet) -> Iterator[str]:
         )
 
 
-def _normalised_outside(oracle: Oracle, x: Tensor, y: Tensor, right: Tensor) -> Iterator[str]:
+def _normalised_outside(oracle: Oracle, batches: Callable[[], Batches], right: Tensor) -> Iterator[str]:
     """Whether the model knows the images much better with a normalisation in front."""
-    tried = {repr(statistics): statistics for statistics in _candidates(x)}
-    verdicts = {name: oracle.logits(Normalize(*pair).to(x)(x)).argmax(1) == y for name, pair in tried.items()}
+    tried = {repr(statistics): statistics for statistics in _candidates(batches())}
+    verdicts = {name: _answered(oracle, batches(), pair)[1] for name, pair in tried.items()}
     best = max(verdicts, key=lambda name: int(verdicts[name].sum()))
     gained, lost = int((verdicts[best] & ~right).sum()), int((right & ~verdicts[best]).sum())
     # McNemar's statistic for two classifiers on the same examples.
@@ -65,23 +80,29 @@ def _normalised_outside(oracle: Oracle, x: Tensor, y: Tensor, right: Tensor) -> 
         return
     mean, std = tried[best]
     yield (
-        f"{_UNNORMALISED} {_share(right)} of {len(y)} test images, and on {_share(verdicts[best])} with a "
+        f"{_UNNORMALISED} {_share(right)} of {len(right)} test images, and on {_share(verdicts[best])} with a "
         "normalisation in front: it seems to have been trained on normalised images; evaluate "
         f"torch.nn.Sequential(im.Normalize({mean}, {std}), model), on the command line --normalize "
         f"{f'[{mean},{std}]'.replace(' ', '')}"
     )
 
 
-def _candidates(x: Float[Tensor, "b c h w"]) -> Iterator[Statistics]:
+def _candidates(batches: Batches) -> Iterator[Statistics]:
     """Normalisations in common use: the data set's own, and fixed ones."""
-    mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())  # of each channel's pixels; exact enough in float64
+    for x, _ in batches:
+        pixels = x.double().transpose(0, 1).flatten(1).cpu()
+        count, total = count + pixels.shape[1], total + pixels.sum(1)
+        squares = squares + pixels.square().sum(1)
+    mean = total / count
+    std = ((squares - count * mean.square()).clamp(min=0) / max(count - 1, 1)).sqrt()
     if bool((std > 1e-3).all()):
         yield [round(value, 4) for value in mean.tolist()], [round(value, 4) for value in std.tolist()]
     yield [0.5], [0.5]
     yield [0.0], [round(1 / 255, 6)]  # pixels from 0 to 255
-    if x.shape[1] == 1:
+    if len(mean) == 1:
         yield [0.1307], [0.3081]  # MNIST's
-    if x.shape[1] == 3:
+    if len(mean) == 3:
         yield IMAGENET_STATISTICS
 
 

@@ -123,14 +123,17 @@ class Oracle:
         """The same network in float32, for what bf16 is too coarse for: itself, where it is not in bf16."""
         return self if self._precise is None else self._precise
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
         if self._precise is not None:
             self._precise.refresh()
         if self._folded is not None:
             self._folded.refresh(self._source)
-        else:
-            _take_over(self._network, self._source)
+            return
+        for mine, theirs in zip(_state(self._network), _state(self._source), strict=True):
+            if mine.data_ptr() != theirs.data_ptr():  # else they are shared
+                mine.copy_(theirs)
 
     def logits(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
         """(B, classes) float32 logits."""
@@ -312,14 +315,6 @@ def _difference(folded: Folded, exact: nn.Module, x: Tensor) -> float:
     folded.refresh(exact)
     truth = exact(x.clone())
     return float((folded.network(x.clone()) - truth).abs().max()) / (1 + float(truth.abs().max()))
-
-
-@torch.no_grad()
-def _take_over(network: nn.Module, source: nn.Module) -> None:
-    """Copies what a network does not share with its source."""
-    for mine, theirs in zip(_state(network), _state(source), strict=True):
-        if mine.data_ptr() != theirs.data_ptr():
-            mine.copy_(theirs)
 
 
 def _state(network: nn.Module) -> Iterator[Tensor]:

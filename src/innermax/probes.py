@@ -23,13 +23,14 @@ from innermax.attacks.gradient import PGD
 from innermax.attacks.search import AttackResult, search
 from innermax.attacks.square import Square
 from innermax.audit import (
-    PROXIES,
+    SURROGATE,
     UNCONVERGED,
     Audit,
     Evidence,
     Quantiles,
     SearchEvidence,
     certain_gain,
+    is_proxy,
     judged,
     randomised,
 )
@@ -73,6 +74,7 @@ class Subject:
         images: what was attacked.
         attacks, rows: the attacks and what each found.
         survived: (N,) bool, who is right whatever was tried.
+        surrogates: oracles of other models, by name, whose images may mislead this one.
         admit: from an attack's result and X(x) the images that count.
         seed, batch_size, device: the evaluation's.
     """
@@ -84,6 +86,7 @@ class Subject:
     attacks: Mapping[str, Any]
     rows: Mapping[str, Rows]
     survived: Column
+    surrogates: Mapping[str, Oracle]
     admit: Callable[[AttackResult, FeasibleSet], Tensor]
     seed: int
     batch_size: int
@@ -291,7 +294,7 @@ def _searched(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
         fallen={name: int(rows.sum()) for name, rows in fallen.items()},
         gain={name: gain((name,)) for name in fallen},
         total_gain=gain(tuple(fallen)),
-        hidden_gain=gain(PROXIES),
+        hidden_gain=gain(tuple(filter(is_proxy, fallen))),
         gradients=gradients,
         forwards=forwards,
     )
@@ -305,6 +308,7 @@ def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[
     if randomised(evidence):
         for threat in threats:
             yield Search("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.oracle, everyone, 8)
+            yield from _elsewhere(subject, threat, everyone, 8)
         return
     yield from _again(subject, sample)
     for threat in threats:
@@ -318,6 +322,15 @@ def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[
             yield Search("smoothed", APGD(threat, steps=15, loss="margin", eot=8), smooth, everyone)
         if sample.x.ndim == 4:
             yield Search("score-based", Square(threat, queries=300), subject.oracle, everyone)
+        yield from _elsewhere(subject, threat, everyone)
+
+
+def _elsewhere(
+    subject: Subject, threat: Linf | L2 | L1, everyone: Int[Tensor, " n"], shown: int = 1
+) -> Iterator[Search]:
+    """Searches on the surrogates: such as do not end where a surrogate errs, whose boundary is not the model's."""
+    for name, oracle in subject.surrogates.items():
+        yield Search(SURROGATE + name, PGD(threat, steps=20), oracle, everyone, shown)
 
 
 def _again(subject: Subject, sample: Sample) -> Iterator[Search]:

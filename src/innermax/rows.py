@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from innermax.checkpoints import write_bytes
-from innermax.runs import differences, read_config
+from innermax.runs import differences, is_vacant, read_config
 
 Column = npt.NDArray[Any]
 CLEAN = "clean"
@@ -69,17 +69,22 @@ class Parts:
         count: examples in all.
         size: examples a part, fewer in the last.
         folder: where each part is written as a file of its own, whole or not at all.
+        held: the seconds of each part that is there.
+        columns: the values of the parts, (count,) each. Arrays of each part's own, kept between those that come and go
+            in a search, would leave memory in pieces that the next batch does not fit into.
     """
 
     names: tuple[str, ...]
     count: int
     size: int
     folder: Path | None
-    held: dict[str, dict[int, Part]] = field(default_factory=dict)
+    held: dict[str, dict[int, float]] = field(default_factory=dict)
+    columns: dict[str, dict[str, Column]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.names:
             self.held.setdefault(name, {})
+            self.columns.setdefault(name, {})
 
     @property
     def starts(self) -> range:
@@ -97,7 +102,7 @@ class Parts:
             path.parent.mkdir(parents=True, exist_ok=True)
             index = np.arange(start, start + self._length(start))
             write_bytes(path, _parquet({"index": index, **part.columns}, {"attack": name, "seconds": part.seconds}))
-        self.held[name][start] = part
+        self._keep(name, start, part)
 
     def read(self) -> None:
         """Takes over what the folder holds; a damaged file is named in a warning, and its part is missing."""
@@ -109,7 +114,7 @@ class Parts:
                 if not path.exists():
                     continue
                 try:
-                    self.held[name][start] = self._part(path.read_bytes(), name, start)
+                    self._keep(name, start, self._part(path.read_bytes(), name, start))
                 except ValueError as error:
                     warnings.warn(f"{path} is damaged ({error}): its rows are computed again", stacklevel=4)
 
@@ -119,9 +124,17 @@ class Parts:
 
     def joined(self, name: str) -> Part:
         """All parts as one."""
-        parts = [self.held[name][start] for start in self.starts]
-        columns = {key: np.concatenate([part.columns[key] for part in parts]) for key in parts[0].columns}
-        return Part(columns, sum(part.seconds for part in parts))
+        return Part(self.columns[name], sum(self.held[name][start] for start in self.starts))
+
+    def _keep(self, name: str, start: int, part: Part) -> None:
+        """Takes a part over into the columns."""
+        whole = self.columns[name]
+        for key, column in part.columns.items():
+            values = whole[key] if key in whole else np.empty(self.count, column.dtype)
+            # Of another type where an attack does not tell what it told of other parts.
+            whole[key] = values.astype(np.result_type(values, column), copy=False)
+            whole[key][start : start + len(column)] = column
+        self.held[name][start] = part.seconds
 
     def _length(self, start: int) -> int:
         return min(self.size, self.count - start)
@@ -167,8 +180,7 @@ def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
                 "choose another folder, or remove it"
             )
         return
-    unfinished = f"{_CONFIGURATION}.part"  # of a process that was killed in its first moment
-    if folder.exists() and (not folder.is_dir() or any(path.name != unfinished for path in folder.iterdir())):
+    if not is_vacant(folder):
         raise ValueError(f"rows_dir {folder} exists and holds no rows of innermax; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)

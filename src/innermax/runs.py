@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from innermax.checkpoints import load_tensors, save_tensors, write_bytes, write_json
 
 _STATE = Path("checkpoints") / "last.safetensors"
-# What a run writes beside its folders; config.yaml, by which a run is known, is the last to be removed.
-_FILES = ("environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json", "config.yaml")
+# What a run writes beside its folders and config.yaml, by which it is known: that one is replaced, never removed.
+_FILES = ("environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json")
 
 
 def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> Path:
@@ -33,7 +33,7 @@ def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool)
     """
     before = read_config(folder) if (folder / "config.yaml").exists() else None
     if before is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_vacant(folder):
             raise ValueError(f"run_dir {folder} exists and holds no run of innermax; choose another folder")
     elif overwrite and configuration.keys() <= before.keys():
         _clear(folder)
@@ -53,6 +53,13 @@ def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool)
     if not (folder / "environment.json").exists():
         write_json(folder / "environment.json", environment(int(configuration["training"]["seed"])))
     return folder
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether there is no folder, or in it only what a process left that was killed while it wrote config.yaml."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name == "config.yaml.part" for path in folder.iterdir())
 
 
 def read_config(folder: Path) -> dict[str, Any]:

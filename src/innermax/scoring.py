@@ -231,6 +231,29 @@ def check_arguments(
         raise unknown("precision", precision, get_args(Precision))
 
 
+def check_models(argument: str, models: Mapping[str, nn.Module]) -> None:
+    """Raises unless models maps at least one name to a model."""
+    if not isinstance(models, Mapping):
+        raise TypeError(f"{argument} must map names to models, came {type(models).__name__}")
+    if not models:
+        raise ValueError(f"{argument} must hold at least one model, came none")
+    for name, model in models.items():
+        if not isinstance(name, str) or name == "":
+            raise ValueError(f"a model's name must be a text, came {name!r} in {argument}")
+        with about(argument.removesuffix("s"), name):
+            unwrapped(model)
+
+
+@contextmanager
+def about(role: str, name: str) -> Iterator[None]:
+    """Errors inside say which model they are about."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{role} {name!r}: {error}") from error
+
+
 def check_devices(devices: int, device: torch.device) -> None:
     """Raises unless there are so many devices of this kind; on a CPU any number of processes."""
     check_count(devices, "devices")

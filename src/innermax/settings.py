@@ -146,6 +146,7 @@ class EvaluateSettings:
         best: evaluate a run's best epoch on its validation split instead of its last.
         normalize: put in front of a model that was trained on normalised images: imagenet, or [MEAN,STD] with a number
             a channel each or one for all, such as [[0.1307],[0.3081]].
+        surrogate: another model, a source like the first one's: the audit also shows the model images made on it.
         allow_code: run the code that module:function or a .pt2 program brings.
         json: file to write everything to, per example.
     """
@@ -162,6 +163,7 @@ class EvaluateSettings:
     rows_dir: str | None = None
     best: bool = False
     normalize: list[list[float]] | Literal["imagenet"] | None = None
+    surrogate: str | None = None
     allow_code: bool = False
     json: str | None = None
 

@@ -1,5 +1,6 @@
 """Work shared by processes, one a device, that Lightning Fabric starts."""
 
+import io
 import json
 import logging
 import multiprocessing
@@ -12,8 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from innermax import decoding
 from innermax.checkpoints import write_json
 
 Work = Callable[..., None]
@@ -45,14 +49,8 @@ def shared(work: Work, arguments: Any, processes: int, device: str, watch: Calla
     from lightning_fabric.strategies.ddp import DDPStrategy
     from torch.multiprocessing.spawn import ProcessException
 
-    try:
-        payload = pickle.dumps((work, arguments))
-    except Exception as error:  # whatever an object's own pickling raises
-        reason = f"{type(error).__name__}: {error}"
-        raise TypeError(
-            f"devices={processes} needs a model and attacks that pickle, and these do not: {reason}"
-        ) from error
     with TemporaryDirectory(prefix="innermax-") as folder, _quiet(), _no_orphans(), _watched(watch):
+        payload = _pickled((work, arguments), Path(folder), processes)
         # gloo on GPUs too: nothing is ever sent, and NCCL would hold memory.
         strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
         fabric = Fabric(accelerator=device, devices=processes, strategy=strategy, plugins=[LightningEnvironment()])
@@ -65,6 +63,41 @@ def shared(work: Work, arguments: Any, processes: int, device: str, watch: Calla
             raise ChildProcessError(
                 f"one of {processes} processes ended early: {str(error).strip().splitlines()[-1]}"
             ) from error
+
+
+def _pickled(value: object, folder: Path, processes: int) -> bytes:
+    """Its pickle; tensors that are too large for memory are in files of the folder."""
+    buffer = io.BytesIO()
+    try:
+        _Pickler(buffer, folder).dump(value)
+    except OSError:  # no room for a file
+        raise
+    except Exception as error:  # whatever an object's own pickling raises
+        reason = f"{type(error).__name__}: {error}"
+        raise TypeError(
+            f"devices={processes} needs a model and attacks that pickle, and these do not: {reason}"
+        ) from error
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Puts what is too large for memory into files, which all processes map instead of copying it."""
+
+    def __init__(self, buffer: io.BytesIO, folder: Path) -> None:
+        super().__init__(buffer)
+        self.folder = folder
+
+    def reducer_override(self, value: Any) -> Any:
+        """How a value is pickled: as by default, unless it is a large tensor."""
+        if type(value) is not Tensor or value.device.type != "cpu" or value.nbytes <= decoding.IN_MEMORY:
+            return NotImplemented
+        path = self.folder / f"{len(list(self.folder.iterdir()))}.npy"
+        np.save(path, value.numpy())
+        return _mapped, (path,)
+
+
+def _mapped(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, mmap_mode="r+"))
 
 
 class _Handed:

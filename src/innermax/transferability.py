@@ -5,8 +5,7 @@ Images are made once on each surrogate, batch by batch, and scored on every targ
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +26,10 @@ from innermax.scoring import (
     Bench,
     Progress,
     Settings,
+    about,
     check_arguments,
     check_images,
+    check_models,
     on_device,
     scoring_logits,
 )
@@ -155,7 +156,7 @@ def transfer(
     check_arguments(attacks, batch_size, seed, quantize, precision)
     surrogates = {"surrogate": surrogates} if isinstance(surrogates, nn.Module) else surrogates
     for argument, models in {"surrogates": surrogates, "targets": targets}.items():
-        _check_models(argument, models)
+        check_models(argument, models)
     if not attacks:
         raise ValueError("attacks must hold at least one attack, came none")
     white_box = _white_box(surrogates, targets)
@@ -171,7 +172,7 @@ def transfer(
         _check_answers(bench.example(), exact_sources, exact)
         clean = _clean(bench, attacks, exact)
         for name, model in sources.items():
-            with _about("surrogate", name):
+            with about("surrogate", name):
                 oracle = bench.attack_oracle(model, exact_sources[name], precision)
                 correct[name] = _transferred(_titled(bench, name), oracle, attacks, exact)
             plans[name] = oracle.plan
@@ -208,7 +209,7 @@ def _verdicts(exact: Mapping[str, Oracle], image: Tensor, label: Tensor) -> dict
     found = {}
     for name, oracle in exact.items():
         # A target that draws random numbers draws the same ones whatever other targets there are.
-        with _about("target", name), torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
+        with about("target", name), torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
             found[name] = (scoring_logits(oracle, image, label).argmax(1) == label).cpu().numpy()
     return found
 
@@ -229,22 +230,9 @@ def _oracles(role: str, models: Mapping[str, nn.Module]) -> dict[str, Oracle]:
     """The exact oracle of each model."""
     found = {}
     for name, model in models.items():
-        with _about(role, name):
+        with about(role, name):
             found[name] = Oracle(model)
     return found
-
-
-def _check_models(argument: str, models: Mapping[str, nn.Module]) -> None:
-    """Raises unless models maps at least one name to a model."""
-    if not isinstance(models, Mapping):
-        raise TypeError(f"{argument} must map names to models, came {type(models).__name__}")
-    if not models:
-        raise ValueError(f"{argument} must hold at least one model, came none")
-    for name, model in models.items():
-        if not isinstance(name, str) or name == "":
-            raise ValueError(f"a model's name must be a text, came {name!r} in {argument}")
-        with _about(argument.removesuffix("s"), name):
-            unwrapped(model)
 
 
 def _white_box(surrogates: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> tuple[tuple[str, str], ...]:
@@ -262,7 +250,7 @@ def _check_answers(example: Tensor, surrogates: Mapping[str, Oracle], targets: M
     classes = {}
     for role, oracles in (("surrogate", surrogates), ("target", targets)):
         for name, oracle in oracles.items():
-            with _about(role, name):
+            with about(role, name):
                 logits = oracle.logits(example)
             classes[f"{role} {name!r}"] = logits.shape[1]
             if role == "surrogate" and looks_like_probabilities(logits):
@@ -273,16 +261,6 @@ def _check_answers(example: Tensor, surrogates: Mapping[str, Oracle], targets: M
     for model, other in others:
         if other != count:
             raise ValueError(f"models must have the same classes: {first} has {count}, {model} has {other}")
-
-
-@contextmanager
-def _about(role: str, name: str) -> Iterator[None]:
-    """Errors inside say which model they are about."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{role} {name!r}: {error}") from error
 
 
 def _accuracy(column: Column) -> Accuracy:

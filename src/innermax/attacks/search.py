@@ -85,7 +85,8 @@ def search(
     Finished examples leave the batch that is sent through the network. The gradient that gauged an iterate is the one
     its next step follows, so an example that stops at its k-th iterate has cost k + 1 gradients. Where the end is to be
     scored, an oracle that computes in bf16 is asked in float32 for the last quarter of the steps and for the end: what
-    rounding misled before, these set right.
+    rounding misled before, these set right. Nobody leaves as fallen on bf16's word: float32 is asked again, for one
+    forward pass.
 
     In the result `misclassified` says where the adversary has what it wants.
 
@@ -105,14 +106,20 @@ def search(
     """
     rows, x_adv = torch.arange(len(start), device=start.device), start
     pieces: list[tuple[Tensor, AttackResult]] = []
+    confirmations = torch.zeros_like(label)
     coarse = len(step_sizes) if final == "none" else int(_COARSE * len(step_sizes))
     for step, step_size in enumerate(step_sizes):
-        answer = (oracle if step < coarse else oracle.precise).gradient(x_adv, label, loss)
+        asked = oracle if step < coarse else oracle.precise
+        answer = asked.gradient(x_adv, label, loss)
         gradient = answer.gradient
         stopping = torch.zeros_like(label, dtype=torch.bool)
         if stop_at is not None and (step > 0 or warm):
             stopping |= _converged(feasible, gradient, x_adv, gauge, stop_at)
         if stop_on_success:
+            seeming = has_won(answer.logits, label, reach)
+            if asked.lowered and bool(seeming.any()):
+                answer = _confirmed(asked.precise, x_adv, answer, label, loss, seeming.nonzero()[:, 0])
+                confirmations[rows[seeming]] += 1
             stopping |= has_won(answer.logits, label, reach)
         if (stop_at is not None or stop_on_success) and bool(stopping.any()):
             done, going = stopping.nonzero()[:, 0], (~stopping).nonzero()[:, 0]
@@ -124,7 +131,8 @@ def search(
         x_adv = feasible.step(x_adv, gradient, step_size)
     else:
         pieces.append((rows, _last(oracle.precise, feasible, x_adv, label, loss, reach, len(step_sizes), final)))
-    return joined(pieces)
+    result = joined(pieces)
+    return replace(result, forward_calls=result.forward_calls + confirmations)
 
 
 def measure(
@@ -183,6 +191,18 @@ def has_won(logits: Tensor, label: Tensor, reach: bool) -> Tensor:
     """Where the adversary has what it wants."""
     predicted = logits.argmax(1)
     return predicted == label if reach else predicted != label
+
+
+def _confirmed(
+    precise: Oracle, x_adv: Tensor, answer: Answer, label: Tensor, loss: Loss, rows: Int[Tensor, " k"]
+) -> Answer:
+    """An answer in bf16 whose logits and loss are float32's in some rows."""
+    logits = precise.logits(x_adv[rows])
+    return replace(
+        answer,
+        logits=answer.logits.index_copy(0, rows, logits.to(answer.logits)),
+        loss=answer.loss.index_copy(0, rows, loss(logits, label[rows]).to(answer.loss)),
+    )
 
 
 def _last(
