@@ -106,7 +106,8 @@ def _written(piece: Piece, scale: Scale, workshop: Workshop, out: Path) -> Path:
     """Writes a piece's page, its numbers and its picture; the page's path."""
     folder = out / scale.name
     folder.mkdir(parents=True, exist_ok=True)
-    answers = [workshop.known(question) for question in dict.fromkeys(piece.questions(scale))]
+    asked = list(dict.fromkeys(piece.questions(scale)))
+    answers = [workshop.known(question) for question in asked]
     found = [answer for answer in answers if answer is not None]
     numbers = piece.numbers(scale, workshop.known)
     command = f"innermax reproduce {piece.name} --scale {scale.name}"
@@ -120,7 +121,9 @@ def _written(piece: Piece, scale: Scale, workshop: Workshop, out: Path) -> Path:
         "numbers": numbers,
     }
     write_json(folder / f"{piece.name}.json", document)
-    lines = [f"# {piece.title}", scale.note, _provenance(command, document["made_on"], missing, len(answers))]
+    lines = [f"# {piece.title}", _provenance(command, document["made_on"], missing, len(answers))]
+    if any(hasattr(question, "training") for question in asked):
+        lines.insert(1, scale.note)
     if piece.draw is not None and found:
         from matplotlib.figure import Figure
 
