@@ -202,14 +202,14 @@ def test_two_seeds_say_little():
 def test_differences_are_paired(shop):
     trainings = [tiny(seed=seed) for seed in range(3)]
     attacks = attacks_of(0.15, ("fgsm",))
-    one = [Scored(training, attacks, 80) for training in trainings]
-    other = [Scored(tiny("unsecured", seed=seed), attacks, 80) for seed in range(3)]
+    one = Row("Standard", trainings, [(attacks, 80)])
+    other = Row("Unsecured", [tiny("unsecured", seed=seed) for seed in range(3)], [(attacks, 80)])
     assert comparison.difference(shop.known, one, other, "fgsm") is None
-    for question in (*one, *other):
+    for question in (*one.seeds("fgsm"), *other.seeds("fgsm")):
         shop.answered(question)
     found = comparison.difference(shop.known, one, other, "fgsm")
     gains = []
-    for first, second, seed in zip(one, other, found["seeds"], strict=True):
+    for first, second, seed in zip(one.seeds("fgsm"), other.seeds("fgsm"), found["seeds"], strict=True):
         mine, theirs = bits(shop.known(first)["fgsm"]), bits(shop.known(second)["fgsm"])
         gains.append(100 * (mine.mean() - theirs.mean()))
         assert seed["estimate"] == pytest.approx(gains[-1])
@@ -220,8 +220,8 @@ def test_differences_are_paired(shop):
 def test_a_table_says_what_was_not_run(shop):
     attacks = attacks_of(0.15, ("fgsm",))
     rows = [
-        Row.of("Measured", [tiny()], (attacks, 20), paper={"clean": 99.2, "fgsm": 14.04}),
-        Row.of("Missing", [tiny(seed=5)], (attacks, 20), paper={"fgsm": 50.0}),
+        Row("Measured", [tiny()], [(attacks, 20)], {"clean": 99.2, "fgsm": 14.04}),
+        Row("Missing", [tiny(seed=5)], [(attacks, 20)], {"fgsm": 50.0}),
     ]
     for question in rows[0].questions():
         shop.answered(question)

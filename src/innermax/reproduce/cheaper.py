@@ -43,7 +43,7 @@ def _asked(scale: Scale) -> tuple[tuple[Attacks, int | None], ...]:
 def _row(scale: Scale, name: str, strategy: Strategy, **changes: Any) -> Row:
     setting = replace(scale.mnist, **changes)
     trainings = [Training(setting, strategy, seed) for seed in range(scale.seeds["mnist"])]
-    return Row.of(name, trainings, *_asked(scale))
+    return Row(name, trainings, _asked(scale))
 
 
 def _rows(scale: Scale) -> list[Row]:
@@ -67,18 +67,8 @@ def _questions(scale: Scale) -> list[Question]:
 
 def _numbers(scale: Scale, known: Known) -> dict[str, Any]:
     rows = _rows(scale)
-    places = {name: number for number, (attacks, _) in enumerate(_asked(scale)) for name, _ in attacks} | {"clean": 0}
     differences = {
-        row.title: {
-            attack: difference(
-                known,
-                [row.scored[seed][places[attack]] for seed in row.scored],
-                [rows[0].scored[seed][places[attack]] for seed in rows[0].scored],
-                attack,
-            )
-            for attack in _SHOWN
-        }
-        for row in rows[1:]
+        row.title: {attack: difference(known, row, rows[0], attack) for attack in _SHOWN} for row in rows[1:]
     }
     return {"rows": [row.numbers(known) for row in rows], "differences": differences}
 

@@ -33,49 +33,44 @@ def strongest(scale: Scale, eps: float) -> Attacks:
 
 @dataclass(frozen=True)
 class Row:
-    """One defence: its trainings, one a seed, what each is asked, and what the paper says of it.
+    """One defence in a table.
 
     Args:
         title: what the table calls it.
         trainings: one a seed.
-        scored: of a training, the questions whose attacks make up the row.
-        paper: accuracies in per cent by attack.
+        asked: attacks, and on how many images; each training is asked for all.
+        paper: accuracies in per cent by attack, as the paper prints them.
+        options: of the questions, beside these, as `Scored` names them.
     """
 
     title: str
     trainings: Sequence[Training]
-    scored: Mapping[int, Sequence[Scored]] = field(default_factory=dict)
+    asked: Sequence[tuple[Attacks, int | None]]
     paper: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        title: str,
-        trainings: Sequence[Training],
-        *asked: tuple[Attacks, int | None],
-        paper: Mapping[str, float] | None = None,
-        **options: Any,
-    ) -> "Row":
-        """A row whose trainings are each asked for attacks on so many images."""
-        scored = {
-            number: [Scored(training, attacks, images, **options) for attacks, images in asked]
-            for number, training in enumerate(trainings)
-        }
-        return cls(title, trainings, scored, paper or {})
+    def scored(self, training: Training) -> list[Scored]:
+        """What one training is asked."""
+        return [Scored(training, attacks, images, **self.options) for attacks, images in self.asked]
+
+    def seeds(self, attack: str) -> list[Scored]:
+        """The questions that ask for an attack, or first for "clean", one a seed."""
+        place = next((n for n, (attacks, _) in enumerate(self.asked) if attack in dict(attacks)), 0)
+        return [self.scored(training)[place] for training in self.trainings]
 
     def questions(self) -> list[Question]:
         """All that the row needs."""
         asked: list[Question] = []
-        for number, training in enumerate(self.trainings):
-            asked += [Trained(training), *self.scored[number]]
+        for training in self.trainings:
+            asked += [Trained(training), *self.scored(training)]
         return asked
 
     def numbers(self, known: Known) -> dict[str, Any]:
         """{"title", "paper", "seeds": {seed: {"gradients", "seconds", "accuracy": {attack: …}}}} of what is known."""
         seeds = {}
-        for number, training in enumerate(self.trainings):
+        for training in self.trainings:
             trained = known(Trained(training))
-            answers = [known(question) for question in self.scored[number]]
+            answers = [known(question) for question in self.scored(training)]
             if trained is None or any(answer is None for answer in answers):
                 continue
             measured: dict[str, Any] = {}
@@ -140,21 +135,21 @@ def table(rows: Sequence[Mapping[str, Any]], attacks: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def difference(known: Known, one: Sequence[Scored], other: Sequence[Scored], attack: str) -> dict[str, Any] | None:
-    """How two defences' accuracies differ, in points, seed by seed: paired over images, then Student's over seeds."""
-    pairs = [(known(first), known(second)) for first, second in zip(one, other, strict=True)]
-    found = []
-    for first, second in pairs:
+def difference(known: Known, one: Row, other: Row, attack: str) -> dict[str, Any] | None:
+    """How two defences' accuracies differ, in points: paired over the images of a seed, then Student's over seeds."""
+    seeds = []
+    for pair in zip(one.seeds(attack), other.seeds(attack), strict=True):
+        first, second = map(known, pair)
         if first is None or second is None:
             continue
         mine, theirs = bits(first[attack]), bits(second[attack])
         paired = paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine))
-        found.append({"estimate": 100 * paired.estimate, "low": 100 * paired.low, "high": 100 * paired.high})
-    if not found:
+        seeds.append({name: 100 * getattr(paired, name) for name in ("estimate", "low", "high")})
+    if not seeds:
         return None
-    over_seeds = spread([value["estimate"] for value in found])
-    whole = dict(zip(("mean", "low", "high"), over_seeds, strict=True)) if over_seeds else found[0]
-    return {"seeds": found, "over_seeds": whole if over_seeds else None}
+    whole = spread([seed["estimate"] for seed in seeds])
+    over_seeds = None if whole is None else dict(zip(("mean", "low", "high"), whole, strict=True))
+    return {"seeds": seeds, "over_seeds": over_seeds}
 
 
 def points(value: Mapping[str, Any] | None) -> str:

@@ -52,7 +52,7 @@ def _white_box(scale: Scale, paper: Mapping[tuple[str, str], Sequence[float]], a
         eps = trainings[0].setting.eps
         asked = [(attacks_of(eps, attacks), images), (strongest(scale, eps), min(images or FEW, FEW))]
         printed = dict(zip(("clean", *attacks), numbers, strict=True))
-        rows.setdefault(data, []).append(Row.of(_DEFENCES[defence], trainings, *asked, paper=printed))
+        rows.setdefault(data, []).append(Row(_DEFENCES[defence], trainings, asked, printed))
     return rows
 
 
@@ -73,7 +73,7 @@ def _table_2(scale: Scale) -> Rows:
         asked = (attacks_of(setting.eps), scale.images[data])
         printed = dict(zip(TABLE, numbers, strict=True))
         trainings = scale.trainings(data, defence)
-        rows.setdefault(data, []).append(Row.of(_DEFENCES[defence], trainings, asked, paper=printed, made_on=surrogate))
+        rows.setdefault(data, []).append(Row(_DEFENCES[defence], trainings, [asked], printed, {"made_on": surrogate}))
     return rows
 
 
