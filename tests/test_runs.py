@@ -251,10 +251,13 @@ def test_the_state_comes_back_bit_for_bit(tmp_path):
     net, optimizer = state(0)
     position = {"epoch": 2, "batch": 1, "totals": {"loss": 0.1 + 0.2}, "history": [{"epoch": 0, "fosc": None}]}
     assert runs.load_state(folder, {"model": net}, optimizer) == {}
-    runs.save_state(folder, {"model": net, "ema": net}, optimizer, position)
+    kept = torch.randn(3, 2).half()
+    runs.save_state(folder, {"model": net, "ema": net}, optimizer, position, kept)
     assert (folder / "metrics.jsonl").read_text() == '{"epoch": 0, "fosc": null}\n'
     other, theirs = state(1)
-    assert runs.load_state(folder, {"model": other}, theirs) == position
+    came = torch.zeros_like(kept)
+    assert runs.load_state(folder, {"model": other}, theirs, came) == position
+    assert torch.equal(came, kept)
     torch.testing.assert_close(other.state_dict(), net.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(theirs.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
 

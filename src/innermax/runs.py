@@ -78,8 +78,8 @@ def save_state(
     folder: Path,
     networks: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    kept: Tensor | None,
     position: Mapping[str, Any],
+    kept: Tensor | None = None,
 ) -> None:
     """Writes networks, optimiser, kept perturbations and position into the checkpoint, history into metrics.jsonl."""
     tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
@@ -92,7 +92,7 @@ def save_state(
 
 
 def load_state(
-    folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, kept: Tensor | None
+    folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, kept: Tensor | None = None
 ) -> dict[str, Any]:
     """Fills networks, optimiser and kept perturbations from the checkpoint; its position, empty where there is none.
 

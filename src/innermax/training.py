@@ -340,7 +340,7 @@ class _Loop:
         """Writes all that a resumed run needs."""
         position = {name: getattr(self, name) for name in ("epoch", "batch", "totals", "gauged", "history", "seconds")}
         networks = {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
-        runs.save_state(folder, networks, self.optimizer, self.kept, position)
+        runs.save_state(folder, networks, self.optimizer, position, self.kept)
 
     def resume(self, folder: Path) -> None:
         """Takes over the state a run folder holds; where it holds none yet, writes the one to start from."""
