@@ -6,7 +6,7 @@
 Three questions, on digit and MNIST classifiers that are trained here once (--models):
 
     agreement   AutoAttack standard and pyautoattack's, its three seeds against one of ours: who survives
-    pgd         PGD and foolbox's and torchattacks' with the same step size: robust accuracy
+    pgd         PGD and foolbox's and torchattacks' with the same step size, from the same starts and from their own
     time        AutoAttack standard and pyautoattack's in turns, in one process, on the same MNIST images
 
 Every record, a chunk of images or one attack of a turn, is kept in the folder --runs when it is done and not repeated:
@@ -29,6 +29,8 @@ from timing import machine, ratio, shown
 from torch import Tensor, nn
 
 import innermax as im
+from innermax import randomness
+from innermax.attacks.search import search
 
 SPECIFICATIONS: dict[str, dict[str, Any]] = {
     "digits": {"model": "digits-cnn", "linf": 0.15, "l2": 1.0, "images": None, "epochs": 20, "lr": 0.05},
@@ -40,6 +42,7 @@ SEEDS = (0, 1, 2)
 CHUNK = 50
 STEPS = 20
 Attacker = Callable[[nn.Module, im.Linf | im.L2, Tensor, Tensor, int], Tensor]
+Start = Tensor | int | None  # the points, a seed for the library's own, or the clean image
 
 
 def threat_of(name: str) -> im.Linf | im.L2:
@@ -99,28 +102,49 @@ def pyautoattack(model: nn.Module, threat: im.Linf | im.L2, x: Tensor, y: Tensor
     return survivors(model, x_adv, y)
 
 
-def innermax_pgd(model: nn.Module, threat: im.Linf | im.L2, x: Tensor, y: Tensor, seed: int | None) -> Tensor:
-    attack = im.PGD(threat, steps=STEPS, step_size=threat.eps / 4, random_start=seed is not None)
-    return survivors(model, attack(model, x, y, seed=seed or 0, final="none").x_adv, y)
+def innermax_pgd(model: nn.Module, threat: im.Linf | im.L2, x: Tensor, y: Tensor, start: Start) -> Tensor:
+    attack = im.PGD(threat, steps=STEPS, step_size=threat.eps / 4, random_start=isinstance(start, int))
+    if isinstance(start, Tensor):
+        feasible, loss = threat.around(x), attack.objective()
+        return search(im.Oracle(model), feasible, start, y, loss, attack.step_sizes(), final="none").x_adv
+    return attack(model, x, y, seed=start or 0, final="none").x_adv
 
 
-def foolbox_pgd(model: nn.Module, threat: im.Linf | im.L2, x: Tensor, y: Tensor, seed: int | None) -> Tensor:
+def foolbox_pgd(model: nn.Module, threat: im.Linf | im.L2, x: Tensor, y: Tensor, start: Start) -> Tensor:
+    import eagerpy
     from foolbox import PyTorchModel, attacks
 
     kind = attacks.LinfPGD if isinstance(threat, im.Linf) else attacks.L2PGD
-    attack = kind(abs_stepsize=threat.eps / 4, steps=STEPS, random_start=seed is not None)
-    torch.manual_seed(seed or 0)
+    attack = kind(abs_stepsize=threat.eps / 4, steps=STEPS, random_start=start is not None)
+    if isinstance(start, Tensor):
+        attack.get_random_start = lambda *_: eagerpy.astensor(start)
+    torch.manual_seed(start if isinstance(start, int) else 0)
     x_adv, _, _ = attack(PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=threat.eps)
-    return survivors(model, x_adv, y)
+    return x_adv
 
 
-def torchattacks_pgd(model: nn.Module, threat: im.Linf | im.L2, x: Tensor, y: Tensor, seed: int | None) -> Tensor:
+def torchattacks_pgd(
+    model: nn.Module, threat: im.Linf | im.L2, x: Tensor, y: Tensor, start: Start, steps: int = STEPS
+) -> Tensor:
     from torchattacks import PGD, PGDL2
 
     kind = PGD if isinstance(threat, im.Linf) else PGDL2
-    torch.manual_seed(seed or 0)
-    attack = kind(model, eps=threat.eps, alpha=threat.eps / 4, steps=STEPS, random_start=seed is not None)
-    return survivors(model, attack(x, y), y)
+    torch.manual_seed(start or 0)
+    attack = kind(model, eps=threat.eps, alpha=threat.eps / 4, steps=steps, random_start=start is not None)
+    return attack(x, y)
+
+
+def start_of(
+    kind: str, library: str, model: nn.Module, threat: im.Linf | im.L2, x: Tensor, y: Tensor, seed: int
+) -> Start:
+    """Where a library begins: on the "clean" image, at its "own" random start, or at another library's."""
+    if kind == "clean":
+        return None
+    if kind in ("own", library):
+        return seed
+    if kind == "torchattacks":
+        return torchattacks_pgd(model, threat, x, y, seed, steps=0)
+    return threat.around(x).sample(randomness.keys(seed, torch.arange(len(x)), 0))
 
 
 @torch.no_grad()
@@ -136,6 +160,8 @@ AUTOATTACKS: dict[str, Attacker] = {
     FAST: innermax_autoattack("auto"),
 }
 PGDS: dict[str, Any] = {"innermax": innermax_pgd, "foolbox": foolbox_pgd, "torchattacks": torchattacks_pgd}
+STARTS = {"clean": range(1), "torchattacks": range(10), "innermax": range(10), "own": range(10)}  # seeds of each
+STUDENT = 2.262  # 97.5 % quantile of Student's t with as many degrees of freedom as there are seeds, less one
 
 
 def recorded(path: Path, work: Callable[[], Any]) -> Any:
@@ -197,25 +223,43 @@ def compared(found: Mapping[str, list[bool]]) -> dict[str, Any]:
 # PGD
 
 
-def pgd(name: str, models: Path, runs: Path) -> dict[str, dict[str, float]]:
-    """Robust accuracy in % on 1,000 images of each PGD, from the clean image and from random starts (three seeds)."""
+def pgd(name: str, models: Path, runs: Path) -> dict[str, dict[str, Any]]:
+    """Each library's PGD on 1,000 images, by start and library: robust accuracies in %, and how far they are apart."""
     x, y = images_of(name.split("-")[0])
-    model = trained(name, models)
-    found: dict[str, dict[str, float]] = {}
-    for library, attack in PGDS.items():
-        for start, seeds in {"clean": (None,), "random": SEEDS}.items():
-            values = [
+    model, threat = trained(name, models), threat_of(name)
+
+    def survived(kind: str, library: str, seed: int) -> list[bool]:
+        start = start_of(kind, library, model, threat, x, y, seed)
+        return survivors(model, PGDS[library](model, threat, x, y, start), y).tolist()
+
+    found: dict[str, dict[str, Any]] = {}
+    for kind, seeds in STARTS.items():
+        rows = {
+            library: [
                 recorded(
-                    runs / f"pgd-{name}-{library}-{start}-{seed}.json",
-                    lambda attack=attack, seed=seed: 100 * float(
-                        torch.cat([attack(model, threat_of(name), x[i : i + 250], y[i : i + 250], seed)
-                                   for i in range(0, len(x), 250)]).double().mean()
-                    ),
+                    runs / f"pgd-{name}-{library}-{kind}-{seed}-rows.json",
+                    lambda kind=kind, library=library, seed=seed: survived(kind, library, seed),
                 )
                 for seed in seeds
-            ]  # fmt: skip
-            found.setdefault(start, {})[library] = statistics.mean(values)
+            ]
+            for library in PGDS
+            if (kind, library) != ("innermax", "torchattacks")  # it takes no starts
+        }
+        found[kind] = {library: beside(verdicts, rows["innermax"]) for library, verdicts in rows.items()}
     return found
+
+
+def beside(theirs: list[list[bool]], ours: list[list[bool]]) -> dict[str, Any]:
+    """Accuracy by seed and, beside ours: the mean difference, half its 95 % interval, and verdicts shared, all in %."""
+    columns, own = (torch.tensor(verdicts).double() for verdicts in (theirs, ours))
+    apart = 100 * (columns - own).mean(1)
+    few = len(apart) == 1
+    return {
+        "accuracy": (100 * columns.mean(1)).tolist(),
+        "difference": float(apart.mean()),
+        "within": 0.0 if few else STUDENT * float(apart.std()) / len(apart) ** 0.5,
+        "shared": 100 * float((columns == own).double().mean()),
+    }
 
 
 # Time
@@ -260,14 +304,43 @@ def agreement_lines(results: Mapping[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def pgd_lines(results: Mapping[str, dict[str, dict[str, float]]]) -> list[str]:
-    lines = [f"| model | start | {' | '.join(PGDS)} | largest difference |", "| --- | --- | --- | --- | --- | --- |"]
+def pgd_lines(results: Mapping[str, dict[str, dict[str, Any]]]) -> list[str]:
+    peers = [library for library in PGDS if library != "innermax"]
+    beside = [f"{peer} less innermax: points, verdicts shared %" for peer in peers]
+    lines = [
+        f"| model | start | {' | '.join([*PGDS, *beside])} |",
+        f"| --- | --- |{' --- |' * (len(PGDS) + len(peers))}",
+    ]
     for name, starts in results.items():
-        for start, values in starts.items():
-            cells = [f"{value:.2f}" for value in values.values()]
-            apart = max(abs(value - values["innermax"]) for value in values.values())
-            lines.append(f"| {name} | {start} | {' | '.join(cells)} | {apart:.2f} |")
+        for kind, libraries in starts.items():
+            start = kind if kind in ("clean", "own") else f"{kind}'"
+            accuracies = [_spread(libraries[library]["accuracy"]) if library in libraries else "–" for library in PGDS]
+            differences = [_apart(libraries[peer]) if peer in libraries else "–" for peer in peers]
+            lines.append(f"| {' | '.join([name, start, *accuracies, *differences])} |")
     return lines
+
+
+PGD_WORDS = (
+    "Robust accuracy in % on 1,000 images: from the clean image; from the very same random points, torchattacks' or",
+    "ours (torchattacks takes none); from each library's own. Of random starts the mean ± standard deviation of ten",
+    "seeds, and the mean difference, seed by seed, with its 95 % interval (Student's t): model and images are the same",
+    "throughout, so the intervals speak of starts alone.",
+    "",
+    "In L2 torchattacks draws a start's length uniformly from [0, ε]; foolbox and we draw uniformly from the ball,",
+    "most of which lies near its surface. They project onto the ball and then clip, we project onto ball and bounds",
+    "together: that is what is left from the same starts in L2.",
+)
+
+
+def _spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def _apart(told: dict[str, Any]) -> str:
+    low, high = (told["difference"] + sign * told["within"] for sign in (-1, 1))
+    within = f" ({low:+.2f} to {high:+.2f})" if len(told["accuracy"]) > 1 else ""
+    return f"{told['difference']:+.2f}{within}, {told['shared']:.2f}".replace("-", "−")
 
 
 def time_lines(name: str, count: int, seconds: Mapping[str, list[float]]) -> list[str]:
@@ -302,7 +375,7 @@ def page(
             "",
             f"## PGD-{STEPS} with step ε/4",
             "",
-            "Robust accuracy in % on 1,000 images, from the clean image, and from random starts (mean of three seeds).",
+            *PGD_WORDS,
             "",
             *pgd_lines(pgds),
             "",

@@ -5,7 +5,7 @@ Images are made once on each surrogate, batch by batch, and scored on every targ
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -186,11 +186,13 @@ def transfer(
 
 def _clean(bench: Bench, attacks: Mapping[str, Attack], exact: Mapping[str, Oracle]) -> dict[str, Column]:
     """Target → who is right on the clean images; labels, bounds and grid are known to fit before the first search."""
-    parts = []
-    for _, x, y in bench.batches("clean"):
-        check_images(x, attacks, bench.quantize)
-        parts.append(_verdicts(exact, x, y))
-    return _joined(parts)
+
+    def parts() -> Iterator[dict[str, Column]]:
+        for _, x, y in bench.batches("clean"):
+            check_images(x, attacks, bench.quantize)
+            yield _verdicts(exact, x, y)
+
+    return _joined(parts(), len(bench.images))
 
 
 def _transferred(
@@ -198,7 +200,10 @@ def _transferred(
 ) -> dict[str, dict[str, Column]]:
     """Target → attack → who is right on the images made on one surrogate."""
     by_attack = {
-        name: _joined([_verdicts(exact, batch.image, batch.label) for batch in bench.attacked(name, attack, oracle)])
+        name: _joined(
+            (_verdicts(exact, batch.image, batch.label) for batch in bench.attacked(name, attack, oracle)),
+            len(bench.images),
+        )
         for name, attack in attacks.items()
     }
     return {target: {attack: columns[target] for attack, columns in by_attack.items()} for target in exact}
@@ -214,8 +219,16 @@ def _verdicts(exact: Mapping[str, Oracle], image: Tensor, label: Tensor) -> dict
     return found
 
 
-def _joined(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _joined(parts: Iterable[Mapping[str, Column]], count: int) -> dict[str, Column]:
+    """The parts as one, of so many examples; none is kept, which would leave memory in pieces."""
+    whole: dict[str, Column] = {}
+    start = 0
+    for part in parts:
+        whole = whole or {name: np.empty(count, column.dtype) for name, column in part.items()}
+        for name, column in part.items():
+            whole[name][start : start + len(column)] = column
+        start += len(column)
+    return whole
 
 
 def _titled(bench: Bench, surrogate: str) -> Bench:
