@@ -93,7 +93,7 @@ def test_the_papers_numbers():
         assert (recipe["dynamic"]["c_max"], recipe["attack"]["gauge"]) == (0.5, "ball")
 
 
-@pytest.mark.parametrize("strategy", ["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic"])
+@pytest.mark.parametrize("strategy", ["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "warm-start"])
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_trains_with_every_strategy(folder, capsys, monkeypatch, name, strategy):
     # One forward pass of WideResNet-34-10 costs as much as all the rest: its smallest sister stands in for it.
