@@ -735,6 +735,19 @@ def test_augment_against_the_naive_way(data):
     assert torch.equal(x, before)
 
 
+def test_augmentation_is_undone():
+    x, key = torch.rand(64, 3, 9, 9), keys(3, torch.arange(64))
+    inside = torch.zeros(64, 3, 9, 9)
+    inside[:, :, 2:7, 2:7] = x[:, :, 2:7, 2:7]  # what no shift by two pixels moves out
+    for options in ({"shift": 2}, {"flip": True}, {"shift": 2, "flip": True}):
+        moved = augment(inside, key, **options)
+        assert (moved != inside).flatten(1).any(1).float().mean() > 0.3
+        assert torch.equal(augment(moved, key, **options, back=True), inside)
+    lost = augment(augment(x, key, shift=2), key, shift=2, back=True)
+    assert ((lost == x) | (lost == 0)).all()
+    assert (lost == 0).any()
+
+
 def test_augment_depends_on_the_example_alone():
     x, key = torch.rand(40, 3, 6, 6), keys(7, torch.arange(40))
     state = torch.get_rng_state()

@@ -1,6 +1,5 @@
 """The paper made again: settings, workshop, comparisons, and every piece at the smallest scale."""
 
-import fcntl
 import json
 import subprocess
 import sys
@@ -112,12 +111,9 @@ def test_questions_that_differ_have_names_that_differ():
 
 def test_one_process_at_a_time(shop):
     question = Trained(tiny())
-    shop.models.mkdir()
     for name in (fingerprint(question), fingerprint(question.training)):
-        with (shop.models / f"{name}.lock").open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            with pytest.raises(Busy):
-                shop.answered(question)
+        with shop._alone(name), pytest.raises(Busy):
+            shop.answered(question)
     assert shop.answered(question)["history"]
 
 

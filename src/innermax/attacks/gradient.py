@@ -144,10 +144,10 @@ class PGD:
         }
 
         def once(rows: Tensor, restart: int) -> AttackResult:
-            part, warm = problem[rows], given is not None and restart == 0
-            if given is not None and restart == 0:
-                start = given[rows]
-            else:
+            part = problem[rows]
+            start = given[rows] if given is not None and restart == 0 else None
+            warm = start is not None
+            if start is None:
                 start = part.feasible.sample(part.keys(restart)) if self.random_start else part.feasible.x
             return search(part.oracle, part.feasible, start, part.label, warm=warm, **options)
 
