@@ -98,7 +98,8 @@ def _draw(numbers: Numbers, figure: "Figure") -> None:
         value = accuracy_over_seeds(row, STRONGEST)
         spent = [seed["gradients"] for seed in row["seeds"].values()]
         if value is not None:
-            found.append((row["title"], sum(spent) / len(spent), value))
+            seeds = f"{len(spent)} seed{'s' if len(spent) > 1 else ''}"
+            found.append((f"{row['title']} ({seeds})", sum(spent) / len(spent), value))
     pictures.frontier(found, figure)
 
 

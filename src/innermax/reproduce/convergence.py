@@ -47,8 +47,9 @@ def inner_maximization(
         x, count = around.project(x + gradient / (4 * concavity)), count + 1
         gradient = slope - concavity * (x - around.x)
         gap = around.gap(gradient, x)
-        done, on = (gap <= delta).nonzero()[:, 0], (gap > delta).nonzero()[:, 0]
-        if len(done):
+        within = gap <= delta
+        if bool(within.any()):
+            done, on = within.nonzero()[:, 0], (~within).nonzero()[:, 0]
             found[rows[done]], calls[rows[done]], fosc[rows[done]] = x[done], count, gap[done]
             rows, x, gradient, slope, delta = (values[on] for values in (rows, x, gradient, slope, delta))
             around = around[on]

@@ -188,7 +188,7 @@ def _verdict(numbers: Numbers) -> str:
         f"The bound that is for every T holds in {sum(_holds(cell, 'bound') for cell in cells)} of {len(cells)} "
         f"settings, and is {low:.1f} to {high:.1f} times what is measured. The printed one, without 2LΔ/T, is exceeded "
         f"in {broken[0]} of {len(within)} settings with T ≥ LΔ/σ² and in {broken[1]} of the {len(beyond)} others. What "
-        f"they rest on, at the most that was met: FOSC {fosc:.3f} δ, noise of one example's gradient {noise:.2f} σ, "
+        f"they rest on, at the most that was met: FOSC {fosc:.3f} δ, one example's gradient noise {noise:.2f} σ, "
         f"the gradient's bias {bias:.2f} L_θx √(δ/μ). What δ leaves in the end, without noise, is {span['aligned']} "
         "times L²_θx δ/μ where every maximizer just reaches the ball's surface (aligned, δ's worst case), and goes as "
         f"δ^{_power(sweep['aligned']):.1f} over the smallest two δ; where examples differ (varied) it is "
