@@ -179,6 +179,7 @@ class WarmStart:
     The network moves little in an epoch, so a search that goes on stays near a maximum that a new one has to find
     again: two gradients an epoch do the work of ten. Perturbations kept over epochs are Zheng et al. 2020's; new here
     are the shrinking steps and the floor, with which only those examples pay that are not converged any more.
+    The perturbations take two bytes a value of the training set, in memory and in every checkpoint.
 
     Args:
         attack: the attack at full strength; its threat model and loss are trained against.
