@@ -70,14 +70,14 @@ class Row:
         seeds = {}
         for training in self.trainings:
             trained = known(Trained(training))
-            answers = [known(question) for question in self.scored(training)]
-            if trained is None or any(answer is None for answer in answers):
+            answers = [answer for answer in map(known, self.scored(training)) if answer is not None]
+            if trained is None or not answers:
                 continue
             measured: dict[str, Any] = {}
             for answer in reversed(answers):  # of clean images the first question asks most
                 measured |= {
                     name: {key: value[key] for key in ("accuracy", "low", "high", "total")}
-                    for name, value in (answer or {}).items()
+                    for name, value in answer.items()
                     if isinstance(value, Mapping) and "accuracy" in value
                 }
             seeds[str(training.seed)] = {
