@@ -70,24 +70,21 @@ def algorithm_1(
     rate = (problem.descent / (problem.smoothness * sigma**2 * iterations)).sqrt().clamp(max=1 / problem.smoothness)
     around = Linf(problem.eps, bounds=None).around(problem.centres.repeat(runs, 1))
     theta, levels = problem.start.repeat(runs, 1), delta.repeat_interleave(n)
-    rows = []
+    names = ("squared", "bias", "noise", "fosc", "calls")
+    columns = {name: torch.empty(iterations, runs, dtype=torch.float64) for name in names}
     for t in range(iterations):
         # All examples are solved, whatever the batch: a search depends on θ and its example alone.
         found, calls, fosc = inner_maximization(problem.slope(theta).flatten(0, 1), around, problem.concavity, levels)
         used = problem.gradients(theta, found.reshape(runs, n, -1))
         true = problem.gradients(theta, problem.maximizers(theta))
         mean = true.mean(1)
-        rows.append(
-            {
-                "squared": mean.square().sum(1),
-                "bias": (used.mean(1) - mean).norm(dim=1),
-                "noise": (true - mean[:, None]).square().sum(2).mean(1).sqrt(),
-                "fosc": fosc.reshape(runs, n).amax(1),
-                "calls": calls.reshape(runs, n).double().mean(1),
-            }
-        )
+        columns["squared"][t] = mean.square().sum(1)
+        columns["bias"][t] = (used.mean(1) - mean).norm(dim=1)
+        columns["noise"][t] = (true - mean[:, None]).square().sum(2).mean(1).sqrt()
+        columns["fosc"][t] = fosc.reshape(runs, n).amax(1)
+        columns["calls"][t] = calls.reshape(runs, n).double().mean(1)
         theta = theta - rate[:, None] * (_shares(batch, seed, t, n)[:, :, None] * used).sum(1)
-    return {name: torch.stack([row[name] for row in rows], dim=1) for name in rows[0]}
+    return {name: values.T for name, values in columns.items()}
 
 
 def _shares(batch: Int[Tensor, " r"], seed: Int[Tensor, " r"], t: int, n: int) -> Float[Tensor, "r n"]:

@@ -29,7 +29,7 @@ class Scale:
 SCALES = {
     "smoke": Scale((16, 64), 64),
     "cpu": Scale((16, 64, 256, 1024, 4096), 64),
-    "full": Scale((16, 64, 256, 1024, 4096, 16384), 256),
+    "full": Scale((16, 64, 256, 1024, 4096, 16384), 128),
 }
 SPREADS = {"varied": 0.3, "aligned": 0.0}  # of the offsets: examples as they come, and δ's worst case
 BATCHES = (1, 64, 0)  # 0: every iteration sees all examples, σ = 0
