@@ -74,6 +74,7 @@ def test_an_answer_is_measured_once(shop, monkeypatch):
     first = shop.answered(question)
     assert len(first["history"]) == 1
     assert first["environment"]["versions"]["torch"] == torch.__version__
+    assert shop.answered(Trained(tiny(seed=3)))["environment"]["seed"] == 3
     monkeypatch.setattr(im, "train", None)
     assert shop.answered(question) == shop.known(question) == first
 
@@ -320,6 +321,15 @@ def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypa
     first = reached()
     assert time.perf_counter() - began < 60
     assert (0, 0) < first < reached() < (400, 0)
+
+
+def test_time_that_is_up_while_another_process_works(tmp_path):
+    folder, cache = tmp_path / "results", tmp_path / "models"
+    other = Workshop(folder / "answers", cache)
+    (question,) = PIECES["theorem1"].questions(SMOKE)
+    with other._alone(fingerprint(question)):
+        (page,) = reproduce(["theorem1"], scale="smoke", out=folder, cache=cache, minutes=0.02, say=lambda line: None)
+    assert "**not run.**" in page.read_text()
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):

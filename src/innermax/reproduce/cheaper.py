@@ -1,6 +1,5 @@
 """Past the paper: training that pays only for the convergence it needs, at equal strength."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from innermax.attacks.gradient import PGD
@@ -11,16 +10,14 @@ from innermax.reproduce.comparison import (
     TABLE,
     Row,
     accuracy_over_seeds,
-    attacks_of,
+    asked_of,
     by_seed,
     difference,
     points,
-    strongest,
     table,
     title,
 )
 from innermax.reproduce.piece import Known, Numbers, Piece
-from innermax.reproduce.questions import Attacks
 from innermax.reproduce.settings import Scale, Training
 from innermax.reproduce.workshop import Question
 from innermax.strategies import Standard, Strategy, WarmStart
@@ -32,22 +29,13 @@ _STRONG = "pgd-100 × 3"
 _SHOWN = ("clean", *TABLE, _STRONG, STRONGEST)
 
 
-def _asked(scale: Scale) -> tuple[tuple[Attacks, int | None], ...]:
-    """The paper's attacks on all test images, the strong ones on fewer."""
-    images, threat = scale.images["mnist"], scale.mnist.threat
-    few = min(images or FEW, FEW)
+def _row(scale: Scale, name: str, strategy: Strategy) -> Row:
+    """A strategy under the paper's attacks on all test images, and the strong ones on fewer."""
+    plain, strongest = asked_of(scale, "mnist")
+    threat = scale.mnist.threat
     restarted = PGD(threat, 100, threat.eps / 10, restarts=3, stop_on_success=True)
-    return (
-        (attacks_of(scale.mnist.eps), images),
-        (((_STRONG, restarted),), few),
-        (strongest(scale, scale.mnist.eps), few),
-    )
-
-
-def _row(scale: Scale, name: str, strategy: Strategy, **changes: Any) -> Row:
-    setting = replace(scale.mnist, **changes)
-    trainings = [Training(setting, strategy, seed) for seed in range(scale.seeds["mnist"])]
-    return Row(name, trainings, _asked(scale))
+    trainings = [Training(scale.mnist, strategy, seed) for seed in range(scale.seeds["mnist"])]
+    return Row(name, trainings, [plain, (((_STRONG, restarted),), strongest[1]), strongest])
 
 
 def _rows(scale: Scale) -> list[Row]:

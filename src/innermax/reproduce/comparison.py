@@ -11,7 +11,7 @@ from innermax.attacks.named import named_attack
 from innermax.reproduce.piece import Known
 from innermax.reproduce.questions import Attacks, Scored, Trained, bits
 from innermax.reproduce.settings import Scale, Training
-from innermax.reproduce.workshop import Question
+from innermax.reproduce.workshop import Question, seed_of
 from innermax.statistics import paired_difference
 from innermax.tables import shown_name
 from innermax.threat import Linf
@@ -29,6 +29,12 @@ def attacks_of(eps: float, names: Sequence[str] = TABLE) -> Attacks:
 def strongest(scale: Scale, eps: float) -> Attacks:
     """The strongest attack at hand, so that nobody takes masked gradients for robustness."""
     return ((STRONGEST, GuidedPGD(Linf(eps), budget=scale.budget)),)
+
+
+def asked_of(scale: Scale, data: str, names: Sequence[str] = TABLE) -> list[tuple[Attacks, int | None]]:
+    """Attacks of these names on all of a scale's test images, and the strongest at hand on fewer."""
+    eps, images = getattr(scale, data).eps, scale.images[data]
+    return [(attacks_of(eps, names), images), (strongest(scale, eps), min(images or FEW, FEW))]
 
 
 @dataclass(frozen=True)
@@ -166,13 +172,7 @@ def points(value: Mapping[str, Any] | None) -> str:
 
 def by_seed(rows: Sequence[Sequence[Question]]) -> list[Question]:
     """The questions of several rows, the first seed of all of them before the second: half a table is whole rows."""
-    whole = [question for row in rows for question in row]
-
-    def seed(question: Question) -> int:
-        training = getattr(question, "training", None)
-        return training.seed if training is not None else 0
-
-    return sorted(whole, key=seed)
+    return sorted((question for row in rows for question in row), key=seed_of)
 
 
 def title(attack: str) -> str:

@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from innermax.reproduce.comparison import (
-    FEW,
     STRONGEST,
     TABLE,
     Row,
     accuracy_over_seeds,
+    asked_of,
     attacks_of,
     by_seed,
     difference,
@@ -19,7 +19,7 @@ from innermax.reproduce.comparison import (
     title,
 )
 from innermax.reproduce.piece import Known, Numbers, Piece
-from innermax.reproduce.questions import Attacks, Trained
+from innermax.reproduce.questions import Trained
 from innermax.reproduce.settings import Scale, Setting, Training
 from innermax.reproduce.workshop import Question
 from innermax.strategies import Dynamic, Strategy
@@ -29,19 +29,12 @@ def _seeds(scale: Scale, setting: Setting, strategy: Strategy, objective: str = 
     return [Training(setting, strategy, seed, objective) for seed in range(scale.seeds["mnist"])]
 
 
-def _asked(scale: Scale) -> tuple[tuple[Attacks, int | None], ...]:
-    """The paper's attacks on all test images, the strongest at hand on fewer."""
-    images = scale.images["mnist"]
-    eps = scale.mnist.eps
-    return (attacks_of(eps), images), (strongest(scale, eps), min(images or FEW, FEW))
-
-
 # Does Dynamic win, and why?
 
 
 def _variants(scale: Scale) -> list[Row]:
     """What the paper's text mixes, taken apart."""
-    setting, asked = scale.mnist, _asked(scale)
+    setting, asked = scale.mnist, asked_of(scale, "mnist")
     fewer = replace(setting, epochs=max(1, round(0.7 * setting.epochs)))
     published, standard = setting.strategy("dynamic"), setting.strategy("standard")
     exact = Dynamic(setting.pgd(), "auto", setting.zero_at)
@@ -134,7 +127,7 @@ def _constants_text(numbers: Numbers) -> str:
 
 def _overfitting(scale: Scale) -> list[tuple[str, Row, Row]]:
     """Of each strategy the last epoch and the best on the validation split, on the test images."""
-    asked = _asked(scale)[0]
+    asked = asked_of(scale, "mnist")[0]
     found = []
     for name in ("standard", "curriculum", "dynamic"):
         trainings = _seeds(scale, scale.mnist, scale.mnist.strategy(name))

@@ -63,21 +63,21 @@ def reproduce(
 def _answer(asked: Sequence[Question], workshop: Workshop, time_left: Callable[[], bool]) -> bool:
     """Answers what no other process is at, and what it is at once it is done; whether all was answered in time."""
     waiting = [question for question in asked if workshop.known(question) is None]
-    while waiting and time_left():
-        busy = []
-        for question in waiting:
-            try:
-                workshop.answered(question)
-            except Busy:
-                busy.append(question)
-            except KeyboardInterrupt:
-                if time_left():
-                    raise
-            if not time_left():
-                return False
-        if len(busy) == len(waiting):
-            threading.Event().wait(1.0)
-        waiting = busy
+    try:
+        while waiting and time_left():
+            busy = []
+            for question in waiting:
+                try:
+                    workshop.answered(question)
+                except Busy:
+                    busy.append(question)
+            if len(busy) == len(waiting):
+                threading.Event().wait(1.0)
+            waiting = busy
+    except KeyboardInterrupt:
+        if time_left():  # a person's, not the clock's
+            raise
+        return False
     return not waiting
 
 

@@ -106,9 +106,9 @@ class Scale:
     note: str
     budget: int = GuidedPGD.budget
 
-    def trainings(self, data: str, strategy: str, **changes: Any) -> list[Training]:
+    def trainings(self, data: str, strategy: str) -> list[Training]:
         """A defence with every seed."""
-        setting = replace(getattr(self, data), **changes)
+        setting = getattr(self, data)
         return [Training(setting, setting.strategy(strategy), seed) for seed in range(self.seeds[data])]
 
 

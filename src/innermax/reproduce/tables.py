@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from innermax.reproduce.comparison import FEW, STRONGEST, TABLE, Row, attacks_of, strongest, table
+from innermax.reproduce.comparison import FEW, STRONGEST, TABLE, Row, asked_of, attacks_of, table
 from innermax.reproduce.piece import Known, Numbers, Piece
 from innermax.reproduce.settings import Scale, Training
 from innermax.reproduce.workshop import Question
@@ -48,9 +48,7 @@ def _white_box(scale: Scale, paper: Mapping[tuple[str, str], Sequence[float]], a
     """The rows by data set, each attacked with the table's attacks and, on fewer images, the strongest at hand."""
     rows: Rows = {}
     for (data, defence), numbers in paper.items():
-        trainings, images = scale.trainings(data, defence), scale.images[data]
-        eps = trainings[0].setting.eps
-        asked = [(attacks_of(eps, attacks), images), (strongest(scale, eps), min(images or FEW, FEW))]
+        trainings, asked = scale.trainings(data, defence), asked_of(scale, data, attacks)
         printed = dict(zip(("clean", *attacks), numbers, strict=True))
         rows.setdefault(data, []).append(Row(_DEFENCES[defence], trainings, asked, printed))
     return rows

@@ -75,7 +75,7 @@ class Workshop:
             kept = {
                 "question": json.loads(json.dumps(describe(question)), parse_constant=str),  # JSON has no infinity
                 "answer": answer,
-                "environment": environment(getattr(question, "seed", 0)),
+                "environment": environment(seed_of(question)),
                 "seconds": round(seconds, 2),
             }
             write_json(self._path(question), kept)
@@ -133,6 +133,12 @@ class Workshop:
             except BlockingIOError:
                 raise Busy(name) from None
             yield
+
+
+def seed_of(question: Question) -> int:
+    """The seed of the training that a question is about, 0 where it is about none."""
+    training: Training | None = getattr(question, "training", None)
+    return 0 if training is None else training.seed
 
 
 def finished(folder: Path, epochs: int) -> im.Run | None:
