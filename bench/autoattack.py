@@ -39,20 +39,22 @@ SPECIFICATIONS: dict[str, dict[str, Any]] = {
 NORMS = {"linf": im.Linf, "l2": im.L2}
 PEER_NORMS = {"linf": "Linf", "l2": "L2"}
 SEEDS = (0, 1, 2)
-CHUNK = 50
+CHUNKS = {"digits": 50, "mnist": 250}  # images
 STEPS = 20
 Attacker = Callable[[nn.Module, im.Linf | im.L2, Tensor, Tensor, int], Tensor]
 Start = Tensor | int | None  # the points, a seed for the library's own, or the clean image
 
 
 def threat_of(name: str) -> im.Linf | im.L2:
-    """The threat model of a classifier's name, such as digits-linf-standard."""
+    """The threat model of a name such as digits-linf-standard: what it trained with, or of the radius after an @."""
+    name, _, eps = name.partition("@")
     data, norm, _ = name.split("-")
-    return NORMS[norm](SPECIFICATIONS[data][norm])
+    return NORMS[norm](float(eps or SPECIFICATIONS[data][norm]))
 
 
 def trained(name: str, folder: Path) -> nn.Module:
     """The classifier of a name, from the folder or trained now."""
+    name = name.partition("@")[0]
     if not (folder / name / "model.safetensors").exists():
         data, _, strategy = name.split("-")
         told = SPECIFICATIONS[data]
@@ -188,8 +190,9 @@ def agreement(name: str, count: int, models: Path, runs: Path) -> dict[str, list
     x, y = images_of(name.split("-")[0])
     found: dict[str, list[bool]] = {}
     model = trained(name, models)
-    for start in range(0, count, CHUNK):
-        rows = slice(start, min(start + CHUNK, count))
+    chunk = CHUNKS[name.split("-")[0]]
+    for start in range(0, count, chunk):
+        rows = slice(start, min(start + chunk, count))
         for attacker, seed in HELD_TOGETHER:
             work = lambda attacker=attacker, seed=seed, rows=rows: (  # noqa: E731
                 AUTOATTACKS[attacker](model, threat_of(name), x[rows], y[rows], seed).tolist()
@@ -391,8 +394,8 @@ def _counts(words: list[str]) -> dict[str, int]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = ["digits-linf-standard=1000", "digits-l2-dynamic=1000", "mnist-linf-standard=1000"]
-    parser.add_argument("--agreement", nargs="+", default=default, metavar="MODEL=IMAGES")
-    parser.add_argument("--pgd", nargs="+", default=[word.partition("=")[0] for word in default], metavar="MODEL")
+    parser.add_argument("--agreement", nargs="*", default=default, metavar="MODEL[@EPS]=IMAGES")
+    parser.add_argument("--pgd", nargs="*", default=[word.partition("=")[0] for word in default], metavar="MODEL[@EPS]")
     parser.add_argument("--time", default="mnist-linf-standard=64", metavar="MODEL=IMAGES")
     parser.add_argument("--turns", type=int, default=3, help="0: no timing")
     parser.add_argument("--models", type=Path, default=Path("runs/models"))
