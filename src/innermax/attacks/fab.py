@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
-from innermax.attacks.search import AttackResult, joined
+from innermax.attacks.search import AttackResult, has_won, joined
 from innermax.checks import check_count
 from innermax.losses import Paired, difference, margin
 from innermax.threat import L1, Column, Flat, Linf, Threat, fill
@@ -67,7 +67,7 @@ class FAB(VerdictAttack):
         for step in range(1, self.steps + 1):
             point = _stepped(problem, search.point)
             logits = problem.logits(point)
-            search = search.crossed(problem, point, problem.won(point, logits))
+            search = search.crossed(problem, point, logits)
             fallen = search.distance <= self.threat.eps
             if bool(fallen.any()):
                 done, going = fallen.nonzero()[:, 0], (~fallen).nonzero()[:, 0]
@@ -97,11 +97,17 @@ class _Approach:
         """Some of the searches."""
         return _Approach(*(value[rows] for value in vars(self).values()))
 
-    def crossed(self, problem: Problem, point: Float[Tensor, "b ..."], wrong: Bool[Tensor, " b"]) -> "_Approach":
+    def crossed(
+        self, problem: Problem, point: Float[Tensor, "b ..."], logits: Float[Tensor, "b classes"]
+    ) -> "_Approach":
         """The searches at their next iterates; those beyond the boundary turn back some of the way."""
-        x, column = problem.feasible.x, (-1, *[1] * (point.ndim - 1))
-        distance = problem.feasible.threat.norm((point.double() - x.double()).flatten(1))
+        threat, x, column = problem.feasible.threat, problem.feasible.x, (-1, *[1] * (point.ndim - 1))
+        distance = threat.norm((point.double() - x.double()).flatten(1))
+        wrong = has_won(logits, problem.y, reach=False)
         nearer = wrong & (distance < self.distance)
+        fallen = (nearer & (distance <= threat.eps)).nonzero()[:, 0]
+        if len(fallen) > 0:  # bf16 may say where to search, not who falls
+            nearer[fallen] = problem[fallen].won(point[fallen], logits[fallen])
         kept = torch.isfinite(self.distance) & ~nearer
         return replace(
             self,
