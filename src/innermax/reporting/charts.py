@@ -125,23 +125,28 @@ def mirrored(
     up: Sequence[float], down: Sequence[float], x: Axis, names: tuple[str, str], said: str, over: str = ""
 ) -> Markup:
     """Two histograms over bins of equal width on x: one stands, the other, hollow, hangs. over: drawn last."""
-    middle = _TOP + (HEIGHT - _TOP - _BOTTOM) / 2
-    most = max([*up, *down, 1e-9])
-    room = (HEIGHT - _TOP - _BOTTOM) / 2 - 16
+    tallest = max(max(up, default=0.0), max(down, default=0.0), 1e-9)
+    tops = [max(*values, 0.12 * tallest) for values in (up, down)]  # room for the name of one that is empty
+    unit = (HEIGHT - _TOP - _BOTTOM - 36) / sum(tops)
+    middle = _TOP + 18 + unit * tops[0]
     wide = (WIDTH - _LEFT - _RIGHT) / max(len(up), 1)
     bars = []
     for values, sign, look in ((up, -1, "up"), (down, 1, "down")):
         drawn = []
         for place, value in enumerate(values):
             if value > 0:
-                tall = room * value / most
+                tall = unit * value
                 left = _LEFT + place * wide + 0.5
                 drawn.append(f"M{_n(left)} {_n(middle)}v{_n(sign * tall)}h{_n(wide - 1)}v{_n(-sign * tall)}z")
         bars.append(Markup('<path class="bar {}" d="{}"/>').format(look, "".join(drawn)))
     words = Markup('<text class="name" x="{0}" y="{1}">{2}</text><text class="name" x="{0}" y="{3}">{4}</text>')
     named = words.format(_LEFT + 4, _TOP + 10, names[0], HEIGHT - _BOTTOM - 5, names[1])
     scale = Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>')
-    scales = [scale.format(_LEFT - 6, _n(middle + sign * room + 4), number_text(most)) for sign in (-1, 1)]
+    scales = [
+        scale.format(_LEFT - 6, _n(middle + sign * unit * max(values) + 4), number_text(max(values)))
+        for values, sign in ((up, -1), (down, 1))
+        if max(values, default=0.0) > 0
+    ]
     zero = Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
         _LEFT, WIDTH - _RIGHT, _n(middle), _n(middle)
     )
@@ -158,11 +163,11 @@ def upright(x: Axis, value: float, label: str) -> Markup:
 def interval(value: float, low: float, high: float) -> Markup:
     """A share with its interval on a bar from 0 to 1, for a table's cell."""
     text = (
-        '<svg class="interval" viewBox="0 0 160 16" aria-hidden="true"><path class="rail" d="M4 8H156"/>'
-        '<path class="rail" d="M4 4v8M80 5v6M156 4v8"/><path class="spread" d="M{} 8H{}"/>'
-        '<circle class="dot" cx="{}" cy="8" r="4.5"/></svg>'
+        '<svg class="interval" viewBox="0 0 200 16" aria-hidden="true"><path class="rail" d="M5 8H195"/>'
+        '<path class="rail" d="M5 4v8M100 5v6M195 4v8"/><path class="spread" d="M{} 8H{}"/>'
+        '<circle class="dot" cx="{}" cy="8" r="4"/></svg>'
     )
-    low, high, value = (4 + 152 * share for share in (low, high, value))
+    low, high, value = (5 + 190 * share for share in (low, high, value))
     return Markup(text).format(_n(low), _n(high), _n(value))
 
 
@@ -179,7 +184,8 @@ def spark(values: Sequence[float], style: int, logarithmic: bool = False) -> Mar
     across = 96 / max(len(values) - 1, 1)
     points = [(2 + across * step, 24 - 20 * (value - low) / span) for step, value in enumerate(values)]
     return Markup(
-        '<svg class="spark" viewBox="0 0 100 28" aria-hidden="true"><path class="line s{}" d="{}"/></svg>'
+        '<svg class="spark" viewBox="0 0 100 28" preserveAspectRatio="none" aria-hidden="true">'
+        '<path class="line s{}" d="{}"/></svg>'
     ).format(style, _path([point for point in points if math.isfinite(point[1])]))
 
 
@@ -194,9 +200,10 @@ def legend(series: Sequence[Series]) -> Markup:
                 one.style % _STYLES, _dashes(one)
             )
         )
-        mark = _mark(16, 7, one.style) if one.kind in ("marks", "marked") else ""
-        swatch = Markup('<svg viewBox="0 0 32 14" width="32" height="14" aria-hidden="true">{}{}</svg>')
-        items.append(Markup("<li>{} {}</li>").format(swatch.format(line, mark), one.name))
+        wide = 14 if one.kind == "marks" else 32
+        mark = _mark(wide / 2, 7, one.style) if one.kind in ("marks", "marked") else ""
+        swatch = Markup('<svg viewBox="0 0 {0} 14" width="{0}" height="14" aria-hidden="true">{1}{2}</svg>')
+        items.append(Markup("<li>{} {}</li>").format(swatch.format(wide, line, mark), one.name))
     return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
 
 

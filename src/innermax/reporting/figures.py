@@ -89,8 +89,8 @@ def convergence(story: Story) -> list[Figure]:
         return []
     ends = [_ends(story.evaluation, name) for name in story.evaluation.rows]
     pictures = story.gallery.pictures if story.gallery else ()
-    steps = [_by_step(pictures, quantity) for quantity in ("fosc", "loss")]
-    return [figure for figure in (*ends, *steps) if figure is not None]
+    losses = [_loss_by_step(pictures, name) for name in story.evaluation.rows]
+    return [figure for figure in (*ends, _fosc_by_step(pictures), *losses) if figure is not None]
 
 
 def spent(story: Story) -> float:
@@ -134,7 +134,7 @@ def _by_eps(swept: Sequence[tuple[int, Story]]) -> Figure:
     x = linear("ε", [end for one in series for end in one.x], low=0.0)
     y_axis = linear("accuracy (%)", [], low=0.0, high=100.0)
     many = " or ".join(map(str, sorted(images)))
-    text = f"PGD-20 with a shrinking step on the first {many} test images; bands are 95 % intervals."
+    text = f"PGD-10 with a shrinking step on the first {many} test images; bands are 95 % intervals."
     said = f"Accuracy by size of the perturbation: {_points(series)}"
     return Figure("Robustness against ε", text, chart(series, x, y_axis, said), legend(series))
 
@@ -178,7 +178,7 @@ def _distribution(story: Story, several: bool) -> Figure | None:
     values = np.array([value for column in known if column for value in column], dtype=float)
     if not len(values) or not (values > 0).any():
         return None
-    top = float(np.quantile(values, 0.995))
+    top = float(np.quantile(values, 0.98))
     thresholds = [math.nan if row.get("threshold") is None else float(row["threshold"]) for row in story.history]
     top = max([top, *(value for value in thresholds if math.isfinite(value))])
     every = -(-len(known) // _COLUMNS)
@@ -244,28 +244,47 @@ def _ends(evaluation: Evaluation, name: str) -> Figure | None:
     return Figure(shown_name(name), text, drawn)
 
 
-def _by_step(pictures: Sequence[Picture], quantity: str) -> Figure | None:
-    """Medians over the gallery's images after each step, a line an attack and outcome."""
-    series = []
-    for number, name in enumerate(dict.fromkeys(p.attack for p in pictures if len(p.loss) > 2)):
-        for place, outcome in enumerate(("survived", "fallen")):
-            lines = [getattr(p, quantity) for p in pictures if p.attack == name and p.outcome == outcome]
-            if lines:
-                median = _medians(np.array(lines, dtype=float))
-                called = f"{shown_name(name)}, {outcome}"
-                series.append(Series(called, range(len(median)), median, 2 * number + place))
+def _fosc_by_step(pictures: Sequence[Picture]) -> Figure | None:
+    """Median relative FOSC after each step, a line an attack and outcome."""
+    names = list(dict.fromkeys(picture.attack for picture in pictures if len(picture.fosc) > 2))
+    series = [one for number, name in enumerate(names) for one in _lines(pictures, name, "fosc", 2 * number)]
     if not series:
         return None
-    x = linear("step", [end for one in series for end in (one.x[0], one.x[-1])], low=0.0)
     finite = [value for one in series for value in one.y if math.isfinite(value) and value > 0]
-    if quantity == "fosc":
-        y = logarithmic("relative FOSC", max(min(finite, default=_LOWEST), _LOWEST), 1.0)
-        said, title = "Medians of the gallery's images; 0 is converged.", "Relative FOSC against step"
-    else:
-        y = linear("loss", [value for one in series for value in one.y])
-        said, title = "Medians of the gallery's images, each attack's own loss.", "Loss against step"
-    level = UNCONVERGED if quantity == "fosc" else None
-    return Figure(title, said, chart(series, x, y, f"{title}: {_last(series)}", level=level), legend(series))
+    y = logarithmic("relative FOSC", max(min(finite, default=_LOWEST), _LOWEST), 1.0)
+    drawn = chart(series, _steps(series), y, f"Relative FOSC by step: {_last(series)}", level=UNCONVERGED)
+    text = "Medians of the gallery's images; low is converged."
+    return Figure("Relative FOSC against step", text, drawn, legend(series))
+
+
+def _loss_by_step(pictures: Sequence[Picture], name: str) -> Figure | None:
+    """The median of an attack's own loss after each step, survivors and fallen."""
+    series = _lines(pictures, name, "loss", 0)
+    if not series or len(series[0].x) < 3:
+        return None
+    finite = [value for one in series for value in one.y if math.isfinite(value)]
+    y = linear("loss", finite)
+    if min(finite) > 0:  # a cross-entropy: survivors' are far below those of the fallen
+        y = logarithmic("loss", max(min(finite), 1e-5 * max(finite)), max(finite))
+    drawn = chart(series, _steps(series), y, f"Loss of {shown_name(name)} by step: {_last(series)}")
+    text = "Medians of the gallery's images: a search that still climbs has not converged."
+    return Figure(f"Loss against step: {shown_name(name)}", text, drawn, legend(series))
+
+
+def _lines(pictures: Sequence[Picture], name: str, quantity: str, style: int) -> list[Series]:
+    """An attack's medians by step, of those that survived it and of those that fell."""
+    series = []
+    for place, outcome in enumerate(("survived", "fallen")):
+        lines = [getattr(p, quantity) for p in pictures if p.attack == name and p.outcome == outcome and p.loss]
+        if lines:
+            median = _medians(np.array(lines, dtype=float))
+            called = outcome if quantity == "loss" else f"{shown_name(name)}, {outcome}"
+            series.append(Series(called, range(len(median)), median, style + place))
+    return series
+
+
+def _steps(series: Sequence[Series]) -> Axis:
+    return linear("step", [end for one in series for end in (one.x[0], one.x[-1])], low=0.0)
 
 
 def _medians(lines: Any) -> list[float]:

@@ -27,7 +27,7 @@ _BYTES = 2_500_000  # of PNG files, so that the page that holds them as text sta
 _SIDE = 96  # pixels; larger images are shown smaller
 _CHUNK = 50  # images attacked at a time
 _SIZES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # times ε
-_STEPS = 20
+_STEPS = 10
 _SWEPT = 200  # images
 # Signed colours that are told apart without colour vision (Okabe & Ito 2008), on the mid-grey of no change.
 _LESS, _SAME, _MORE = (0, 114, 178), (245, 245, 245), (213, 94, 0)
@@ -81,7 +81,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Accuracy under PGD-20 with a shrinking step on the first test images, by size of the perturbation."""
+    """Accuracy under PGD-10 with a shrinking step on the first test images, by size of the perturbation."""
 
     eps: tuple[float, ...]
     accuracy: tuple[Accuracy, ...]
@@ -111,8 +111,8 @@ def gallery(
 ) -> Gallery:
     """Pictures for a report: images of every class that fell and that survived, each under every attack.
 
-    They are attacked again, from the evaluation's own random starts. A sweep over ε with PGD-20 on the first 200 images
-    costs as much as 120 gradients for each of them. Fewer pictures are made where larger ones would take the page over
+    They are attacked again, from the evaluation's own random starts. A sweep over ε with PGD-10 on the first 200 images
+    costs 60 gradients for each of them. Fewer pictures are made where larger ones would take the page over
     5 MB; what is larger than 96 pixels is shown smaller.
 
     Args:

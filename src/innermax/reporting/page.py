@@ -70,7 +70,7 @@ def _page(told: Sequence[Story]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    room.filters |= {"percent": _percent, "number": _number, "shown": shown_name}
+    room.filters |= {"percent": _percent, "number": _number, "brief": _brief, "shown": shown_name}
     files = resources.files("innermax.reporting")
     seeds = [story.evaluation.settings.seed for story in told if story.evaluation is not None]
     return room.get_template("page.html").render(
@@ -84,6 +84,7 @@ def _page(told: Sequence[Story]) -> str:
         pictures=[_picture(story, picture) for story in told for picture in _pictures(story)],
         classes=_classes(told),
         made=environment(seeds[0] if seeds else 0),
+        command=shlex.join(environment(0)["command"]),
         numbers={story.name: None if story.evaluation is None else story.evaluation.summary() for story in told},
     )
 
@@ -99,15 +100,13 @@ def _model(number: int, story: Story) -> dict[str, Any]:
         "rows": [] if found is None else _rows(found),
         "evaluation": found,
         "audit": None if found is None else found.audit,
-        "sentence": ""
-        if found is None or found.audit is None
-        else _capital(found.audit.sentence.removeprefix("Audit: ")),
+        "sentence": "" if found is None or found.audit is None else _said(found.audit),
         "mark": _MARKS[found.audit.verdict] if found is not None and found.audit is not None else "–",
         "evidence": None if found is None or found.audit is None else _evidence(found.audit),
         "spent": figures.spent(story) if any("gradients" in row for row in story.history) else None,
         "history": story.history,
         "convergence": figures.convergence(story),
-        "confusions": [] if found is None else [_confusions(story, found, name) for name in found.rows],
+        "confusions": [] if found is None else [_confusions(story, found, name) for name in _strongest_first(found)],
         "configuration": yaml.safe_dump(dict(story.configuration), sort_keys=False, allow_unicode=True).strip()
         if story.configuration
         else "",
@@ -177,6 +176,10 @@ def _checks(found: Evidence) -> dict[str, str | None]:
         "Answers are probabilities": "yes" if found.probabilities else "no",
         "Cost, over all examples": f"{found.gradients:,} gradients, {found.forwards:,} forward passes",
     }
+
+
+def _strongest_first(found: Evaluation) -> list[str]:
+    return sorted(found.rows, key=lambda name: found.accuracy[name].correct)
 
 
 def _confusions(story: Story, found: Evaluation, name: str) -> dict[str, Any]:
@@ -257,7 +260,9 @@ def _data(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def _capital(sentence: str) -> str:
+def _said(audit: Audit) -> str:
+    """The audit's sentence without the verdict, which stands beside it."""
+    sentence = audit.sentence.removeprefix("Audit: ").removeprefix(f"{audit.verdict}. ")
     return sentence[:1].upper() + sentence[1:]
 
 
@@ -267,3 +272,8 @@ def _percent(value: float | None, digits: int = 2) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else number_text(value)
+
+
+def _brief(value: float) -> str:
+    """A number in two digits."""
+    return "–" if math.isnan(value) else f"{value:.2g}"
