@@ -9,7 +9,7 @@ from typing import Literal
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 380, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 40
 _STYLES = 7  # colours, dashes and marks
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "5 2", "1 2", "12 4")
 _LEVELS = 8  # shades of a heat map
@@ -226,7 +226,7 @@ def _frame(x: Axis, y: Axis) -> Markup:
         words = '<text class="tick" x="{3}" y="{4}" text-anchor="end">{5}</text>'
         parts.append(Markup(line + words).format(_LEFT, WIDTH - _RIGHT, height, _LEFT - 6, _n(_y(y, value) + 4), text))
     middle = (_TOP + HEIGHT - _BOTTOM) / 2
-    label = '<text class="label" transform="translate(11 {}) rotate(-90)" text-anchor="middle">{}</text>'
+    label = '<text class="label" transform="translate(12 {}) rotate(-90)" text-anchor="middle">{}</text>'
     return Markup("").join([*parts, Markup(label).format(_n(middle), y.label)])
 
 

@@ -264,7 +264,7 @@ def _loss_by_step(pictures: Sequence[Picture], name: str) -> Figure | None:
         return None
     finite = [value for one in series for value in one.y if math.isfinite(value)]
     y = linear("loss", finite)
-    if min(finite) > 0:  # a cross-entropy: survivors' are far below those of the fallen
+    if 0 < 30 * min(finite) < max(finite):  # a cross-entropy, of which survivors' are far below those of the fallen
         y = logarithmic("loss", max(min(finite), 1e-5 * max(finite)), max(finite))
     drawn = chart(series, _steps(series), y, f"Loss of {shown_name(name)} by step: {_last(series)}")
     text = "Medians of the gallery's images: a search that still climbs has not converged."

@@ -73,10 +73,8 @@ class Picture:
 
     @property
     def unconverged(self) -> bool:
-        """Whether the search ended away from a stationary point, or left a survivor where the gradient is zero."""
-        if self.zero_gradient:
-            return self.outcome == "survived"
-        return self.relative_fosc > UNCONVERGED
+        """Whether it survived a search that ended away from a stationary point, or where the gradient is zero."""
+        return self.outcome == "survived" and (bool(self.zero_gradient) or self.relative_fosc > UNCONVERGED)
 
 
 @dataclass(frozen=True)
