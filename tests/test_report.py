@@ -1,0 +1,339 @@
+"""The report's page: its numbers are the evaluation's, it holds nothing foreign, and a browser shows it as meant."""
+
+import base64
+import colorsys
+import io
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+import innermax as im
+from innermax.attacks.trace import traced
+from innermax.cli import main
+from innermax.reporting import charts, figures
+from innermax.reporting.gallery import spread_out
+from innermax.reporting.page import eps_text
+
+HOSTILE = '</script><img src=x onerror="alert(1)">'
+CLASSES = ["<b>nought</b>", "&amp;", *"23456789"]
+THREAT = im.Linf(0.15)
+ATTACKS = {"fgsm": im.FGSM(THREAT), 'pgd-4"><i>': im.PGD(THREAT, 4), "cw-4": im.CW(THREAT, 4)}
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags, addresses and texts, and the numbers of the first table of accuracies."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.texts, self.rows, self.scripts = [], [], [], {}, []
+        self.row = self.cell = self.script = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        told = dict(attributes)
+        self.tags.append((tag, told))
+        self.addresses += [told[name] for name in ("src", "href", "action", "srcset", "data") if name in told]
+        if tag == "tr":
+            self.row = told.get("data-attack")
+        self.cell = told.get("data-number")
+        self.script = told if tag == "script" else None
+
+    def handle_endtag(self, tag):
+        self.cell = self.script = None
+
+    def handle_data(self, data):
+        if self.script is not None:
+            self.scripts.append((self.script, data))
+        elif data.strip():
+            self.texts.append(data.strip())
+        if self.cell and self.row:
+            self.rows.setdefault(self.row, {}).setdefault(self.cell, data.strip())
+
+    @property
+    def numbers(self):
+        return json.loads(next(text for told, text in self.scripts if told.get("id") == "numbers"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder of two epochs on some digits, and its evaluation."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    data = im.load_data("digits")
+    model = im.build_model("digits-cnn", input_shape=data.train.shape)
+    strategy = im.Dynamic(im.PGD(THREAT, 3))
+    settings = {"data": "digits", "threat": {"norm": "linf", "eps": 0.15}}
+    few = data.train[:600]
+    options = {"epochs": 3, "batch_size": 64, "lr": 0.05, "progress": False, "settings": settings}
+    run = im.train(model, few, strategy, validation_set=data.validation, run_dir=folder, **options)
+    evaluation = im.evaluate(run.model, data.test[:160], ATTACKS)
+    return run, data, evaluation
+
+
+@pytest.fixture(scope="module")
+def gallery(trained):
+    run, data, evaluation = trained
+    return im.gallery(run.model, data.test[:160], ATTACKS, evaluation, pictures=120, class_names=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def page(trained, gallery, tmp_path_factory):
+    """The report of two models, one of which is only an evaluation."""
+    run, _, evaluation = trained
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    shown = {HOSTILE: im.Exhibit(evaluation, run, gallery), "numbers alone": evaluation}
+    assert im.report(shown, path) == path
+    return path
+
+
+def test_numbers_are_the_evaluations(page, trained):
+    document = json.loads(trained[2].to_json())
+    told = Page(page.read_text())
+    assert list(told.rows) == ["clean", *ATTACKS, "worst_case"]
+    for name, row in told.rows.items():
+        value = document["worst_case"] if name == "worst_case" else document["accuracy"][name]
+        assert row["accuracy"] == f"{100 * value['value']:.2f}"
+        assert row["interval"] == f"{100 * value['low']:.2f}–{100 * value['high']:.2f}"
+        if name in ATTACKS:
+            assert float(row["gradients"]) == pytest.approx(document["convergence"][name]["gradients"], rel=5e-3)
+    del document["examples"]
+    assert told.numbers == {HOSTILE: document, "numbers alone": document}
+    assert document["audit"]["verdict"] in told.texts
+    stronger = document["audit"]["evidence"]["fallen"]
+    assert all(name in told.texts and str(count) in told.texts for name, count in stronger.items())
+
+
+def test_what_is_foreign_shows_as_text(page):
+    told = Page(page.read_text())
+    assert HOSTILE in told.texts
+    assert "<b>nought</b>" in " ".join(told.texts)
+    assert "&amp;" in told.texts, "the class is called that, not &"
+    assert not {"b", "i"} & {tag for tag, told in told.tags if not told.get("data-number")} - {"b"}
+    assert all(told.get("src", "").startswith("data:image/png;base64,") for tag, told in told.tags if tag == "img")
+    assert not [name for _, attributes in told.tags for name in attributes if name.startswith("on")]
+    assert len(told.scripts) == 2
+
+
+def test_the_page_needs_nothing_else(page):
+    text = page.read_text()
+    assert all(address.startswith(("data:", "#")) for address in Page(text).addresses)
+    assert not re.findall(r"https?://|url\(|@import", text)
+    assert "default-src 'none'" in text
+
+
+def test_one_evaluation_a_folder_and_a_file_are_shown(trained, tmp_path):
+    run, _, evaluation = trained
+    evaluation.to_json(tmp_path / "scores.json")
+    for shown in (evaluation, [evaluation, run], run, run.run_dir, tmp_path / "scores.json"):
+        im.report(shown, tmp_path / "page.html", pictures=0)
+        told = Page((tmp_path / "page.html").read_text())
+        numbers = [value for value in told.numbers.values() if value is not None]
+        assert all(value["worst_case"]["value"] == evaluation.worst_case.value for value in numbers)
+    assert list(Page((tmp_path / "page.html").read_text()).numbers) == ["scores.json"]
+
+
+def test_a_run_folder_makes_its_own_pictures(trained, tmp_path, capsys):
+    run, data, _ = trained
+    folder = shutil.copytree(run.run_dir, tmp_path / "run")
+    status = main(["report", str(folder), "-o", str(tmp_path / "page.html")])
+    assert (status, capsys.readouterr().err) == (0, "")
+    assert "innermax evaluate" in (tmp_path / "page.html").read_text(), "it says what is missing"
+    attacks = {"fgsm": im.FGSM(THREAT), "pgd-2": im.PGD(THREAT, 2)}
+    im.evaluate(run.model, data.test[:60], attacks, audit=False).to_json(folder / "evaluation.json")
+    assert main(["report", str(folder), "-o", str(tmp_path / "page.html"), "--pictures", "20"]) == 0
+    cards = [told for _, told in Page((tmp_path / "page.html").read_text()).tags if "data-outcome" in told]
+    assert len(cards) == 20
+    im.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), data.test[:60], attacks, audit=False).to_json(
+        folder / "evaluation.json"
+    )
+    im.report(folder, tmp_path / "page.html")
+    assert "is not of its model" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "not readable"),
+        (["."], "no run folder"),
+        (["-o", "page.html"], "run folders first"),
+        (["run", "-o", "nowhere/page.html"], "its folder does not exist"),
+        (["run", "--pictures", "-1"], "at least 0"),
+        (["run", "run"], "more than once"),
+    ],
+)
+def test_the_command_refuses(trained, tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    Path("run").symlink_to(trained[0].run_dir)
+    assert main(["report", *words]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert said in told
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_what_is_not_known_is_refused(trained, tmp_path):
+    run, data, evaluation = trained
+    with pytest.raises(TypeError, match="evaluations, runs, exhibits"):
+        im.report({"a": 1}, tmp_path / "page.html")
+    with pytest.raises(ValueError, match="at least one"):
+        im.report([], tmp_path / "page.html")
+    with pytest.raises(ValueError, match="what was evaluated"):
+        im.gallery(run.model, data.test[1:161], ATTACKS, evaluation)
+    with pytest.raises(ValueError, match="evaluation's: 'fgsm' is not"):
+        im.gallery(run.model, data.test[:160], {"fgsm": im.PGD(THREAT)}, evaluation)
+    (tmp_path / "half.json").write_text("{")
+    with pytest.raises(ValueError, match=r"half\.json"):
+        im.report(tmp_path / "half.json", tmp_path / "page.html")
+
+
+# The gallery
+
+
+def test_pictures_show_what_was_evaluated(trained, gallery):
+    _, data, evaluation = trained
+    assert len(gallery.pictures) == 120
+    for picture in gallery.pictures:
+        rows = evaluation.rows[picture.attack]
+        assert picture.label == evaluation.label[picture.index]
+        assert picture.before == evaluation.clean_prediction[picture.index]
+        assert picture.after == rows.prediction[picture.index]
+        assert (picture.outcome == "survived") <= bool(rows.correct[picture.index])
+        assert picture.relative_fosc == pytest.approx(rows.relative_fosc[picture.index], abs=1e-4, nan_ok=True)
+        clean, attacked = (
+            np.asarray(Image.open(io.BytesIO(png)), dtype=int) for png in (picture.clean, picture.attacked)
+        )
+        assert np.array_equal(clean, data.test.images[picture.index, 0].numpy())
+        assert np.abs(attacked - clean).max() == pytest.approx(255 * picture.largest, abs=0.51)
+        change = np.asarray(Image.open(io.BytesIO(picture.change)), dtype=int)
+        darker, brighter = attacked - clean < -1, attacked - clean > 1
+        assert (change[darker][:, 2] > change[darker][:, 0]).all(), "blue"
+        assert (change[brighter][:, 0] > change[brighter][:, 2]).all(), "orange"
+
+
+def test_a_trace_ends_where_its_attack_ends(trained):
+    run, data, _ = trained
+    x, y = data.test.batch(torch.arange(40))
+    index = torch.arange(100, 140)
+    for attack in (im.PGD(THREAT, 6), im.FGSM(THREAT), im.PGD(im.L2(0.5), 5, "annealed", random_start=False)):
+        result = attack(run.model, x, y, seed=3, index=index)
+        trace = traced(attack, run.model, x, y, seed=3, index=index)
+        assert trace.loss.shape == (attack.steps + 1, 40)
+        for name in ("loss", "fosc", "relative_fosc"):
+            assert torch.allclose(getattr(trace, name)[-1], getattr(result, name), atol=1e-5, equal_nan=True)
+    start = im.PGD(im.L2(0.5), 1, random_start=False)
+    clean = nn.functional.cross_entropy(run.model(x), y, reduction="none")
+    assert torch.allclose(traced(start, run.model, x, y).loss[0], clean, atol=1e-5)
+
+
+def test_the_gallery_holds_every_class_and_fate(trained):
+    evaluation = trained[2]
+    chosen = spread_out(evaluation, 60)
+    assert len(set(chosen.tolist())) == 60
+    assert set(evaluation.label[chosen]) == set(range(10))
+    clean, survived = evaluation.correct("clean")[chosen], evaluation.correct("worst_case")[chosen]
+    assert (clean & survived).sum() >= 10
+    assert (clean & ~survived).sum() >= 10
+    assert (~clean).sum() <= 15
+    assert len(spread_out(evaluation, 10_000)) == len(evaluation.label)
+
+
+def test_robustness_against_eps_of_a_linear_model():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(12, generator=generator), 0.3 + 0.4 * torch.rand(120, 12, generator=generator)
+    y = torch.randint(0, 2, (120,), generator=generator)
+    model = nn.Linear(12, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([-weight, weight]) / 2)
+        model.bias.copy_(torch.tensor([0.5, -0.5]) * (x @ weight).mean())
+    margin = (x @ weight - (x @ weight).mean()) * (2 * y - 1)
+    attacks = {"fgsm": im.FGSM(im.Linf(0.02))}
+    shown = im.gallery(model, (x, y), attacks, im.evaluate(model, (x, y), attacks))
+    assert shown.pictures == (), "these are no images"
+    assert shown.sweep.eps == (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04)
+    expected = [int((margin > eps * weight.abs().sum()).sum()) for eps in shown.sweep.eps]
+    assert [value.correct for value in shown.sweep.accuracy] == expected
+    assert len(set(expected)) > 3
+
+
+@pytest.mark.parametrize(("side", "pictures"), [(32, 200), (140, 40)])
+def test_pages_stay_below_five_megabytes(tmp_path, side, pictures):
+    """Noise does not compress: no real images take more room."""
+    x = torch.rand(200, 3, side, side, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(200) % 10
+    model = nn.Sequential(nn.AvgPool2d(side // 4), nn.Flatten(), nn.Linear(48, 10))
+    attacks = {"fgsm": im.FGSM(im.Linf(8 / 255))}
+    evaluation = im.evaluate(model, (x, y), attacks)
+    shown = im.gallery(model, (x, y), attacks, evaluation)
+    assert pictures <= len(shown.pictures) <= 200
+    im.report(im.Exhibit(evaluation, gallery=shown), tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 5_000_000
+
+
+# Figures
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
+def test_a_linear_axis_holds_its_values(values):
+    axis = charts.linear("x", values)
+    assert axis.low <= min(values) + 1e-6 * abs(min(values))
+    assert axis.high >= max(values) - 1e-6 * abs(max(values))
+    assert 2 <= len(axis.ticks) <= 9
+    shares = [axis.share(value) for value in sorted(values)]
+    assert shares == sorted(shares)
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def test_axes_by_hand():
+    assert [tick for tick, _ in charts.linear("x", [], low=0, high=100).ticks] == [0, 25, 50, 75, 100]
+    axis = charts.logarithmic("x", 2e-4, 0.5, below=True)
+    assert (axis.low, axis.high) == (pytest.approx(1e-4), 1.0)
+    assert [text for _, text in axis.ticks] == ["≤10⁻⁴", "0.001", "0.01", "0.1", "1"]
+    assert axis.share(0.0) == 0
+    assert axis.share(0.01) == pytest.approx(0.5)
+    assert (eps_text(8 / 255), eps_text(0.3), eps_text(0.5)) == ("8/255", "0.3", "0.5")
+
+
+def test_the_heat_maps_columns_are_shares_of_examples():
+    percentiles = np.linspace(0, 1, 101).tolist()  # uniform
+    edges = np.linspace(0, 2, 9)
+    assert figures._column([percentiles, None], edges) == pytest.approx([0.25] * 4 + [0] * 4)
+    assert figures._column([[0.5] * 101], edges)[2] + figures._column([[0.5] * 101], edges)[1] == pytest.approx(1)
+
+
+def test_series_differ_without_colour():
+    """Seven of them, each with dashes and a mark of its own."""
+    series = [charts.Series(str(n), [0, 1], [n, n], n, kind="marked") for n in range(charts._STYLES)]
+    x, y = charts.linear("x", [0, 1]), charts.linear("y", [0, 7])
+    drawn = [charts.chart([one], x, y, "") for one in series]
+    assert len({re.search(r'stroke-dasharray="([^"]*)"', one)[1] for one in drawn}) == charts._STYLES
+    assert len({re.search(r'class="mark s\d" d="M[\d.]+ [\d.]+([^"]*)"', one)[1] for one in drawn}) == charts._STYLES
+
+
+@pytest.mark.parametrize("theme", [0, 1, 2])
+def test_text_and_lines_stand_out(theme):
+    """Contrast as WCAG 2 measures it: 4.5 for text, 3 for lines, in light, in dark and printed."""
+    style = resources.files("innermax.reporting").joinpath("page.css").read_text(encoding="utf-8")
+    colours = dict(re.findall(r"--([\w]+): #(\w+);", re.findall(r":root \{(.*?)\}", style, re.DOTALL)[theme]))
+
+    def luminance(colour):
+        colour = colour if len(colour) == 6 else "".join(2 * digit for digit in colour)
+        channels = [int(colour[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for ground in ("page", "panel"):
+        for name in ("ink", "quiet", "good", "bad", *(f"c{number}" for number in range(7))):
+            light, dark = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= (3 if name[0] == "c" else 4.5), (name, ground)
