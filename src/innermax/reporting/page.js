@@ -29,7 +29,11 @@
 
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("change", () => { first = 0; show(); });
-  buttons.forEach((button) => button.addEventListener("click", () => { first += pageSize * Number(button.dataset.turn); show(); }));
+  buttons.forEach((button) => button.addEventListener("click", () => {
+    first += pageSize * Number(button.dataset.turn);
+    show();
+    if (button.disabled) buttons.find((other) => !other.disabled)?.focus(); // whoever turns pages by keyboard stays there
+  }));
   form.reset();
   form.hidden = false;
   show();
