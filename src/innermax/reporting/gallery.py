@@ -158,7 +158,7 @@ def spread_out(evaluation: Evaluation, count: int) -> npt.NDArray[np.int64]:
     _, sizes = np.unique(group, return_counts=True)
     turn = np.empty(len(group), dtype=np.int64)
     turn[order] = np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    turn = np.where(fate == 0, 4 * turn + 3, turn)
+    turn = np.where(fate == 0, 4 * turn + 1, turn)
     return np.argsort(turn, kind="stable")[:count].astype(np.int64)
 
 
