@@ -24,6 +24,7 @@ from innermax.reporting import charts, figures
 from innermax.reporting.gallery import spread_out
 from innermax.reporting.page import eps_text
 
+ROOT = Path(__file__).parents[1]
 HOSTILE = '</script><img src=x onerror="alert(1)">'
 CLASSES = ["<u>nought</u>", "&amp;", *"23456789"]
 THREAT = im.Linf(0.15)
@@ -206,6 +207,14 @@ def test_what_is_not_known_is_refused(trained, tmp_path):
     (tmp_path / "half.json").write_text("{")
     with pytest.raises(ValueError, match=r"half\.json"):
         im.report(tmp_path / "half.json", tmp_path / "page.html")
+
+
+def test_the_documented_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "report.md").read_text(), re.DOTALL)
+    exec(compile(example.replace("epochs=3", "epochs=1, progress=False"), "report.md", "exec"), {})
+    assert Page(Path("report.html").read_text()).numbers.keys() == {"mine"}
+    assert Path("numbers.html").exists()
 
 
 # In a browser

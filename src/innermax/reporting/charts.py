@@ -45,7 +45,6 @@ class Series:
         style: number of its colour, dashes and mark.
         low, high: ends of a band, or with `kind` "marks" of an interval at each point.
         kind: "line", "marked" (a line with marks), "marks" or "steps" (a line that stays until the next point).
-        title: what a pointer over the line or mark is told.
     """
 
     name: str

@@ -191,7 +191,7 @@ def _distribution(story: Story, several: bool) -> Figure | None:
     cells = heat(columns, Axis(x.label, 0, len(columns), ()), y)
     epochs = [place + 1 for place in range(len(known))]
     medians = [math.nan if not column else float(column[len(column) // 2]) for column in known]
-    series = [Series("median", epochs, medians, 0)]
+    series = [Series("median", epochs, medians, 6)]
     if any(map(math.isfinite, thresholds)):
         series.append(Series("c_t, where searches end", epochs, thresholds, 1, kind="steps"))
     title = "FOSC of training examples" + (f": {story.name}" if several else "")

@@ -73,6 +73,7 @@ def _page(told: Sequence[Story]) -> str:
     room.filters |= {"percent": _percent, "number": _number, "brief": _brief, "shown": shown_name}
     files = resources.files("innermax.reporting")
     seeds = [story.evaluation.settings.seed for story in told if story.evaluation is not None]
+    made = environment(seeds[0] if seeds else 0)
     return room.get_template("page.html").render(
         style=Markup(files.joinpath("page.css").read_text(encoding="utf-8")),
         script=Markup(files.joinpath("page.js").read_text(encoding="utf-8")),
@@ -83,8 +84,8 @@ def _page(told: Sequence[Story]) -> str:
         training=figures.training(told),
         pictures=[_picture(story, picture) for story in told for picture in _pictures(story)],
         classes=_classes(told),
-        made=environment(seeds[0] if seeds else 0),
-        command=shlex.join(environment(0)["command"]),
+        made=made,
+        command=shlex.join(made["command"]),
         numbers={story.name: None if story.evaluation is None else story.evaluation.summary() for story in told},
     )
 
