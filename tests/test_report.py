@@ -173,6 +173,18 @@ def test_a_run_folder_makes_its_own_pictures(trained, tmp_path, capsys):
     assert "is not of its model" in (tmp_path / "page.html").read_text()
 
 
+def test_evaluate_writes_a_page(trained, tmp_path, capsys):
+    folder, page = shutil.copytree(trained[0].run_dir, tmp_path / "run"), tmp_path / "page.html"
+    words = ["evaluate", str(folder), "--limit", "40", "--attacks", "fgsm,pgd-2"]
+    assert main([*words, "--json", str(tmp_path / "scores.json"), "--html", str(page)]) == 0
+    told, document = Page(page.read_text()), json.loads((tmp_path / "scores.json").read_text())
+    assert told.numbers[str(folder)]["accuracy"] == document["accuracy"]
+    assert len([None for _, attributes in told.tags if "data-outcome" in attributes]) == 80
+    assert "Training loss" in told.texts, "a run folder's training is shown, too"
+    assert main([*words, "--html", str(tmp_path / "nowhere" / "page.html")]) == 2
+    assert "html" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

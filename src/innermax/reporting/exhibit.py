@@ -52,7 +52,7 @@ class Story:
     missing: tuple[str, ...] = ()
 
 
-def stories(shown: Any, pictures: int, device: str | None) -> list[Story]:
+def stories(shown: Any, pictures: int, device: torch.device | str | None) -> list[Story]:
     """Everything that `innermax.report` takes, read. Raises ValueError or TypeError for anything else."""
     if not isinstance(shown, Mapping):
         several = list(shown) if isinstance(shown, list | tuple) else [shown]
@@ -80,7 +80,7 @@ def _names(several: Sequence[Any]) -> list[str]:
     return names
 
 
-def _story(name: str, value: Any, pictures: int, device: str | None) -> Story:
+def _story(name: str, value: Any, pictures: int, device: torch.device | str | None) -> Story:
     match value:
         case Evaluation():
             return Story(name, value, missing=("Only the evaluation is at hand: no training, no images.",))
@@ -119,7 +119,7 @@ def _trained(story: Story, run: Run | str | Path | None) -> Story:
     return replace(story, history=history, configuration=read_config(folder), environment=environment)
 
 
-def _folder(name: str, folder: Path, pictures: int, device: str | None) -> Story:
+def _folder(name: str, folder: Path, pictures: int, device: torch.device | str | None) -> Story:
     """A run folder's story; pictures are made where its model and images are what was evaluated."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
@@ -136,7 +136,7 @@ def _folder(name: str, folder: Path, pictures: int, device: str | None) -> Story
         return replace(story, missing=(f"No pictures: {' '.join(str(error).split())}",))
 
 
-def _gallery(folder: Path, story: Story, pictures: int, device: str | None) -> Gallery:
+def _gallery(folder: Path, story: Story, pictures: int, device: torch.device | str | None) -> Gallery:
     """Pictures from what a run folder says. Raises ValueError where that is not enough."""
     evaluation, told = story.evaluation, story.configuration.get("settings", {})
     if evaluation is None or not told.get("data") or not told.get("threat"):

@@ -54,7 +54,7 @@ def report(
     path = Path(path)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"path {path} cannot be written: it is a folder, or its folder does not exist")
-    told = stories(evaluations_or_runs, pictures, None if device is None else str(device))
+    told = stories(evaluations_or_runs, pictures, device)
     write_bytes(path, _page(told).encode())
     return path
 
