@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export INNERMAX_DATA ?= $(realpath ../shared/data)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit browser bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/innermax train digits --run-dir runs/digits --overwrite
@@ -19,8 +19,15 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-unit: $(VENV)/installed
+unit: $(VENV)/installed browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto
+
+# The report's page is looked at in Chromium; where it is not there and cannot be installed, those tests are skipped.
+browser:
+	@{ command -v chromium && command -v chromedriver; } > /dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -qq \
+	&& apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null; } \
+	|| echo "Chromium is not here and cannot be installed: nobody looks at the report's page" >&2
 
 bench: $(VENV)/peers
 	$(BIN)/python bench/speed.py --write results/speed.md

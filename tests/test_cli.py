@@ -104,6 +104,7 @@ def test_every_recipe_trains_with_every_strategy(folder, capsys, monkeypatch, na
     assert "Clean" in out
     assert "run" in out
     names = {"config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "config.json", "evaluation.json"}
+    names |= {"report.html"}
     assert names <= {path.name for path in Path("run").iterdir()}
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from innermax.evaluation import Evaluation, evaluate
     from innermax.models import Normalize, build_model
     from innermax.oracle import Oracle
+    from innermax.reporting.exhibit import Exhibit
+    from innermax.reporting.gallery import Gallery, gallery
+    from innermax.reporting.page import report
     from innermax.sources import load_model
     from innermax.straight_through import StraightThrough
     from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured, WarmStart
@@ -41,6 +44,9 @@ _HOMES = {
     "innermax.evaluation": ("Evaluation", "evaluate"),
     "innermax.models": ("Normalize", "build_model"),
     "innermax.oracle": ("Oracle",),
+    "innermax.reporting.exhibit": ("Exhibit",),
+    "innermax.reporting.gallery": ("Gallery", "gallery"),
+    "innermax.reporting.page": ("report",),
     "innermax.sources": ("load_model",),
     "innermax.straight_through": ("StraightThrough",),
     "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured", "WarmStart"),
@@ -64,7 +70,9 @@ __all__ = [
     "Data",
     "Dynamic",
     "Evaluation",
+    "Exhibit",
     "FGSMThenPGD",
+    "Gallery",
     "GuidedPGD",
     "ImageSet",
     "Linf",
@@ -79,8 +87,10 @@ __all__ = [
     "WarmStart",
     "build_model",
     "evaluate",
+    "gallery",
     "load_data",
     "load_model",
+    "report",
     "save_model",
     "train",
     "transfer",

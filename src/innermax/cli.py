@@ -18,6 +18,7 @@ Train classifiers that withstand adversarial examples, and know whether a robust
   innermax train mnist --strategy standard    the paper's setting, with another defence
   innermax evaluate runs/digits               attack a trained model
   innermax transfer runs/other runs/digits    make images on one model, score them on others
+  innermax report runs/digits -o report.html  a page to look at: how robust, why, and pictures
   innermax reproduce table1 --scale cpu       make a table or a figure of the paper again
 
 innermax COMMAND --help lists what a command takes. Fractions such as 8/255 are read as numbers.
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "transfer": _transfer,
+        "report": _report,
         "recipes": _recipes,
         "reproduce": _reproduce,
     }
@@ -138,11 +140,14 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     with show_evaluation() as show:
         evaluation = im.evaluate(run.model, data.test, attacks, seed=chosen.seed, device=device, progress=show)
     evaluation.to_json(folder / "evaluation.json")
+    names = data.class_names
+    shown = im.gallery(run.model, data.test, attacks, evaluation, class_names=names, device=device) if attacks else None
+    page = im.report({folder.name: im.Exhibit(evaluation, run, shown)}, folder / "report.html")
     console = Console()
     console.print(format_table(evaluation))
     if evaluation.audit is not None:
         console.print(format_audit(evaluation.audit), "")
-    console.print(f"Model of {which}. Run folder: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Model of {which}. Run folder: {folder}. Report: {page}", highlight=False, soft_wrap=True)
 
 
 def _model(name: str, classes: int, shape: Sequence[int], seed: int, init: str | None) -> Any:
@@ -174,7 +179,7 @@ def _transfer(words: list[str]) -> None:
         "transfer SURROGATE TARGET…",
         "Attack one trained model, the surrogate, and score the images on others, the targets: black-box robustness. "
         f"Each is {_SOURCES}.",
-        {"best", "normalize", "devices", "rows_dir", "surrogate"},
+        {"best", "html", "normalize", "devices", "rows_dir", "surrogate"},
     )
     sources = list(takewhile(lambda word: not word.startswith("-"), words))
     options = words[len(sources) :]
@@ -224,12 +229,14 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     attacks = named_attacks(chosen.attacks, _threat(source, told.get("threat", {}), **vars(chosen.threat)))
     device = chosen_device(chosen.device)
     _check_count("limit", chosen.limit)
-    _check_json(chosen.json)
+    _check_file("json", chosen.json)
+    _check_file("html", chosen.html)
     model = im.load_model(path / "best.safetensors" if chosen.best else source, allow_code=chosen.allow_code)
     model = model if chosen.normalize is None else _normalized(model, chosen.normalize)
     other = chosen.surrogate
     surrogates = None if other is None else {other: im.load_model(other, allow_code=chosen.allow_code)}
-    test = im.load_data(name, validation=0).test
+    data = im.load_data(name, validation=0)
+    test = data.test[: chosen.limit]
     options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
     options["device"] = device
     rows_dir = chosen.rows_dir
@@ -237,9 +244,13 @@ def _run_evaluation(source: str, chosen: Any) -> None:
         rows_dir = _own_rows(path, model, name, attacks, {**options, "limit": chosen.limit})
     options |= {"devices": chosen.devices, "rows_dir": rows_dir, "surrogates": surrogates}
     with show_evaluation() as show:
-        evaluation = im.evaluate(model, test[: chosen.limit], attacks, **options, progress=show)
+        evaluation = im.evaluate(model, test, attacks, **options, progress=show)
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
+    if chosen.html is not None:
+        names = data.class_names
+        shown = im.gallery(model, test, attacks, evaluation, class_names=names, device=device) if attacks else None
+        im.report({source: im.Exhibit(evaluation, source, shown)}, chosen.html)
     console = Console()
     console.print(format_table(evaluation))
     if evaluation.audit is not None:
@@ -278,7 +289,7 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
     attacks = named_attacks(chosen.attacks, _threat(surrogate, own or {}, **asked))
     device = chosen_device(chosen.device)
     _check_count("limit", chosen.limit)
-    _check_json(chosen.json)
+    _check_file("json", chosen.json)
     models = _loaded(sources, chosen.allow_code)
     test = im.load_data(name, validation=0).test
     options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
@@ -337,12 +348,12 @@ def _check_count(name: str, count: int | None) -> None:
         raise ValueError(f"{name} must be at least 1, came {count}")
 
 
-def _check_json(path: str | None) -> None:
+def _check_file(option: str, path: str | None) -> None:
     """Raises where a file cannot be written, before the work that goes into it."""
     if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"json {path} cannot be written: its folder does not exist")
+        raise ValueError(f"{option} {path} cannot be written: its folder does not exist")
     if path is not None and Path(path).is_dir():
-        raise ValueError(f"json {path} cannot be written: it is a folder")
+        raise ValueError(f"{option} {path} cannot be written: it is a folder")
 
 
 def _threat(source: str, own: dict[str, Any], norm: Any, eps: float | None) -> Any:
@@ -355,6 +366,33 @@ def _threat(source: str, own: dict[str, Any], norm: Any, eps: float | None) -> A
     if eps is None:
         raise ValueError(f"the size of {norm} perturbations for {source} is not known: give --threat.eps")
     return ThreatSettings(norm, eps).build()
+
+
+def _report(words: list[str]) -> None:
+    """Writes the robustness report of trained models."""
+    from jsonargparse import ArgumentParser
+
+    import innermax as im
+    from innermax.training import chosen_device
+
+    sources = list(takewhile(lambda word: not word.startswith("-"), words))
+    parser = ArgumentParser(
+        prog="innermax report RUN…",
+        description="Write one HTML page: how robust models are, how they were trained, and what fools them. "
+        "Each RUN is a run folder or the file of an evaluation's JSON.",
+        exit_on_error=False,
+    )
+    parser.add_argument("-o", "--output", type=str, default="report.html", help="the page")
+    parser.add_argument(
+        "--pictures", type=int, default=200, help="made again from run folders, at most; 0 computes nothing"
+    )
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    asks = "--help" in words or "-h" in words
+    if not sources and words and not asks:
+        raise ValueError("report takes run folders first, such as: innermax report runs/digits -o report.html")
+    chosen = parser.parse_args(["--help"] if asks or not words else _spelled_out(words[len(sources) :]))
+    shown: Any = sources[0] if len(sources) == 1 else sources
+    print(im.report(shown, chosen.output, pictures=chosen.pictures, device=chosen_device(chosen.device)))
 
 
 def _recipes(words: list[str]) -> None:

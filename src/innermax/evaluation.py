@@ -178,24 +178,28 @@ class Evaluation:
         mine, theirs = self.correct(name), other.correct(name)
         return paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine))
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The evaluation as JSON, written to path where told; NaN and infinities become null."""
+    def summary(self) -> dict[str, Any]:
+        """Settings, accuracies, worst case, convergence and audit as plain values; NaN and infinities are None."""
         document = {
             "settings": asdict(self.settings),
             "accuracy": {name: asdict(value) for name, value in self.accuracy.items()},
             "worst_case": asdict(self.worst_case),
             "convergence": {name: asdict(value) for name, value in self.convergence.items()},
             "audit": None if self.audit is None else self.audit.to_dict(),
-            "examples": {
-                "label": self.label.tolist(),
-                "clean_prediction": self.clean_prediction.tolist(),
-                "attacks": {
-                    name: {key: column.tolist() for key, column in vars(rows).items()}
-                    for name, rows in self.rows.items()
-                },
+        }
+        return cast(dict[str, Any], _without_nan(document))
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The evaluation as JSON, written to path where told; NaN and infinities become null."""
+        examples = {
+            "label": self.label.tolist(),
+            "clean_prediction": self.clean_prediction.tolist(),
+            "attacks": {
+                name: {key: column.tolist() for key, column in vars(rows).items()} for name, rows in self.rows.items()
             },
         }
-        text = json.dumps(_without_nan(document), allow_nan=False, ensure_ascii=False)
+        document = self.summary() | {"examples": _without_nan(examples)}
+        text = json.dumps(document, allow_nan=False, ensure_ascii=False)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -460,11 +464,13 @@ def _audit(
 
 def _rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:
     """One batch's rows: the attack's own report, and the verdict on the scored image."""
-    correct = logits.argmax(1) == y
+    prediction = logits.argmax(1)
+    correct = prediction == y
     untold = torch.full(y.shape, math.nan)
     told = torch.zeros_like(correct) if result.misclassified is None else result.misclassified.to(correct)
     columns = {
         "correct": correct,
+        "prediction": prediction,
         "loss": cross_entropy(logits, y),
         "fosc": untold if result.fosc is None else result.fosc,
         "relative_fosc": untold if result.relative_fosc is None else result.relative_fosc,

@@ -29,11 +29,13 @@ _LONGEST = 150  # characters that a message says of one setting
 class AttackRows:
     """One attack's examples, (N,) each.
 
-    `correct` and `loss`, the cross-entropy, are the scored image's; the others are as the attack gave them, at its own
-    last iterate: before quantisation, in the attack's precision. NaN where an attack does not gauge itself.
+    `correct`, `prediction` and `loss`, the cross-entropy, are the scored image's; the others are as the attack gave
+    them, at its own last iterate: before quantisation, in the attack's precision. NaN where an attack does not gauge
+    itself.
     """
 
     correct: Column
+    prediction: Column
     loss: Column
     fosc: Column
     relative_fosc: Column

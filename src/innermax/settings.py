@@ -149,6 +149,7 @@ class EvaluateSettings:
         surrogate: another model, a source like the first one's: the audit also shows the model images made on it.
         allow_code: run the code that module:function or a .pt2 program brings.
         json: file to write everything to, per example.
+        html: file to write the robustness report to, a page to look at.
     """
 
     data: str | None = None
@@ -166,6 +167,7 @@ class EvaluateSettings:
     surrogate: str | None = None
     allow_code: bool = False
     json: str | None = None
+    html: str | None = None
 
 
 def build_strategy(

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 import innermax as im
-from innermax.attacks.base import Problem
+from innermax.attacks.trace import traced
 from innermax.data import ImageSet
 from innermax.evaluation import Evaluation
 from innermax.intake import normalisation_known
-from innermax.oracle import Oracle
 from innermax.reproduce.settings import Training
 from innermax.reproduce.workshop import Answer, Workshop, fingerprint, load
 from innermax.scoring import Attack
@@ -102,16 +101,8 @@ class Followed:
         device = chosen_device(workshop.device)
         images: ImageSet = load(self.training.setting).test[: self.images].to(device)
         x, y = images.batch(torch.arange(len(images), device=device))
-        oracle, threat = Oracle(workshop.model(self.training)), self.attack.threat
-        problem = Problem.of(threat, oracle, x, y, target=None, seed=0, index=None, final="gradient")
-        feasible = problem.feasible
-        x_adv, fosc, loss = feasible.sample(problem.keys(0)) if self.attack.random_start else x, [], []
-        for size in (*self.attack.step_sizes(), None):
-            found = oracle.gradient(x_adv, y, self.attack.objective())
-            fosc.append(_short(feasible.gap(found.gradient, x_adv).cpu().numpy()))
-            loss.append(_short(found.loss.cpu().numpy()))
-            x_adv = x_adv if size is None else feasible.step(x_adv, found.gradient, size)
-        return {"fosc": fosc, "loss": loss}
+        trace = traced(self.attack, workshop.model(self.training), x, y)
+        return {name: [_short(step) for step in getattr(trace, name).cpu().numpy()] for name in ("fosc", "loss")}
 
 
 def bits(answer: Mapping[str, Any]) -> "np.ndarray[Any, np.dtype[np.bool_]]":

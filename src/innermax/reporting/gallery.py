@@ -1,0 +1,283 @@
+"""Images to look at: clean, perturbed, and how the search between them went; and robustness against ε."""
+
+import io
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from innermax.attacks.gradient import PGD
+from innermax.attacks.trace import traced
+from innermax.audit import UNCONVERGED
+from innermax.checks import check_count
+from innermax.data import ImageSet, as_image_set
+from innermax.evaluation import Evaluation, evaluate
+from innermax.oracle import Oracle
+from innermax.scoring import Attack, Bench, check_images, on_device, scoring_logits
+from innermax.statistics import Accuracy
+from innermax.threat import Threat
+
+_BYTES = 2_500_000  # of PNG files, so that the page that holds them as text stays below 5 MB
+_SIDE = 96  # pixels; larger images are shown smaller
+_CHUNK = 50  # images attacked at a time
+_SIZES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # times ε
+_STEPS = 10
+_SWEPT = 200  # images
+# Signed colours that are told apart without colour vision (Okabe & Ito 2008), on the mid-grey of no change.
+_LESS, _SAME, _MORE = (0, 114, 178), (245, 245, 245), (213, 94, 0)
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A test image before and after an attack.
+
+    Attributes:
+        index: its position in the test set.
+        attack: the attack's name.
+        label, before, after: the true class, and the predicted ones of the clean and of the attacked image.
+        clean, change, attacked: PNG files; the change is scaled so that its largest value is as far as colours go.
+        largest: the largest change of a value, in [0, 1].
+        relative_fosc: where the search ended; NaN where the attack does not tell, or the gradient is zero.
+        zero_gradient: whether the search ended where there is nothing to follow; None where the attack does not tell.
+        loss, fosc: the attack's loss and the relative FOSC by step, the start first; empty unless the attack is a PGD.
+    """
+
+    index: int
+    attack: str
+    label: int
+    before: int
+    after: int
+    clean: bytes
+    change: bytes
+    attacked: bytes
+    largest: float
+    relative_fosc: float
+    zero_gradient: bool | None
+    loss: tuple[float, ...]
+    fosc: tuple[float, ...]
+
+    @property
+    def outcome(self) -> str:
+        """ "fallen", "survived", or "wrong already" without an attack."""
+        if self.before != self.label:
+            return "wrong already"
+        return "survived" if self.after == self.label else "fallen"
+
+    @property
+    def unconverged(self) -> bool:
+        """Whether it survived a search that ended away from a stationary point, or where the gradient is zero."""
+        return self.outcome == "survived" and (bool(self.zero_gradient) or self.relative_fosc > UNCONVERGED)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Accuracy under PGD-10 with a shrinking step on the first test images, by size of the perturbation."""
+
+    eps: tuple[float, ...]
+    accuracy: tuple[Accuracy, ...]
+    images: int
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What a report shows beyond an evaluation's numbers. `pictures` is empty where inputs are no images of 1 or 3
+    channels, `sweep` None without an attack.
+    """
+
+    pictures: tuple[Picture, ...]
+    sweep: Sweep | None
+    class_names: tuple[str, ...] | None
+
+
+def gallery(
+    model: nn.Module,
+    test_set: Any,
+    attacks: Mapping[str, Attack],
+    evaluation: Evaluation,
+    *,
+    pictures: int = 200,
+    class_names: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+) -> Gallery:
+    """Pictures for a report: images of every class that fell and that survived, each under every attack.
+
+    They are attacked again, from the evaluation's own random starts. A sweep over ε with PGD-10 on the first 200 images
+    costs 60 gradients for each of them. Fewer pictures are made where larger ones would take the page over
+    5 MB; what is larger than 96 pixels is shown smaller.
+
+    Args:
+        model, test_set, attacks: what was evaluated.
+        evaluation: what came out.
+        pictures: ≥ 1, at most so many: pairs of an image and an attack.
+        class_names: one a class.
+        device: where to compute; where the model is unless told.
+
+    Raises:
+        ValueError, TypeError: pictures is no number ≥ 1; test_set, attacks or model are not the evaluation's.
+    """
+    check_count(pictures, "pictures")
+    images = as_image_set(test_set)
+    _check(images, attacks, evaluation)
+    model, device = on_device(model, images, device)
+    told = evaluation.settings
+    bench = Bench(images, device, _CHUNK, told.seed, told.quantize, None)
+    exact = Oracle(model)
+    names = None if class_names is None else tuple(map(str, class_names))
+    if not attacks:
+        return Gallery((), None, names)
+    chosen = torch.from_numpy(spread_out(evaluation, max(1, pictures // len(attacks))))
+    shown: tuple[Picture, ...] = ()
+    with bench.in_float32(exact), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the evaluation has said what there is to say of this model
+        oracle = bench.attack_oracle(model, exact, "float32")
+        if len(images.shape) == 3 and images.shape[0] in (1, 3):
+            shown = tuple(_within(_pictures(bench, attacks, oracle, exact, chosen), _BYTES))
+        swept = _sweep(model, images, next(iter(attacks.values())).threat, told.seed, device)
+    return Gallery(shown[:pictures], swept, names)
+
+
+def spread_out(evaluation: Evaluation, count: int) -> npt.NDArray[np.int64]:
+    """(count,) at most, the numbers of test images of every class and fate in turn: fell, survived, survived a search
+    that did not converge; and, a quarter as many, wrong without an attack.
+    """
+    clean, survived = evaluation.correct("clean"), evaluation.correct("worst_case")
+    loose = np.zeros_like(clean)
+    for rows in evaluation.rows.values():
+        loose |= rows.correct & ((rows.relative_fosc > UNCONVERGED) | (rows.zero_gradient == 1))
+    fate = np.where(clean, 1 + survived + (survived & loose), 0)
+    group = evaluation.label * 4 + fate
+    order = np.argsort(group, kind="stable")
+    _, sizes = np.unique(group, return_counts=True)
+    turn = np.empty(len(group), dtype=np.int64)
+    turn[order] = np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    turn = np.where(fate == 0, 4 * turn + 1, turn)
+    return np.argsort(turn, kind="stable")[:count].astype(np.int64)
+
+
+def _check(images: ImageSet, attacks: Mapping[str, Attack], evaluation: Evaluation) -> None:
+    if not np.array_equal(images.labels.cpu().numpy(), evaluation.label):
+        raise ValueError(
+            f"test_set must be what was evaluated: its {len(images)} labels differ from the evaluation's "
+            f"{len(evaluation.label)}"
+        )
+    for name, attack in attacks.items():
+        if evaluation.settings.attacks.get(name) != repr(attack):
+            raise ValueError(f"attacks must be the evaluation's: {name!r} is not, came {attack!r}")
+
+
+def _pictures(
+    bench: Bench, attacks: Mapping[str, Attack], oracle: Oracle, exact: Oracle, chosen: Tensor
+) -> Iterator[Picture]:
+    """The chosen images, each under all attacks."""
+    for start in range(0, len(chosen), _CHUNK):
+        index = chosen[start : start + _CHUNK]
+        x, y = bench.images.batch(index.to(bench.images.images.device))
+        x, y, index = x.to(bench.device), y.to(bench.device), index.to(bench.device)
+        check_images(x, attacks, bench.quantize)
+        before = scoring_logits(exact, x, y).argmax(1)
+        columns = [
+            _under(bench, name, attack, oracle, exact, (x, y, index, before)) for name, attack in attacks.items()
+        ]
+        for row in zip(*columns, strict=True):
+            yield from row
+
+
+def _under(
+    bench: Bench, name: str, attack: Attack, oracle: Oracle, exact: Oracle, batch: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> list[Picture]:
+    """One attack's pictures of a batch: images, labels, numbers and clean predictions."""
+    x, y, index, before = batch
+    result = attack(oracle, x.clone(), y.clone(), seed=bench.seed, index=index, final="gradient")
+    x_adv = bench.admitted(name, result, attack.threat.around(x))
+    after = scoring_logits(exact, x_adv, y).argmax(1)
+    loss: list[list[float]] = [[]] * len(x)
+    fosc = loss
+    if isinstance(attack, PGD):
+        trace = traced(attack, exact, x, y, seed=bench.seed, index=index)
+        loss, fosc = trace.loss.T.tolist(), trace.relative_fosc.T.tolist()
+    untold = [None] * len(x)
+    relative = [math.nan] * len(x) if result.relative_fosc is None else result.relative_fosc.tolist()
+    zero = untold if result.zero_gradient is None else result.zero_gradient.tolist()
+    found = []
+    for row in range(len(x)):
+        change = x_adv[row] - x[row]
+        found.append(
+            Picture(
+                index=int(index[row]),
+                attack=name,
+                label=int(y[row]),
+                before=int(before[row]),
+                after=int(after[row]),
+                clean=_png(_pixels(x[row])),
+                change=_png(_signed(change)),
+                attacked=_png(_pixels(x_adv[row])),
+                largest=float(change.abs().max()),
+                relative_fosc=relative[row],
+                zero_gradient=zero[row],
+                loss=tuple(loss[row]),
+                fosc=tuple(fosc[row]),
+            )
+        )
+    return found
+
+
+def _within(pictures: Iterator[Picture], limit: int) -> Iterator[Picture]:
+    """The first pictures that together take up no more bytes."""
+    total = 0
+    for picture in pictures:
+        total += len(picture.clean) + len(picture.change) + len(picture.attacked)
+        if total > limit:
+            return
+        yield picture
+
+
+def _sweep(model: nn.Module, images: ImageSet, threat: Threat, seed: int, device: torch.device) -> Sweep:
+    """Accuracy by size of the perturbation, as far as sizes fit between the bounds."""
+    few = images[:_SWEPT]
+    x, _ = few.batch(torch.arange(1, device=few.images.device))
+    attacks = {}
+    for size in _SIZES:
+        try:
+            wider = replace(threat, eps=size * threat.eps)
+            wider.around(x)
+        except ValueError:
+            continue  # as large as the bounds
+        attacks[repr(wider.eps)] = PGD(wider, _STEPS, "annealed")
+    found = evaluate(model, few, attacks, seed=seed, device=device, audit=False)
+    eps = (0.0, *(attack.threat.eps for attack in attacks.values()))
+    return Sweep(eps, tuple(found.accuracy.values()), len(few))
+
+
+def _pixels(image: Tensor) -> Pixels:
+    """(H, W) or (H, W, 3) of an image in [0, 1]."""
+    levels: Pixels = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().permute(1, 2, 0).numpy()
+    return levels[:, :, 0] if levels.shape[2] == 1 else levels
+
+
+def _signed(change: Tensor) -> Pixels:
+    """(H, W, 3) of a change: blue where it darkens, orange where it brightens, and in colour images around mid-grey."""
+    share = (change / change.abs().max().clamp(min=1e-12)).detach().float().cpu().permute(1, 2, 0).numpy()
+    if share.shape[2] == 3:
+        return np.asarray((127.5 + 127.5 * share).round(), np.uint8)
+    same, less, more = (np.array(colour, dtype=float) for colour in (_SAME, _LESS, _MORE))
+    colour = same + np.abs(share) * (np.where(share < 0, less, more) - same)
+    return np.asarray(colour.round(), np.uint8)
+
+
+def _png(pixels: Pixels) -> bytes:
+    """A PNG file, at most 96 pixels a side."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    image.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
