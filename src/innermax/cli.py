@@ -135,7 +135,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     if run.best is not None:
         im.load_model(folder / "best.safetensors", run.model)
         which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
-    with show_evaluation() as show:
+    with show_evaluation(attacks, audit=True, speak=chosen.progress) as show:
         evaluation = im.evaluate(run.model, data.test, attacks, seed=chosen.seed, device=device, progress=show)
     evaluation.to_json(folder / "evaluation.json")
     console = Console()
@@ -236,7 +236,7 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     if rows_dir is None and (path / "config.yaml").is_file() and os.access(path, os.W_OK):
         rows_dir = _own_rows(path, model, name, attacks, {**options, "limit": chosen.limit})
     options |= {"devices": chosen.devices, "rows_dir": rows_dir, "surrogates": surrogates}
-    with show_evaluation() as show:
+    with show_evaluation(attacks, audit=True) as show:
         evaluation = im.evaluate(model, test[: chosen.limit], attacks, **options, progress=show)
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
@@ -282,7 +282,7 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
     models = _loaded(sources, chosen.allow_code)
     test = im.load_data(name, validation=0).test
     options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
-    with show_evaluation() as show:
+    with show_evaluation({f"{surrogate}: {name}": attack for name, attack in attacks.items()}) as show:
         transfer = im.transfer(
             {surrogate: models[surrogate]},
             {target: models[target] for target in targets},

@@ -25,6 +25,7 @@ from innermax.intake import normalisation_known
 from innermax.objectives import Objective, find_objective
 from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import Progress, held_interrupts, show_progress
+from innermax.remaining import FORWARD, TrainingClock, search_cost
 from innermax.strategies import Strategy
 
 Optimizer = Literal["sgd", "adamw"]
@@ -131,6 +132,7 @@ def train(
         folder = runs.open_folder(Path(run_dir), _configuration(options, model, train_set, validation_set), overwrite)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         loop = _Loop.started(model, train_set, options)
+        loop.clock.validation = _validation_cost(validation_set, validation_attack)
         if folder is not None:
             loop.resume(folder)
         with contextlib.ExitStack() as stack:
@@ -138,7 +140,8 @@ def train(
             write = stack.enter_context(runs.scalar_logger(folder, logger))
             interrupted = stack.enter_context(held_interrupts())
             while loop.epoch < epochs:
-                started = time.perf_counter() - loop.seconds
+                began = time.perf_counter()
+                started = began - loop.seconds
                 try:
                     row = loop.run_epoch(strategy, objective, show, interrupted)
                 except KeyboardInterrupt:
@@ -154,7 +157,8 @@ def train(
                 if folder is not None:
                     _save_models(folder, loop)  # first: once the checkpoint is written, this epoch does not come again
                     loop.save(folder)
-                show.epoch(row)
+                loop.clock.end(time.perf_counter() - began)
+                show.epoch(row, loop.clock.left(len(train_set), row["gradients"]))
                 write(row)
                 if interrupted():
                     raise KeyboardInterrupt
@@ -174,6 +178,7 @@ class _Loop:
     averaged: AveragedModel | None
     oracle: Oracle
     kept: Tensor | None  # each example's last perturbation, in half precision, where the strategy goes on from it
+    clock: TrainingClock
     epoch: int = 0
     batch: int = 0  # position in the epoch
     totals: dict[str, float] = field(default_factory=dict)  # sums over the epoch's batches so far
@@ -210,7 +215,8 @@ class _Loop:
         kept = None
         if getattr(options["strategy"], "warm_start", False):
             kept = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=device)
-        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle, kept)
+        clock = TrainingClock(options["strategy"], options["epochs"], len(data))
+        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle, kept, clock)
 
     @property
     def device(self) -> torch.device:
@@ -235,6 +241,7 @@ class _Loop:
         if attack is not None and (not self.history or self.history[-1].get("attack_network") != self.oracle.plan):
             show.say(f"attack network: {self.oracle.plan}")
         show.start(self.epoch, len(batches), getattr(attack, "stop_at", None))
+        self.clock.start(self.epoch, self.history)
         while self.batch < len(batches):
             moment = (self.epoch + self.batch / len(batches)) / epochs
             measured = self.update(batches[self.batch], attack, objective, moment, self.batch % stride == 0)
@@ -242,7 +249,9 @@ class _Loop:
                 self.totals[name] = self.totals.get(name, 0.0) + value
             self.batch += 1
             self.whole = True
-            show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None)
+            done = int(self.totals["examples"])
+            left = self.clock.left(done, self.totals.get("gradients", 0.0) / done)
+            show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None, left)
             if interrupted():
                 raise KeyboardInterrupt
         return self._row(attack)
@@ -251,6 +260,7 @@ class _Loop:
         self, index: Tensor, attack: PGD | None, objective: Objective, moment: float, gauge: bool
     ) -> dict[str, float]:
         """One attack and one descent step; sums over the batch's examples."""
+        began, attacking = time.perf_counter(), 0.0
         x, y = self.data.batch(index)
         x = self._moved(x, index)
         x_adv, measured = x, {"examples": float(len(y))}
@@ -259,9 +269,11 @@ class _Loop:
             start = None
             if self.kept is not None and self.epoch > 0:
                 start = x + self._moved(self.kept[index].to(x.dtype), index)
+            asked = time.perf_counter()
             found = attack(self.oracle, x, y, seed=seed, index=index, start=start, final="none")
             x_adv = found.x_adv
             measured["gradients"] = float(found.gradient_calls.sum())
+            attacking = time.perf_counter() - asked
             if self.kept is not None:
                 self.kept[index] = self._moved(x_adv - x, index, back=True).half()
         gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
@@ -269,6 +281,8 @@ class _Loop:
         measured |= self._descend(objective, x, y, x_adv, moment)
         for name, values in gauges.items():
             self.gauged.setdefault(name, []).extend(values)
+        updating = time.perf_counter() - began - attacking
+        self.clock.batch(len(y), measured.get("gradients", 0.0), attacking, updating)
         return measured
 
     def _moved(self, images: Tensor, index: Tensor, back: bool = False) -> Tensor:
@@ -422,6 +436,13 @@ def _validated(
         row["validation_robust"] = scored.accuracy["attack"].value
         row["validation_fosc"] = scored.convergence["attack"].fosc_median
     return row | {"validation_accuracy": row.get("validation_robust", row["validation_clean"])}
+
+
+def _validation_cost(validation_set: ImageSet | None, attack: PGD | None) -> float:
+    """Gradients that scoring the validation split takes, more or less."""
+    if validation_set is None:
+        return 0.0
+    return len(validation_set) * (FORWARD if attack is None else FORWARD + search_cost(attack))
 
 
 def _save_models(folder: Path, loop: _Loop) -> None:
