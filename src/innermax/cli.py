@@ -36,6 +36,7 @@ _NOT_OPTIONS: set[str | int] = {
     "validation_attack",
     "objective",
     "settings",
+    "logger",
 }
 
 
@@ -129,7 +130,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
         validation_set=data.validation,
         validation_attack=attack,
         settings={name: stated[name] for name in ("data", "validation", "model", "init", "threat", "attack")},
-        **options | {"run_dir": folder},
+        **options | {"run_dir": folder, "logger": chosen.logger},
     )
     which = "the last epoch"
     if run.best is not None:
@@ -396,6 +397,7 @@ def _train_parser(recipe: dict[str, Any]) -> Any:
     from jsonargparse import ArgumentParser
 
     from innermax import settings
+    from innermax.loggers import LoggerName
     from innermax.training import train
 
     parser = ArgumentParser(
@@ -407,6 +409,11 @@ def _train_parser(recipe: dict[str, Any]) -> Any:
     for name in ("threat", "attack", "dynamic", "curriculum", "warm"):
         parser.add_class_arguments(getattr(settings, f"{name.capitalize()}Settings"), name)
     parser.add_function_arguments(train, as_group=False, skip=_NOT_OPTIONS)
+    parser.add_argument(
+        "--logger",
+        type=LoggerName | None,
+        help="also log each epoch to tensorboard, wandb or mlflow; empty: to neither",
+    )
     if recipe:
         parser.set_defaults(recipe)
     return parser

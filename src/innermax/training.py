@@ -22,6 +22,7 @@ from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set, augment
 from innermax.evaluation import evaluate
 from innermax.intake import normalisation_known
+from innermax.loggers import Logger, LoggerName, Picture, epoch_logger, picture
 from innermax.objectives import Objective, find_objective
 from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import Progress, held_interrupts, show_progress
@@ -30,8 +31,8 @@ from innermax.strategies import Strategy
 
 Optimizer = Literal["sgd", "adamw"]
 LearningRate = Literal["drops", "cosine", "constant"]
-Logger = Literal["tensorboard"]
 _GAUGED_BATCHES = 20  # how many batches an epoch also compute the gauge of their final iterates
+_SHOWN = 8  # examples in a logger's picture
 _SAMPLE = 1000  # examples on which an automatic c_max is measured
 # Streams of the run's seed, so that no two draws share a number.
 _ORDER, _AUGMENT, _ATTACK, _MODEL = range(4)
@@ -77,7 +78,7 @@ def train(
     device: str = "auto",
     run_dir: str | Path | None = None,
     overwrite: bool = False,
-    logger: Logger | None = None,
+    logger: LoggerName | Logger | None = None,
     progress: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -111,7 +112,8 @@ def train(
         device: "auto", "cpu", "cuda" or "cuda:N".
         run_dir: folder of the run; None writes nothing.
         overwrite: start afresh where run_dir holds a run.
-        logger: "tensorboard" writes event files into the run folder too.
+        logger: where each epoch is logged beside metrics.jsonl: "tensorboard", "wandb", "mlflow", or a logger object of
+            Lightning Fabric's or PyTorch Lightning's.
         progress: show a live display on a terminal, else a line an epoch.
         settings: anything else that identifies the run, kept in its config.yaml.
 
@@ -127,9 +129,8 @@ def train(
     validation_set = None if validation_set is None else as_image_set(validation_set)
     validation_attack = validation_attack or getattr(strategy, "attack", None)
     _check_sets(model, train_set, validation_set, options)
-    folder = None
-    if run_dir is not None:
-        folder = runs.open_folder(Path(run_dir), _configuration(options, model, train_set, validation_set), overwrite)
+    configuration = _configuration(options, model, train_set, validation_set)
+    folder = None if run_dir is None else runs.open_folder(Path(run_dir), configuration, overwrite)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         loop = _Loop.started(model, train_set, options)
         loop.clock.validation = _validation_cost(validation_set, validation_attack)
@@ -137,7 +138,7 @@ def train(
             loop.resume(folder)
         with contextlib.ExitStack() as stack:
             show = stack.enter_context(show_progress(epochs, progress))
-            write = stack.enter_context(runs.scalar_logger(folder, logger))
+            write = stack.enter_context(epoch_logger(logger, folder, configuration))
             interrupted = stack.enter_context(held_interrupts())
             while loop.epoch < epochs:
                 began = time.perf_counter()
@@ -151,6 +152,7 @@ def train(
                         show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
                     raise
                 row |= loop.measures(strategy)
+                shown = None if logger is None else loop.picture(strategy)
                 if validation_set is not None:
                     row |= _validated(loop.evaluated, validation_set, validation_attack, loop.device, precision)
                 loop.finish_epoch(row, time.perf_counter() - started)
@@ -159,7 +161,7 @@ def train(
                     loop.save(folder)
                 loop.clock.end(time.perf_counter() - began)
                 show.epoch(row, loop.clock.left(len(train_set), row["gradients"]))
-                write(row)
+                write(row, shown)
                 if interrupted():
                     raise KeyboardInterrupt
     unwrapped(loop.model).eval()
@@ -341,6 +343,15 @@ class _Loop:
             total += float(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nansum())
         return {"fgsm_gauge": total / len(chosen)}
 
+    def picture(self, strategy: Strategy) -> Picture | None:
+        """Some training images under the epoch's attack."""
+        attack = strategy.attack_at(self.epoch / self.options["epochs"], self.history)
+        if attack is None:
+            return None
+        index = torch.arange(min(_SHOWN, len(self.data)), device=self.device)
+        x, y = self.data.batch(index)
+        return picture(x, attack(self.oracle, x, y, seed=self.options["seed"], index=index, final="none").x_adv)
+
     def finish_epoch(self, row: dict[str, Any], seconds: float) -> None:
         """Puts the epoch into the history and stands at the start of the next."""
         row |= {"seconds": round(seconds, 3), "images_per_second": round(len(self.data) / seconds, 1)}
@@ -503,8 +514,10 @@ def _check(options: Mapping[str, Any]) -> None:
     for name, kind in (("optimizer", Optimizer), ("lr_schedule", LearningRate), ("precision", Precision)):
         if options[name] not in get_args(kind):
             raise unknown(name, options[name], get_args(kind))
-    if options["logger"] is not None and options["logger"] not in get_args(Logger):
-        raise unknown("logger", options["logger"], get_args(Logger))
+    if isinstance(options["logger"], str) and options["logger"] not in get_args(LoggerName):
+        raise unknown("logger", options["logger"], get_args(LoggerName))
+    if options["logger"] is not None and not isinstance(options["logger"], str | Logger):
+        raise TypeError(f"logger must be a name or a logger of Lightning's, came {options['logger']!r}")
     if not isinstance(options["seed"], int):
         raise TypeError(f"seed must be an integer, came {options['seed']!r}")
     chosen_device(options["device"])
