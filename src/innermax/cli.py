@@ -18,6 +18,7 @@ Train classifiers that withstand adversarial examples, and know whether a robust
   innermax train mnist --strategy standard    the paper's setting, with another defence
   innermax evaluate runs/digits               attack a trained model
   innermax transfer runs/other runs/digits    make images on one model, score them on others
+  innermax export runs/digits --format onnx   write it for ONNX Runtime, torch.export or the Hugging Face Hub
   innermax reproduce table1 --scale cpu       make a table or a figure of the paper again
 
 innermax COMMAND --help lists what a command takes. Fractions such as 8/255 are read as numbers.
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "transfer": _transfer,
+        "export": _export,
         "recipes": _recipes,
         "reproduce": _reproduce,
     }
@@ -356,6 +358,50 @@ def _threat(source: str, own: dict[str, Any], norm: Any, eps: float | None) -> A
     if eps is None:
         raise ValueError(f"the size of {norm} perturbations for {source} is not known: give --threat.eps")
     return ThreatSettings(norm, eps).build()
+
+
+def _export(words: list[str]) -> None:
+    """Writes a model as other programs read it."""
+    from jsonargparse import ArgumentParser
+
+    from innermax.settings import ExportSettings
+
+    parser = ArgumentParser(
+        prog="innermax export SOURCE", description=f"Write a model for others: {_SOURCES}.", exit_on_error=False
+    )
+    parser.add_class_arguments(ExportSettings, as_group=False)
+    if not words or words[0].startswith("-"):
+        if words and words[0] not in ("-h", "--help"):
+            raise ValueError("export takes a run folder or a model first, such as: innermax export runs/digits")
+        words = ["", "--help"]
+    _run_export(words[0], parser.parse_args(_spelled_out(words[1:])))
+
+
+def _run_export(source: str, chosen: Any) -> None:
+    import innermax as im
+    from innermax.runs import read_config
+
+    path = Path(source)
+    if chosen.push is not None and chosen.format != "hub":
+        raise ValueError(f"push uploads the format hub, came {chosen.format}")
+    if chosen.to is None and chosen.push is None and not path.is_dir():
+        raise ValueError(f"{source} is no folder: say with --to what to write")
+    best = chosen.best and (path / "best.safetensors").is_file()
+    model = im.load_model(path / "best.safetensors" if best else source, allow_code=chosen.allow_code)
+    if chosen.format != "hub":
+        print(im.export_model(model, chosen.to or path / f"model.{chosen.format}", input_shape=chosen.input_shape))
+        return
+    about: dict[str, Any] = {"license": chosen.license}
+    if (path / "config.yaml").is_file():
+        about["training"] = read_config(path)
+    if chosen.best and (path / "evaluation.json").is_file():
+        about["evaluation"] = im.Evaluation.from_json((path / "evaluation.json").read_text(encoding="utf-8"))
+    if chosen.push is not None:
+        print(im.push_to_hub(model, chosen.push, private=chosen.private, **about))
+        return
+    folder = Path(chosen.to or path / "hub")
+    im.save_pretrained(model, folder, **about)
+    print(folder)
 
 
 def _recipes(words: list[str]) -> None:
