@@ -118,9 +118,10 @@ def test_the_version_is_one():
     assert citation["version"] == innermax.__version__
     assert citation["license"] == PROJECT["license"]
     assert citation["references"][0]["year"] == 2019
-    headings = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert headings[0][0] in ("Unreleased", innermax.__version__)
-    assert (innermax.__version__, str(citation["date-released"])) in headings
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d\d-\d\d)?$", text, re.MULTILINE)
+    assert headings[0] in ("Unreleased", innermax.__version__)
+    assert innermax.__version__ in headings or f"this will be {innermax.__version__}." in text
 
 
 def test_pages_that_people_look_for():
