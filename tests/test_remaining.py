@@ -203,7 +203,7 @@ def evaluated(costs, truth, batches, rows_kept=0):
         for batch in range(1, batches + 1):
             now += 0.0 if part == next(iter(truth)) and batch <= rows_kept else seconds / batches
             clock.batch(part, batch / batches, now)
-            told.append((now, clock.left(now)))
+            told.append((now, clock.left()))
     return [(at / now, left / (now - at)) for at, left in told[:-1] if left is not None]
 
 
@@ -243,16 +243,48 @@ def test_kept_rows_tell_no_time():
     assert worst(evaluated(costs, {"pgd": 10.0, "cw": 10.0}, 20, rows_kept=15)) < 1.05
 
 
-def test_costs_are_the_calls_that_attacks_report():
-    """PGD's to the gradient; of the others within a factor, on a model of which half of the examples survive."""
+@pytest.fixture(scope="module")
+def half_robust():
+    """A model, and examples of which half fall to PGD: attacks of survivors have work with the others."""
     data = im.load_data("digits")
+    torch.manual_seed(0)
     model = im.build_model("digits-cnn", input_shape=data.train.shape)
     im.train(model, data.train[:300], im.Unsecured(), epochs=4, lr=0.05, batch_size=32, progress=False)
-    x, y = data.test.batch(torch.arange(60))
-    result = im.PGD(THREAT, steps=7)(model, x, y)
-    assert search_cost(im.PGD(THREAT, steps=7)) == pytest.approx(float(result.gradient_calls.float().mean()), abs=0.5)
-    assert audit_cost(100_000) == pytest.approx(7)
+    x, y = data.test.batch(torch.arange(200))
+    fell = im.PGD(THREAT, steps=20, restarts=2)(model, x, y).misclassified
+    rows = torch.cat([fell.nonzero()[:20, 0], (~fell).nonzero()[:20, 0]])
+    assert len(rows) == 40
+    return model, x[rows], y[rows]
+
+
+COSTLY = [
+    im.APGD(THREAT, steps=20),
+    im.APGD(THREAT, steps=10, targets=5, loss="dlr"),
+    im.FAB(THREAT, steps=10, targets=5),
+    im.Square(THREAT, queries=200),
+    im.GuidedPGD(THREAT, budget=100),
+]
+
+
+@pytest.mark.parametrize("attack", COSTLY, ids=lambda attack: type(attack).__name__)
+def test_costs_are_about_the_calls_that_attacks_report(half_robust, attack):
+    result = attack(*half_robust, final="none")
+    taken = float((result.gradient_calls + 0.45 * result.forward_calls).mean())
+    assert 0.4 < search_cost(attack) / taken < 1.25
+
+
+def test_the_cost_of_pgd_is_exact(half_robust):
+    result = im.PGD(THREAT, steps=7, restarts=2)(*half_robust)
+    assert search_cost(im.PGD(THREAT, steps=7, restarts=2)) == pytest.approx(
+        float(result.gradient_calls.float().mean()), abs=1.5
+    )
+
+
+def test_the_cost_of_an_audit():
+    """Of its sample: a quarter of a few examples, 100 of thousands, one in fifty of very many."""
+    assert audit_cost(100_000) == pytest.approx(audit_cost(2_000) * 100_000 / 50 / 100 / (100_000 / 2_000))
     assert audit_cost(300) == audit_cost(200)
+    assert audit_cost(4_000) == pytest.approx(audit_cost(400) * 0.1)
 
 
 def test_an_evaluation_says_little_where_nothing_is_live(monkeypatch, capsys):

@@ -137,7 +137,7 @@ class _EvaluationDisplay:
             self._clock.costs[_AUDIT] = audit_cost(total)
         now = time.perf_counter()
         self._clock.batch(name, done / total, now)
-        left = self._clock.left(now)
+        left = self._clock.left()
         self._show(name, done, total, left, now)
         if self._audit and name == self._last and done == total:
             self._show(_AUDIT, None, None, left, now)

@@ -160,8 +160,8 @@ class EvaluationClock:
             self._timed[part] = self._timed.get(part, 0.0) + grown
             self._seconds[part] = self._seconds.get(part, 0.0) + took
 
-    def left(self, now: float) -> float | None:
-        """Seconds from a time on; None where nothing has been timed yet."""
+    def left(self) -> float | None:
+        """Seconds from the last batch on; None where nothing has been timed yet."""
         timed = {part: share for part, share in self._timed.items() if share > 0}
         work = sum(self.costs.get(part, _UNKNOWN) * share for part, share in timed.items())
         if work == 0:
@@ -171,4 +171,4 @@ class EvaluationClock:
         for part, cost in self.costs.items():
             whole = self._seconds[part] / timed[part] if part in timed else rate * cost
             left += whole * (1 - self._share.get(part, 0.0))
-        return max(left - (now - self._told), 0.0)
+        return left
