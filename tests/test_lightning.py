@@ -102,6 +102,13 @@ def test_dynamic_measures_its_own_threshold():
     assert told["adversarial/fosc"] >= 0
 
 
+def test_the_measured_gauge_is_fgsms_on_what_the_epoch_made():
+    callback = AdversarialTraining(im.Dynamic(ATTACK), precision="float32")
+    module, _ = fit(callback)
+    found = im.FGSM(ATTACK.threat)(module.network, X, Y, final="gradient")
+    assert callback.history[0]["fgsm_gauge"] == pytest.approx(float(found.fosc.mean()), rel=1e-3)
+
+
 def test_unsecured_leaves_batches_alone():
     module, _ = fit(AdversarialTraining(im.Unsecured()))
     assert torch.equal(torch.cat(module.seen), X)

@@ -128,6 +128,11 @@ def test_wandb_offline(tmp_path, monkeypatch):
     content = log.read_bytes()
     assert all(word in content for word in (b"fosc distribution", b"attacked", b"images_per_second"))
     assert list(written.glob("files/media/images/attacked_*.png"))
+    # A training that goes on logs to the same run.
+    with epoch_logger("wandb", folder, {}) as write:
+        write({"epoch": 1, "loss": 0.25}, None)
+    assert all(path.name.endswith(name) for path in folder.glob("wandb/offline-run-*"))
+    assert json.loads((folder / "logger.json").read_text())["wandb"] == name
 
 
 @pytest.mark.filterwarnings("default")
