@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export INNERMAX_DATA ?= $(realpath ../shared/data)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types unit browser bench clean
+.PHONY: demo test lint types unit browser wheel-test bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/innermax train digits --run-dir runs/digits --overwrite
@@ -28,6 +28,16 @@ browser:
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -qq \
 	&& apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null; } \
 	|| echo "Chromium is not here and cannot be installed: nobody looks at the report's page" >&2
+
+# The wheel in an environment with nothing but what it asks for, its demo from another folder; minutes, for torch.
+wheel-test: $(VENV)/installed
+	rm -rf dist build/wheel && mkdir -p build/wheel/elsewhere
+	$(BIN)/hatchling build -t wheel
+	$(PYTHON) -m venv build/wheel/environment
+	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt torch==2.13.0
+	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build/wheel/elsewhere && ../environment/bin/innermax train digits --run-dir run
+	build/wheel/environment/bin/pip check
 
 bench: $(VENV)/peers
 	$(BIN)/python bench/speed.py --write results/speed.md

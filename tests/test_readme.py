@@ -50,7 +50,7 @@ def test_the_commands_are_known(capsys):
     assert lines
     for line in lines:
         command, *words = shlex.split(line, comments=True)[1:]
-        assert command in ("recipes", "train", "evaluate", "transfer", "report", "reproduce")
+        assert command in ("recipes", "train", "evaluate", "transfer", "report", "export", "reproduce")
         if command == "train":
             assert words[0] in recipe_names()
         assert main([command, "--help"]) == 0

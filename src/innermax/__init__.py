@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from innermax.checkpoints import save_model
     from innermax.data import Data, ImageSet, load_data
     from innermax.evaluation import Evaluation, evaluate
+    from innermax.export import export_model
+    from innermax.hub import from_pretrained, push_to_hub, save_pretrained
     from innermax.models import Normalize, build_model
     from innermax.oracle import Oracle
     from innermax.reporting.exhibit import Exhibit
@@ -42,6 +44,8 @@ _HOMES = {
     "innermax.checkpoints": ("save_model",),
     "innermax.data": ("Data", "ImageSet", "load_data"),
     "innermax.evaluation": ("Evaluation", "evaluate"),
+    "innermax.export": ("export_model",),
+    "innermax.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "innermax.models": ("Normalize", "build_model"),
     "innermax.oracle": ("Oracle",),
     "innermax.reporting.exhibit": ("Exhibit",),
@@ -87,11 +91,15 @@ __all__ = [
     "WarmStart",
     "build_model",
     "evaluate",
+    "export_model",
+    "from_pretrained",
     "gallery",
     "load_data",
     "load_model",
+    "push_to_hub",
     "report",
     "save_model",
+    "save_pretrained",
     "train",
     "transfer",
 ]

@@ -19,6 +19,7 @@ Train classifiers that withstand adversarial examples, and know whether a robust
   innermax evaluate runs/digits               attack a trained model
   innermax transfer runs/other runs/digits    make images on one model, score them on others
   innermax report runs/digits -o report.html  a page to look at: how robust, why, and pictures
+  innermax export runs/digits --format onnx   write it for ONNX Runtime, torch.export or the Hugging Face Hub
   innermax reproduce table1 --scale cpu       make a table or a figure of the paper again
 
 innermax COMMAND --help lists what a command takes. Fractions such as 8/255 are read as numbers.
@@ -37,6 +38,7 @@ _NOT_OPTIONS: set[str | int] = {
     "validation_attack",
     "objective",
     "settings",
+    "logger",
 }
 
 
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "transfer": _transfer,
         "report": _report,
+        "export": _export,
         "recipes": _recipes,
         "reproduce": _reproduce,
     }
@@ -131,13 +134,13 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
         validation_set=data.validation,
         validation_attack=attack,
         settings={name: stated[name] for name in ("data", "validation", "model", "init", "threat", "attack")},
-        **options | {"run_dir": folder},
+        **options | {"run_dir": folder, "logger": chosen.logger},
     )
     which = "the last epoch"
     if run.best is not None:
         im.load_model(folder / "best.safetensors", run.model)
         which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
-    with show_evaluation() as show:
+    with show_evaluation(attacks, audit=True, speak=chosen.progress) as show:
         evaluation = im.evaluate(run.model, data.test, attacks, seed=chosen.seed, device=device, progress=show)
     evaluation.to_json(folder / "evaluation.json")
     names = data.class_names
@@ -243,7 +246,7 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     if rows_dir is None and (path / "config.yaml").is_file() and os.access(path, os.W_OK):
         rows_dir = _own_rows(path, model, name, attacks, {**options, "limit": chosen.limit})
     options |= {"devices": chosen.devices, "rows_dir": rows_dir, "surrogates": surrogates}
-    with show_evaluation() as show:
+    with show_evaluation(attacks, audit=True) as show:
         evaluation = im.evaluate(model, test, attacks, **options, progress=show)
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
@@ -293,7 +296,7 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
     models = _loaded(sources, chosen.allow_code)
     test = im.load_data(name, validation=0).test
     options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
-    with show_evaluation() as show:
+    with show_evaluation({f"{surrogate}: {name}": attack for name, attack in attacks.items()}) as show:
         transfer = im.transfer(
             {surrogate: models[surrogate]},
             {target: models[target] for target in targets},
@@ -395,6 +398,50 @@ def _report(words: list[str]) -> None:
     print(im.report(shown, chosen.output, pictures=chosen.pictures, device=chosen_device(chosen.device)))
 
 
+def _export(words: list[str]) -> None:
+    """Writes a model as other programs read it."""
+    from jsonargparse import ArgumentParser
+
+    from innermax.settings import ExportSettings
+
+    parser = ArgumentParser(
+        prog="innermax export SOURCE", description=f"Write a model for others: {_SOURCES}.", exit_on_error=False
+    )
+    parser.add_class_arguments(ExportSettings, as_group=False)
+    if not words or words[0].startswith("-"):
+        if words and words[0] not in ("-h", "--help"):
+            raise ValueError("export takes a run folder or a model first, such as: innermax export runs/digits")
+        words = ["", "--help"]
+    _run_export(words[0], parser.parse_args(_spelled_out(words[1:])))
+
+
+def _run_export(source: str, chosen: Any) -> None:
+    import innermax as im
+    from innermax.runs import read_config
+
+    path = Path(source)
+    if chosen.push is not None and chosen.format != "hub":
+        raise ValueError(f"push uploads the format hub, came {chosen.format}")
+    if chosen.to is None and chosen.push is None and not path.is_dir():
+        raise ValueError(f"{source} is no folder: say with --to what to write")
+    best = chosen.best and (path / "best.safetensors").is_file()
+    model = im.load_model(path / "best.safetensors" if best else source, allow_code=chosen.allow_code)
+    if chosen.format != "hub":
+        print(im.export_model(model, chosen.to or path / f"model.{chosen.format}", input_shape=chosen.input_shape))
+        return
+    about: dict[str, Any] = {"license": chosen.license}
+    if (path / "config.yaml").is_file():
+        about["training"] = read_config(path)
+    if chosen.best and (path / "evaluation.json").is_file():
+        about["evaluation"] = im.Evaluation.from_json((path / "evaluation.json").read_text(encoding="utf-8"))
+    if chosen.push is not None:
+        print(im.push_to_hub(model, chosen.push, private=chosen.private, **about))
+        return
+    folder = Path(chosen.to or path / "hub")
+    im.save_pretrained(model, folder, **about)
+    print(folder)
+
+
 def _recipes(words: list[str]) -> None:
     """Lists the recipes, with the first line of each."""
     from innermax.settings import recipe_names, recipe_text
@@ -434,6 +481,7 @@ def _train_parser(recipe: dict[str, Any]) -> Any:
     from jsonargparse import ArgumentParser
 
     from innermax import settings
+    from innermax.loggers import LoggerName
     from innermax.training import train
 
     parser = ArgumentParser(
@@ -445,6 +493,11 @@ def _train_parser(recipe: dict[str, Any]) -> Any:
     for name in ("threat", "attack", "dynamic", "curriculum", "warm"):
         parser.add_class_arguments(getattr(settings, f"{name.capitalize()}Settings"), name)
     parser.add_function_arguments(train, as_group=False, skip=_NOT_OPTIONS)
+    parser.add_argument(
+        "--logger",
+        type=LoggerName | None,
+        help="also log each epoch to tensorboard, wandb or mlflow; empty: to neither",
+    )
     if recipe:
         parser.set_defaults(recipe)
     return parser

@@ -147,6 +147,11 @@ def load_data(name_or_path: str | Path, *, validation: float | int | None = None
     return Data(name, train, held_out, splits.test, classes, splits.class_names)
 
 
+def hub_id(name: str) -> str | None:
+    """Where a data set of that name is on the Hugging Face Hub; None where it is not known to be."""
+    return _HUB[name].hub_id if name in _HUB else None
+
+
 def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
     """Any of these as an ImageSet, its first `limit` examples where told.
 

@@ -1,15 +1,47 @@
-"""What a person sees while a network trains: a live line on a terminal, a plain line an epoch elsewhere."""
+"""What a person sees while something runs: a live line on a terminal, sparse plain lines elsewhere.
+
+Colours are rich's, which leaves them out where NO_COLOR is set.
+"""
 
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
+
+from innermax.remaining import FORWARD, EvaluationClock, audit_cost, search_cost
+from innermax.scoring import Attack
+
+_SPARSE = 30.0  # seconds between two lines of an evaluation, at least: one that is over sooner says nothing
+_AUDIT = "audit"
+
+
+class _Left(ProgressColumn):
+    """The time left as it was last estimated, less what has passed since."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["left"]
+        passed = time.perf_counter() - task.fields["at"]
+        return Text("" if left is None else f"left {clock_time(left - passed)}")
+
+
+class _Count(MofNCompleteColumn):
+    """How many examples are done; nothing of an audit, which has no count."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
+def clock_time(seconds: float) -> str:
+    """A time in seconds as hours, minutes and seconds: 0:02:35."""
+    return str(timedelta(seconds=round(max(seconds, 0.0))))
 
 
 class Progress:
@@ -29,13 +61,14 @@ class Progress:
         self._epoch, self._batches, self._threshold = epoch, batches, threshold
         self._begun = time.perf_counter()
         if self._bar is not None and self._task is None:
-            self._task = self._bar.add_task("", total=self._epochs * batches, completed=epoch * batches)
+            completed = epoch * batches
+            self._task = self._bar.add_task("", total=self._epochs * batches, completed=completed, left=None, at=0.0)
 
-    def batch(self, done: int, totals: Mapping[str, float], fosc: float | None) -> None:
-        """A batch is done; totals are sums over the epoch's examples so far, fosc their mean gauge."""
+    def batch(self, done: int, totals: Mapping[str, float], fosc: float | None, left: float | None) -> None:
+        """A batch is done; totals are sums over the epoch's examples so far, fosc their mean gauge, left in seconds."""
         if self._bar is None or self._task is None:
             return
-        seconds = time.perf_counter() - self._begun
+        now = time.perf_counter()
         parts = [
             self._head,
             f"batch {done}/{self._batches}",
@@ -43,16 +76,17 @@ class Progress:
             *([] if self._threshold is None else [f"c_t {self._threshold:.3f}"]),
             *([] if fosc is None else [f"FOSC {fosc:.3f}"]),
             *([self._robust] if self._robust else []),
-            f"{totals['examples'] / seconds:,.0f} img/s",
+            f"{totals['examples'] / (now - self._begun):,.0f} img/s",
         ]
         completed = self._epoch * self._batches + done
-        self._bar.update(self._task, description="  ".join(parts), completed=completed)
+        self._bar.update(self._task, description="  ".join(parts), completed=completed, left=left, at=now)
 
-    def epoch(self, row: Mapping[str, Any]) -> None:
-        """An epoch has been measured."""
+    def epoch(self, row: Mapping[str, Any], left: float | None) -> None:
+        """An epoch has been measured; left: seconds of the training."""
         if row.get("validation_robust") is not None:
             self._robust = f"robust {100 * row['validation_robust']:.1f}%"
-        self.say(self._line(row))
+        told = "" if left is None or row["epoch"] + 1 == self._epochs else f"  left {clock_time(left)}"
+        self.say(self._line(row) + told)
 
     def say(self, message: str) -> None:
         """A line of its own."""
@@ -76,35 +110,70 @@ class Progress:
 @contextmanager
 def show_progress(epochs: int, speak: bool) -> Iterator[Progress]:
     """A live display on a terminal, plain lines elsewhere, nothing where not asked to speak."""
-    if not speak:
-        yield Progress(epochs, None, None)
-        return
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    console = Console(stderr=True) if speak else None
+    if console is None or not _is_live(console):
         yield Progress(epochs, console, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("left"), TimeRemainingColumn())
-    with Bar(*columns, console=console) as bar:
+    with Bar(TextColumn("{task.description}"), BarColumn(bar_width=16), _Left(), console=console) as bar:
         yield Progress(epochs, console, bar)
 
 
+class _EvaluationDisplay:
+    """What `evaluate` calls after each batch."""
+
+    def __init__(self, attacks: Mapping[str, Attack], audit: bool, console: Console, bar: Bar | None) -> None:
+        self._audit = audit and bool(attacks)
+        costs = {"clean": FORWARD} | {name: search_cost(attack) for name, attack in attacks.items()}
+        self._last = list(costs)[-1]
+        self._clock = EvaluationClock(costs)
+        self._console, self._bar = console, bar
+        self._tasks: dict[str, TaskID] = {}
+        self._said = time.perf_counter()
+        self._clock.begin(self._said)
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """So many of an attack's examples are done."""
+        if self._audit and _AUDIT not in self._clock.costs:
+            self._clock.costs[_AUDIT] = audit_cost(total)
+        now = time.perf_counter()
+        self._clock.batch(name, done / total, now)
+        left = self._clock.left()
+        self._show(name, done, total, left, now)
+        if self._audit and name == self._last and done == total:
+            self._show(_AUDIT, None, None, left, now)
+
+    def _show(self, name: str, done: int | None, total: int | None, left: float | None, now: float) -> None:
+        if self._bar is not None:
+            if name not in self._tasks:
+                self._tasks[name] = self._bar.add_task(name, total=total, left=None, at=now)
+            self._bar.update(self._tasks[name], completed=done, left=left, at=now)
+        elif now - self._said >= _SPARSE:
+            self._said = now
+            count = "" if done is None else f"  {done:,}/{total:,}"
+            told = "" if left is None else f"  left {clock_time(left)}"
+            self._console.print(f"{name}{count}{told}", highlight=False, soft_wrap=True)
+
+
 @contextmanager
-def show_evaluation() -> Iterator[Callable[[str, int, int], None]]:
-    """What `evaluate` calls after each batch: a bar an attack while it runs, on a terminal only."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda name, done, total: None
+def show_evaluation(
+    attacks: Mapping[str, Attack], audit: bool = False, speak: bool = True
+) -> Iterator[Callable[[str, int, int], None]]:
+    """What `evaluate` calls after each batch: live bars on a terminal, elsewhere now and then a plain line.
+
+    attacks: by the names that are told; audit: whether the evaluation ends with one; speak: else nothing is shown.
+    """
+    console = Console(stderr=True, quiet=not speak)
+    if not (speak and _is_live(console)):
+        yield _EvaluationDisplay(attacks, audit, console, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), _Count(), _Left())
     with Bar(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
+        yield _EvaluationDisplay(attacks, audit, console, bar)
 
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=total)
-            bar.update(tasks[name], completed=done)
 
-        yield show
+def _is_live(console: Console) -> bool:
+    """Whether a line can be drawn anew."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 @contextmanager

@@ -5,8 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -22,7 +21,7 @@ from innermax.checkpoints import load_tensors, save_tensors, write_bytes, write_
 
 _STATE = Path("checkpoints") / "last.safetensors"
 # What a run writes beside its folders and config.yaml, by which it is known: that one is replaced, never removed.
-_FILES = ("environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json")
+_FILES = ("environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json", "logger.json")
 
 
 def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> Path:
@@ -118,28 +117,6 @@ def load_state(
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
     return position
-
-
-@contextmanager
-def scalar_logger(folder: Path | None, logger: str | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that takes an epoch's row; writes TensorBoard event files where that logger is asked for."""
-    if logger is None:
-        yield lambda row: None
-        return
-    if folder is None:
-        raise ValueError(f"logger {logger!r} writes into the run folder: give run_dir")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(f"logger 'tensorboard' needs the package tensorboard: {error}") from error
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
-
-        def write(row: Mapping[str, Any]) -> None:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "epoch":
-                    writer.add_scalar(name, value, row["epoch"])
-
-        yield write
 
 
 def environment(seed: int) -> dict[str, Any]:

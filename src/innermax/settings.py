@@ -170,6 +170,31 @@ class EvaluateSettings:
     html: str | None = None
 
 
+@dataclass(frozen=True)
+class ExportSettings:
+    """What a model is written as.
+
+    Args:
+        format: hub, a folder as the Hugging Face Hub has it, with a model card; onnx; or pt2, a torch.export program.
+        to: file or folder to write; empty for one inside the run folder.
+        push: a repository of the Hub, user/name, to upload the folder to instead.
+        private: a repository that is new.
+        license: the model's, as the Hub spells it, such as apache-2.0.
+        best: of a run the best epoch on its validation split, which its evaluation.json tells of, instead of its last.
+        input_shape: of one image, [C,H,W], for a model that innermax did not build.
+        allow_code: run the code that module:function or a .pt2 program brings.
+    """
+
+    format: Literal["hub", "onnx", "pt2"] = "hub"
+    to: str | None = None
+    push: str | None = None
+    private: bool = False
+    license: str | None = None
+    best: bool = True
+    input_shape: list[int] | None = None
+    allow_code: bool = False
+
+
 def build_strategy(
     name: StrategyName,
     attack: PGD,

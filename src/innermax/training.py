@@ -22,15 +22,17 @@ from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set, augment
 from innermax.evaluation import evaluate
 from innermax.intake import normalisation_known
+from innermax.loggers import Logger, LoggerName, Picture, epoch_logger, picture
 from innermax.objectives import Objective, find_objective
 from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import Progress, held_interrupts, show_progress
+from innermax.remaining import FORWARD, TrainingClock, search_cost
 from innermax.strategies import Strategy
 
 Optimizer = Literal["sgd", "adamw"]
 LearningRate = Literal["drops", "cosine", "constant"]
-Logger = Literal["tensorboard"]
 _GAUGED_BATCHES = 20  # how many batches an epoch also compute the gauge of their final iterates
+_SHOWN = 8  # examples in a logger's picture
 _SAMPLE = 1000  # examples on which an automatic c_max is measured
 # Streams of the run's seed, so that no two draws share a number.
 _ORDER, _AUGMENT, _ATTACK, _MODEL = range(4)
@@ -76,7 +78,7 @@ def train(
     device: str = "auto",
     run_dir: str | Path | None = None,
     overwrite: bool = False,
-    logger: Logger | None = None,
+    logger: LoggerName | Logger | None = None,
     progress: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -110,7 +112,8 @@ def train(
         device: "auto", "cpu", "cuda" or "cuda:N".
         run_dir: folder of the run; None writes nothing.
         overwrite: start afresh where run_dir holds a run.
-        logger: "tensorboard" writes event files into the run folder too.
+        logger: where each epoch is logged beside metrics.jsonl: "tensorboard", "wandb", "mlflow", or a logger object of
+            Lightning Fabric's or PyTorch Lightning's.
         progress: show a live display on a terminal, else a line an epoch.
         settings: anything else that identifies the run, kept in its config.yaml.
 
@@ -126,19 +129,20 @@ def train(
     validation_set = None if validation_set is None else as_image_set(validation_set)
     validation_attack = validation_attack or getattr(strategy, "attack", None)
     _check_sets(model, train_set, validation_set, options)
-    folder = None
-    if run_dir is not None:
-        folder = runs.open_folder(Path(run_dir), _configuration(options, model, train_set, validation_set), overwrite)
+    configuration = _configuration(options, model, train_set, validation_set)
+    folder = None if run_dir is None else runs.open_folder(Path(run_dir), configuration, overwrite)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         loop = _Loop.started(model, train_set, options)
+        loop.clock.validation = _validation_cost(validation_set, validation_attack)
         if folder is not None:
             loop.resume(folder)
         with contextlib.ExitStack() as stack:
             show = stack.enter_context(show_progress(epochs, progress))
-            write = stack.enter_context(runs.scalar_logger(folder, logger))
+            write = stack.enter_context(epoch_logger(logger, folder, configuration))
             interrupted = stack.enter_context(held_interrupts())
             while loop.epoch < epochs:
-                started = time.perf_counter() - loop.seconds
+                began = time.perf_counter()
+                started = began - loop.seconds
                 try:
                     row = loop.run_epoch(strategy, objective, show, interrupted)
                 except KeyboardInterrupt:
@@ -148,14 +152,16 @@ def train(
                         show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
                     raise
                 row |= loop.measures(strategy)
+                shown = None if logger is None else loop.picture(strategy)
                 if validation_set is not None:
                     row |= _validated(loop.evaluated, validation_set, validation_attack, loop.device, precision)
                 loop.finish_epoch(row, time.perf_counter() - started)
                 if folder is not None:
                     _save_models(folder, loop)  # first: once the checkpoint is written, this epoch does not come again
                     loop.save(folder)
-                show.epoch(row)
-                write(row)
+                loop.clock.end(time.perf_counter() - began)
+                show.epoch(row, loop.clock.left(len(train_set), row["gradients"]))
+                write(row, shown)
                 if interrupted():
                     raise KeyboardInterrupt
     unwrapped(loop.model).eval()
@@ -174,6 +180,7 @@ class _Loop:
     averaged: AveragedModel | None
     oracle: Oracle
     kept: Tensor | None  # each example's last perturbation, in half precision, where the strategy goes on from it
+    clock: TrainingClock
     epoch: int = 0
     batch: int = 0  # position in the epoch
     totals: dict[str, float] = field(default_factory=dict)  # sums over the epoch's batches so far
@@ -210,7 +217,8 @@ class _Loop:
         kept = None
         if getattr(options["strategy"], "warm_start", False):
             kept = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=device)
-        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle, kept)
+        clock = TrainingClock(options["strategy"], options["epochs"], len(data))
+        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle, kept, clock)
 
     @property
     def device(self) -> torch.device:
@@ -235,6 +243,7 @@ class _Loop:
         if attack is not None and (not self.history or self.history[-1].get("attack_network") != self.oracle.plan):
             show.say(f"attack network: {self.oracle.plan}")
         show.start(self.epoch, len(batches), getattr(attack, "stop_at", None))
+        self.clock.start(self.epoch, self.history)
         while self.batch < len(batches):
             moment = (self.epoch + self.batch / len(batches)) / epochs
             measured = self.update(batches[self.batch], attack, objective, moment, self.batch % stride == 0)
@@ -242,7 +251,9 @@ class _Loop:
                 self.totals[name] = self.totals.get(name, 0.0) + value
             self.batch += 1
             self.whole = True
-            show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None)
+            done = int(self.totals["examples"])
+            left = self.clock.left(done, self.totals.get("gradients", 0.0) / done)
+            show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None, left)
             if interrupted():
                 raise KeyboardInterrupt
         return self._row(attack)
@@ -251,6 +262,7 @@ class _Loop:
         self, index: Tensor, attack: PGD | None, objective: Objective, moment: float, gauge: bool
     ) -> dict[str, float]:
         """One attack and one descent step; sums over the batch's examples."""
+        began, attacking = time.perf_counter(), 0.0
         x, y = self.data.batch(index)
         x = self._moved(x, index)
         x_adv, measured = x, {"examples": float(len(y))}
@@ -259,9 +271,11 @@ class _Loop:
             start = None
             if self.kept is not None and self.epoch > 0:
                 start = x + self._moved(self.kept[index].to(x.dtype), index)
+            asked = time.perf_counter()
             found = attack(self.oracle, x, y, seed=seed, index=index, start=start, final="none")
             x_adv = found.x_adv
             measured["gradients"] = float(found.gradient_calls.sum())
+            attacking = time.perf_counter() - asked
             if self.kept is not None:
                 self.kept[index] = self._moved(x_adv - x, index, back=True).half()
         gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
@@ -269,6 +283,8 @@ class _Loop:
         measured |= self._descend(objective, x, y, x_adv, moment)
         for name, values in gauges.items():
             self.gauged.setdefault(name, []).extend(values)
+        updating = time.perf_counter() - began - attacking
+        self.clock.batch(len(y), measured.get("gradients", 0.0), attacking, updating)
         return measured
 
     def _moved(self, images: Tensor, index: Tensor, back: bool = False) -> Tensor:
@@ -326,6 +342,15 @@ class _Loop:
             gradient = self._gradient(attack, found.x_adv, y)
             total += float(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nansum())
         return {"fgsm_gauge": total / len(chosen)}
+
+    def picture(self, strategy: Strategy) -> Picture | None:
+        """Some training images under the epoch's attack."""
+        attack = strategy.attack_at(self.epoch / self.options["epochs"], self.history)
+        if attack is None:
+            return None
+        index = torch.arange(min(_SHOWN, len(self.data)), device=self.device)
+        x, y = self.data.batch(index)
+        return picture(x, attack(self.oracle, x, y, seed=self.options["seed"], index=index, final="none").x_adv)
 
     def finish_epoch(self, row: dict[str, Any], seconds: float) -> None:
         """Puts the epoch into the history and stands at the start of the next."""
@@ -424,6 +449,13 @@ def _validated(
     return row | {"validation_accuracy": row.get("validation_robust", row["validation_clean"])}
 
 
+def _validation_cost(validation_set: ImageSet | None, attack: PGD | None) -> float:
+    """Gradients that scoring the validation split takes, more or less."""
+    if validation_set is None:
+        return 0.0
+    return len(validation_set) * (FORWARD if attack is None else FORWARD + search_cost(attack))
+
+
 def _save_models(folder: Path, loop: _Loop) -> None:
     """The last model, and the best so far where a validation split says which that is."""
     save_model(folder, loop.evaluated)
@@ -482,8 +514,10 @@ def _check(options: Mapping[str, Any]) -> None:
     for name, kind in (("optimizer", Optimizer), ("lr_schedule", LearningRate), ("precision", Precision)):
         if options[name] not in get_args(kind):
             raise unknown(name, options[name], get_args(kind))
-    if options["logger"] is not None and options["logger"] not in get_args(Logger):
-        raise unknown("logger", options["logger"], get_args(Logger))
+    if isinstance(options["logger"], str) and options["logger"] not in get_args(LoggerName):
+        raise unknown("logger", options["logger"], get_args(LoggerName))
+    if options["logger"] is not None and not isinstance(options["logger"], str | Logger):
+        raise TypeError(f"logger must be a name or a logger of Lightning's, came {options['logger']!r}")
     if not isinstance(options["seed"], int):
         raise TypeError(f"seed must be an integer, came {options['seed']!r}")
     chosen_device(options["device"])
