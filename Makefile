@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export INNERMAX_DATA ?= $(realpath ../shared/data)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/innermax train digits --run-dir runs/digits --overwrite
@@ -21,6 +21,10 @@ types: $(VENV)/installed
 
 unit: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/assemble.py
+	$(BIN)/zensical build --strict --clean
 
 bench: $(VENV)/peers
 	$(BIN)/python bench/speed.py --write results/speed.md
@@ -38,4 +42,4 @@ $(VENV)/peers: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
