@@ -1,16 +1,100 @@
-"""The documentation's code runs as written, and prints what it says it prints."""
+"""The documentation: its code runs and prints what it says, its commands exist, and its site is built and whole."""
+
+import html
+import re
+import subprocess
+import sys
+import tomllib
 
 import pytest
+from documented import ROOT, assert_alike, blocks, check_commands, commands, run
 
-from documented import ROOT, blocks, run
+import innermax
+from innermax.cli import main
 
-PAGES = sorted(page for page in (ROOT / "docs").rglob("*.md"))
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+CODED = [page for page in PAGES if any(block.language == "python" for block in blocks(page.read_text()))]
+SITE = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(block.language == "python" for block in blocks(page.read_text()))],
-    ids=lambda page: str(page.relative_to(ROOT / "docs")),
-)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def name(page):
+    return str(page.relative_to(DOCS))
+
+
+@pytest.mark.parametrize("page", CODED, ids=name)
+def test_the_code_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(page, {})
+    run(page)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page.read_text())], ids=name)
+def test_the_commands_of_a_page_are_known(page, capsys):
+    check_commands(commands(page.read_text()), capsys)
+
+
+def test_the_cheap_command_runs(capsys):
+    assert main(["recipes"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert listed == set(re.findall(r"^\| `([\w-]+)` \|", (DOCS / "recipes.md").read_text(), re.MULTILINE))
+
+
+def test_what_is_printed_is_compared():
+    assert_alike("robust 61 %, 1,010 of 2\n", "robust 60 %,\n1,000 of 2", "here")
+    for printed in ("robust 70 %, 1,010 of 2", "robust 61 %, 1,500 of 2", "other 60 %, 1,000 of 2", "robust 60 %"):
+        with pytest.raises(AssertionError):
+            assert_alike(printed, "robust 60 %, 1,000 of 2", "here")
+
+
+def test_every_page_is_in_the_navigation():
+    """A page that is missing there is added to `nav` in zensical.toml."""
+
+    def files(entry):
+        for value in entry.values():
+            yield from [value] if isinstance(value, str) else (file for inner in value for file in files(inner))
+
+    listed = {file for entry in SITE["nav"] for file in files(entry)}
+    there = {name(page) for page in PAGES}
+    assert there <= listed
+    assert all((ROOT / file).is_file() for file in listed - there)
+
+
+def test_every_public_name_is_in_the_reference():
+    told = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    missing = [public for public in innermax.__all__ if f"::: innermax.{public}\n" not in told]
+    assert not missing
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The built site, its pages by name. Built in the repository, where the paths of zensical.toml lie."""
+    pytest.importorskip("zensical", reason="the site is not built: pip install 'innermax[docs]'")
+    subprocess.run([sys.executable, "docs/assemble.py"], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = ROOT / SITE["site_dir"]
+    return {str(page.relative_to(built)): page.read_text() for page in built.rglob("*.html")}
+
+
+def test_the_site_asks_no_other_host_for_anything(site):
+    for page, text in site.items():
+        asked = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", text)
+        assert not asked, (page, asked)
+    sheets = "".join(sheet.read_text() for sheet in (ROOT / SITE["site_dir"]).rglob("*.css"))
+    assert not re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//[^\s)]+", sheets)
+
+
+def test_every_public_name_has_its_docstring_on_the_site(site):
+    reference = "".join(text for page, text in site.items() if page.startswith("reference/"))
+    words = " ".join(html.unescape(re.sub(r"<[^>]+>", "", reference)).split())
+    for public in innermax.__all__:
+        anchor = f'id="innermax.{public}"'
+        assert anchor in reference, public
+        first = (getattr(innermax, public).__doc__ or "").split("\n\n")[0]
+        assert " ".join(first.replace("`", "").split()) in words.replace("`", ""), public
+
+
+def test_no_page_shows_a_path_of_a_machine(site):
+    for page, text in site.items():
+        assert not re.search(r"/(?:work|tmp|home|root)/", re.sub(r"<[^>]+>", " ", text)), page
