@@ -23,7 +23,7 @@ unit: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto
 
 docs: $(VENV)/installed
-	$(BIN)/python docs/assemble.py
+	$(BIN)/python docs/assemble.py build/docs
 	$(BIN)/zensical build --strict --clean
 
 bench: $(VENV)/peers

@@ -1,60 +1,56 @@
-"""Assembles build/docs, what the site is built from: docs/ at its root, and results/ beside it, with links to match.
+"""Assembles what the site is built from: docs/ at its root, and results/ beside it, with links to match.
 
-Links between pages are written for whoever reads the repository; the site's places differ by the folder docs/.
+    python docs/assemble.py FOLDER
+
+Links between pages are written for whoever reads the repository; the site's places differ by the folder docs/. A link to
+a file that is no part of the site becomes its text; one to a file that does not exist stays, for the strict build to find.
 """
 
+import posixpath
 import re
 import shutil
+import sys
 from pathlib import Path, PurePosixPath
 
-ROOT = Path(__file__).parents[1]
-LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)")
-PICTURES = {".png", ".svg"}
+ROOT = Path(__file__).resolve().parents[1]
+LINK = re.compile(r"\[([^\[\]]*)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+SHOWN = {".md", ".css", ".png", ".svg"}
 
 
-def site_place(path: PurePosixPath) -> PurePosixPath:
-    """Where the site has a file of the repository. Raises ValueError for one that is no part of the site."""
-    if path.parts[0] == "docs":
-        return path.relative_to("docs")
-    if path.parts[0] == "results":
-        return path
-    raise ValueError(f"{path} is no part of the site, so no page may link to it")
+def site_place(path: PurePosixPath) -> PurePosixPath | None:
+    """Where the site has a file of the repository, if it has it."""
+    if path.suffix not in SHOWN or path.parts[0] not in ("docs", "results"):
+        return None
+    return path.relative_to("docs") if path.parts[0] == "docs" else path
 
 
-def linked(text: str, page: PurePosixPath) -> str:
-    """A page's text with its relative links as the site wants them; page: its path in the repository."""
+def linked(text: str, page: PurePosixPath, place: PurePosixPath) -> str:
+    """A page's text with its relative links as the site wants them; page, place: its path in repository and site."""
 
     def moved(match: re.Match[str]) -> str:
-        target = (ROOT / page.parent / match[2]).resolve().relative_to(ROOT.resolve())
-        here, there = site_place(page).parent, site_place(PurePosixPath(target))
-        return match[1] + str(relative(there, here))
+        words, target, anchor = match[1], (ROOT / page.parent / match[2]).resolve(), match[3] or ""
+        if not target.exists() or not target.is_relative_to(ROOT):
+            return match[0]
+        there = site_place(PurePosixPath(target.relative_to(ROOT)))
+        return words if there is None else f"[{words}]({posixpath.relpath(there, place.parent)}{anchor})"
 
     return LINK.sub(moved, text)
-
-
-def relative(there: PurePosixPath, here: PurePosixPath) -> PurePosixPath:
-    """The way from a folder to a file, both from the same root."""
-    common = 0
-    while common < min(len(there.parts), len(here.parts)) and there.parts[common] == here.parts[common]:
-        common += 1
-    return PurePosixPath(*[".."] * (len(here.parts) - common), *there.parts[common:])
 
 
 def assemble(target: Path) -> None:
     """Writes the folder anew."""
     shutil.rmtree(target, ignore_errors=True)
-    files = [path for folder in ("docs", "results") for path in sorted((ROOT / folder).rglob("*"))]
-    for path in files:
-        if path.suffix not in {".md", ".css", *PICTURES}:
+    for path in [path for folder in ("docs", "results") for path in sorted((ROOT / folder).rglob("*"))]:
+        page = PurePosixPath(path.relative_to(ROOT))
+        place = site_place(page)
+        if place is None:
             continue
-        source = PurePosixPath(path.relative_to(ROOT))
-        place = target / site_place(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".md":
-            place.write_text(linked(path.read_text(), source))
+            (target / place).write_text(linked(path.read_text(), page, place))
         else:
-            shutil.copyfile(path, place)
+            shutil.copyfile(path, target / place)
 
 
 if __name__ == "__main__":
-    assemble(ROOT / "build" / "docs")
+    assemble(Path(sys.argv[1]))
