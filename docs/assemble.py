@@ -2,8 +2,9 @@
 
     python docs/assemble.py FOLDER
 
-Links between pages are written for whoever reads the repository; the site's places differ by the folder docs/. A link to
-a file that is no part of the site becomes its text; one to a file that does not exist stays, for the strict build to find.
+Links between pages are written for whoever reads the repository; the site's places differ by the folder docs/. A link
+to a file that is no part of the site becomes its text; one to a file that does not exist stays, for the strict build to
+find.
 """
 
 import posixpath
