@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export INNERMAX_DATA ?= $(realpath ../shared/data)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types unit browser wheel-test bench clean
+.PHONY: demo test lint types unit browser wheel-test docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/innermax train digits --run-dir runs/digits --overwrite
@@ -39,6 +39,10 @@ wheel-test: $(VENV)/installed
 	cd build/wheel/elsewhere && ../environment/bin/innermax train digits --run-dir run
 	build/wheel/environment/bin/pip check
 
+docs: $(VENV)/installed
+	$(BIN)/python docs/assemble.py build/docs
+	$(BIN)/zensical build --strict --clean
+
 bench: $(VENV)/peers
 	$(BIN)/python bench/speed.py --write results/speed.md
 
@@ -55,4 +59,4 @@ $(VENV)/peers: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

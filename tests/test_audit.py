@@ -347,6 +347,18 @@ def test_nothing_stops_a_straight_through_gradient(name):
         assert not plain.gradient(x, y, margin).gradient.any()
 
 
+def test_a_compiled_network_keeps_the_gradient_that_is_passed_straight_through():
+    torch.manual_seed(1)
+    x, y = torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
+    model = broken.Changed(im.build_model("digits-cnn", input_shape=(1, 8, 8)), before=broken.Quantised(7))
+    through = Oracle.fast(im.StraightThrough(model), x, "float32").gradient(x, y, margin)
+    truth = Oracle(im.StraightThrough(model)).gradient(x, y, margin).gradient
+    assert torch.allclose(through.gradient, truth, atol=1e-5)
+    assert through.gradient.flatten(1).any(1).all()
+    with pytest.raises(TypeError, match="cannot be traced"):  # else only what checks types while testing would stop it
+        torch.fx.symbolic_trace(im.StraightThrough(model))
+
+
 @pytest.mark.parametrize("width", [60, 80])
 def test_what_a_person_sees(width):
     audit = judged(evidence(total_gain=0.123, zero_margin_gradient=1.0, passed=("round",), fallen={"margin": 7}))

@@ -2,26 +2,23 @@
 
 import ast
 import re
-import shlex
-from pathlib import Path
 
 import pytest
+from documented import ROOT, blocks, check_commands, commands, run
 
 import innermax
 
-ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+README = ROOT / "README.md"
+TEXT = README.read_text()
+EXAMPLES = [block.text for block in blocks(TEXT) if block.language == "python"]
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_examples_run_as_written(number, tmp_path, monkeypatch, capsys):
+def test_examples_run_as_written(number, tmp_path, monkeypatch):
     """The first three blocks belong together, as do the other two."""
     monkeypatch.chdir(tmp_path)
-    code = "".join(EXAMPLES[:3] if number == 0 else EXAMPLES[3:])
-    code = code.replace("epochs=10", "epochs=1")
-    exec(compile(code, "README.md", "exec"), {})
-    assert "Accuracy(" in capsys.readouterr().out
+    chosen = slice(0, 3) if number == 0 else slice(3, None)
+    assert "Accuracy(" in run(README, chosen, changes=[("epochs=10", "epochs=1")])
 
 
 def test_there_are_five_examples_and_the_first_has_ten_lines():
@@ -42,20 +39,9 @@ def test_every_public_name_the_examples_use_exists():
 
 def test_the_commands_are_known(capsys):
     """Every `innermax …` line of the README parses; the make targets exist."""
-    from innermax.cli import main
-    from innermax.settings import recipe_names
-
-    blocks = TEXT.split("```")[1::2]
-    lines = re.findall(r"^innermax .*$", "".join(blocks), re.MULTILINE)
+    lines = commands(TEXT)
     assert lines
-    for line in lines:
-        command, *words = shlex.split(line, comments=True)[1:]
-        assert command in ("recipes", "train", "evaluate", "transfer", "report", "export", "reproduce")
-        if command == "train":
-            assert words[0] in recipe_names()
-        assert main([command, "--help"]) == 0
-        options = capsys.readouterr().out.replace("_", "-")
-        assert all(word in options for word in words if word.startswith("--"))
+    check_commands(lines, capsys)
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in re.findall(r"^make (\w+)", TEXT, re.MULTILINE))
 

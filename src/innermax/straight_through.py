@@ -6,10 +6,9 @@ is replaced by 1.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 _STEPS = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside", "fake_quantize_per_tensor_affine"}
@@ -34,11 +33,13 @@ class StraightThrough(nn.Module):
         super().__init__()
         self.model, self.note = model, note
 
-    def forward(self, x: Float[Tensor, "b ..."]) -> Tensor:
-        """The model's answer."""
+    @no_type_check  # torch.fx calls it with a proxy, which a runtime type checker would refuse
+    def forward(self, x):
+        """The model's answer to x: (B, *features)."""
+        if isinstance(x, fx.Proxy):  # a trace would hold the model's own derivatives
+            raise TypeError("a straight-through gradient cannot be traced")
         with _Passing(x, self.note):
-            answer: Tensor = self.model(x)
-        return answer
+            return self.model(x)
 
 
 class _Passing(TorchFunctionMode):

@@ -1,0 +1,101 @@
+"""The documentation: its code runs and prints what it says, its commands exist, and its site is built and whole."""
+
+import html
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from documented import ROOT, assert_alike, blocks, check_commands, commands, run
+
+import innermax
+from innermax.cli import main
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+CODED = [page for page in PAGES if any(block.language == "python" for block in blocks(page.read_text()))]
+SITE = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
+
+
+def name(page):
+    return str(page.relative_to(DOCS))
+
+
+@pytest.mark.parametrize("page", CODED, ids=name)
+def test_the_code_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        run(page)
+    except ModuleNotFoundError as error:  # an extra of innermax that is not installed
+        if error.name is None or error.name.startswith("innermax"):
+            raise
+        pytest.skip(f"{name(page)} is not tested: it needs {error.name}")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page.read_text())], ids=name)
+def test_the_commands_of_a_page_are_known(page, capsys):
+    check_commands(commands(page.read_text()), capsys)
+
+
+def test_the_cheap_command_runs(capsys):
+    assert main(["recipes"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert listed == set(re.findall(r"^\| `([\w-]+)` \|", (DOCS / "recipes.md").read_text(), re.MULTILINE))
+
+
+def test_what_is_printed_is_compared():
+    assert_alike("robust 61 %, 1,010 of 2\n", "robust 60 %,\n1,000 of 2", "here")
+    for printed in ("robust 70 %, 1,010 of 2", "robust 61 %, 1,500 of 2", "other 60 %, 1,000 of 2", "robust 60 %"):
+        with pytest.raises(AssertionError):
+            assert_alike(printed, "robust 60 %, 1,000 of 2", "here")
+
+
+def test_every_page_is_in_the_navigation():
+    """A page that is missing there is added to `nav` in zensical.toml."""
+
+    def files(entry):
+        for value in entry.values():
+            yield from [value] if isinstance(value, str) else (file for inner in value for file in files(inner))
+
+    listed = {file for entry in SITE["nav"] for file in files(entry)}
+    there = {name(page) for page in PAGES}
+    assert there <= listed
+    assert all((ROOT / file).is_file() for file in listed - there)
+
+
+def test_every_public_name_is_in_the_reference():
+    told = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    missing = [public for public in innermax.__all__ if f"::: innermax.{public}\n" not in told]
+    assert not missing
+
+
+@pytest.fixture
+def site(tmp_path):
+    """The folder of the built site; built apart from the repository, where others may be building it."""
+    pytest.importorskip("zensical", reason="the site is not built: pip install 'innermax[docs]'")
+    settings = (ROOT / "zensical.toml").read_text().replace('paths = ["src"]', f"paths = ['{ROOT / 'src'}']")
+    (tmp_path / "zensical.toml").write_text(settings)
+    subprocess.run([sys.executable, "docs/assemble.py", tmp_path / SITE["docs_dir"]], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return tmp_path / SITE["site_dir"]
+
+
+def test_the_site_builds_strictly_is_whole_and_asks_no_other_host_for_anything(site):
+    pages = {str(page.relative_to(site)): page.read_text() for page in site.rglob("*.html")}
+    for page, text in pages.items():
+        asked = re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", text)
+        assert not asked, (page, asked)
+        assert not re.search(r"/(?:work|tmp|home|root)/", re.sub(r"<[^>]+>", " ", text)), page
+        for picture in re.findall(r"<img\b[^>]*?src=\"([^\"]+)\"", text):
+            assert (site / page).parent.joinpath(picture).is_file(), (page, picture)
+    sheets = "".join(sheet.read_text() for sheet in site.rglob("*.css"))
+    assert not re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//[^\s)]+", sheets)
+    reference = "".join(text for page, text in pages.items() if page.startswith("reference/"))
+    words = " ".join(html.unescape(re.sub(r"<[^>]+>", "", reference)).replace("`", "").split())
+    for public in innermax.__all__:
+        assert f'id="innermax.{public}"' in reference, public
+        first = (getattr(innermax, public).__doc__ or "").split("\n\n")[0]
+        assert " ".join(first.replace("`", "").split()) in words, public
