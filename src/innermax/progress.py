@@ -1,5 +1,6 @@
 """What a person sees while a network trains: a live line on a terminal, a plain line an epoch elsewhere."""
 
+import math
 import signal
 import threading
 import time
@@ -39,11 +40,11 @@ class Progress:
         parts = [
             self._head,
             f"batch {done}/{self._batches}",
-            f"loss {totals['loss'] / totals['examples']:.3f}",
+            f"loss {totals.get('loss', math.nan) / totals.get('examples', 1):.3f}",
             *([] if self._threshold is None else [f"c_t {self._threshold:.3f}"]),
             *([] if fosc is None else [f"FOSC {fosc:.3f}"]),
             *([self._robust] if self._robust else []),
-            f"{totals['examples'] / seconds:,.0f} img/s",
+            f"{totals.get('examples', 0) / seconds:,.0f} img/s",
         ]
         completed = self._epoch * self._batches + done
         self._bar.update(self._task, description="  ".join(parts), completed=completed)
