@@ -24,6 +24,8 @@ from innermax.checkpoints import load_tensors, write_bytes
 from innermax.states import Held, alone, due_every, load_state, save_state, states
 
 THREAT = im.Linf(0.1)
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["innermax.training", "innermax.evaluation", "lightning_fabric", "pytest"])
 SAFETENSORS = ("model.safetensors", "best.safetensors")
 
 
@@ -42,7 +44,7 @@ def network():
 
 def trained(folder, **options):
     strategy = im.Dynamic(im.PGD(THREAT, steps=3), "auto")
-    defaults = {"epochs": 16, "batch_size": 4, "ema": 0.9, "shift": 1, "lr": 0.1, "checkpoint_every": 1}
+    defaults = {"epochs": 3, "batch_size": 4, "ema": 0.9, "shift": 1, "lr": 0.1, "checkpoint_every": 1}
     return im.train(
         network(),
         examples(24, 1),
@@ -70,7 +72,7 @@ def ends_alike(folder, whole):
 
 def _child(folder, precision):
     torch.set_num_threads(1)
-    trained(folder, precision=precision)
+    trained(folder, precision=precision, epochs=16)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -78,12 +80,10 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path, preci
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        trained(tmp_path / "whole", precision=precision)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["innermax.training", "innermax.evaluation", "lightning_fabric", "pytest"])
+        trained(tmp_path / "whole", precision=precision, epochs=16)
         moments, folder, places = random.Random(precision), tmp_path / "run", []
         for _ in range(15):
-            process = context.Process(target=_child, args=(folder, precision))
+            process = CONTEXT.Process(target=_child, args=(folder, precision))
             process.start()
             before, goal = states(folder)[:1], moments.randrange(0, 7)
             while process.is_alive() and goal > 0:
@@ -99,7 +99,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path, preci
         assert not places[-1] or places[-1][0] < "epoch-000016"
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a kill leaves nothing that is damaged
-            trained(folder, precision=precision)
+            trained(folder, precision=precision, epochs=16)
         ends_alike(folder, tmp_path / "whole")
     finally:
         torch.set_num_threads(threads)
@@ -116,7 +116,7 @@ def state(seed):
     return net, optimizer
 
 
-def position(epoch=2, batch=1, **more):
+def position(epoch=2, batch=0, **more):
     return {"epoch": epoch, "batch": batch, "totals": {"loss": 0.1 + 0.2}, "history": [{"fosc": None}], **more}
 
 
@@ -143,7 +143,7 @@ def test_the_state_comes_back_bit_for_bit(folder):
 def test_a_foreign_state(folder):
     net, optimizer = state(0)
     save_state(folder, {"model": net}, optimizer, position())
-    with pytest.raises(ValueError, match=r"batch-00000001.safetensors does not fit this run: .*size mismatch"):
+    with pytest.raises(ValueError, match=r"batch-00000000.safetensors does not fit this run: .*size mismatch"):
         load_state(folder, {"model": nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))}, optimizer)
 
 
@@ -221,9 +221,9 @@ class Stopping:
 
 
 def test_another_process_is_refused_and_named(tmp_path):
-    process = multiprocessing.get_context("forkserver").Process(target=_hold, args=(tmp_path / "run",))
+    process = CONTEXT.Process(target=_hold, args=(tmp_path / "run",))
     process.start()
-    while not states(tmp_path / "run"):
+    while len(states(tmp_path / "run")) < 2:  # it sleeps once the second is written
         time.sleep(0.01)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for overwrite in (False, True):
@@ -264,9 +264,8 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path):
         trained(tmp_path / "run", objective=Stopping(8))
     trained(tmp_path / "whole")
     before = states(tmp_path / "run")
-    context = multiprocessing.get_context("forkserver")
-    words = context.Queue()
-    process = context.Process(target=_full, args=(tmp_path / "run", words))
+    words = CONTEXT.Queue()
+    process = CONTEXT.Process(target=_full, args=(tmp_path / "run", words))
     process.start()
     told = words.get(timeout=60)
     process.join()
@@ -284,6 +283,7 @@ def test_a_folder_that_is_removed_while_the_run_runs(tmp_path):
 
 
 def _powerless(folder, words):
+    trained(None, epochs=1)  # which imports what the powerless may not read
     if os.geteuid() == 0:
         os.setegid(65534)
         os.seteuid(65534)
@@ -300,9 +300,8 @@ def test_a_folder_that_cannot_be_written():
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         for path in (Path(place), folder, *folder.rglob("*")):
             path.chmod(0o555)
-        context = multiprocessing.get_context("forkserver")
-        words = context.Queue()
-        process = context.Process(target=_powerless, args=(folder, words))
+            words = CONTEXT.Queue()
+        process = CONTEXT.Process(target=_powerless, args=(folder, words))
         process.start()
         told = words.get(timeout=60)
         process.join()

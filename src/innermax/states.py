@@ -40,7 +40,7 @@ def save_state(
 ) -> None:
     """Writes networks, optimiser, kept perturbations and position as a run folder's newest state.
 
-    The history goes into metrics.jsonl, too. Of the states before, the newest keep − 1 stay.
+    At an epoch's end the history goes into metrics.jsonl, too. Of the states before, the newest keep − 1 stay.
     """
     tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
@@ -48,8 +48,9 @@ def save_state(
     tensors |= {} if kept is None else {"kept": kept}
     path = folder / STATES / f"epoch-{position['epoch']:06d}-batch-{position['batch']:08d}.safetensors"
     save_tensors(path, tensors, {"position": dict(position), "sha256": _digest(tensors, position)})
-    lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
-    write_bytes(folder / "metrics.jsonl", "".join(lines).encode())
+    if position["batch"] == 0:
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
+        write_bytes(folder / "metrics.jsonl", "".join(lines).encode())
     for old in states(folder)[keep:]:
         old.unlink(missing_ok=True)
 
