@@ -23,6 +23,7 @@ from innermax.reproduce.questions import Followed, Gauged, Scored, Trained, bits
 from innermax.reproduce.run import PIECES, reproduce
 from innermax.reproduce.settings import SCALES, Training
 from innermax.reproduce.workshop import Busy, Workshop, fingerprint
+from innermax.states import states
 
 pytestmark = pytest.mark.timeout(900)  # every piece is made once, in about a minute
 SMOKE = SCALES["smoke"]
@@ -313,8 +314,8 @@ def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypa
     def reached():
         reproduce(["overfitting"], scale="smoke", out=folder, cache=cache, minutes=0.1, say=lines.append)
         assert lines[-1] == "The time is up: the same command goes on from here."
-        (state,) = cache.glob("training-*/checkpoints/last.safetensors")
-        position = load_tensors(state)[1]
+        (run,) = cache.glob("training-*/checkpoints")
+        position = load_tensors(states(run.parent)[0])[1]["position"]
         return position["epoch"], position["batch"]
 
     began = time.perf_counter()

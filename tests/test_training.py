@@ -24,6 +24,7 @@ from innermax.checkpoints import load_tensors
 from innermax.data import augment
 from innermax.objectives import cross_entropy
 from innermax.oracle import Oracle
+from innermax.states import states
 
 LINF = im.Linf(0.2)
 ATTACK = im.PGD(LINF, steps=4)
@@ -74,6 +75,12 @@ def distance(one, other):
 def timeless(history):
     """The rows without what a clock says."""
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in history]
+
+
+def saved(folder):
+    """Tensors and position of the newest state."""
+    tensors, meta = load_tensors(states(folder)[0])
+    return tensors, meta["position"]
 
 
 def contents(folder):
@@ -362,7 +369,7 @@ def test_ctrl_c_in_an_epoch_and_the_same_call_again(tmp_path, kind, at, position
     with pytest.raises(KeyboardInterrupt):
         train(model(), objective=Interrupting(at, ctrl_c), run_dir=tmp_path / "run", **options)
     assert signal.getsignal(signal.SIGINT) is before
-    _, state = load_tensors(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    _, state = saved(tmp_path / "run")
     assert (state["epoch"], state["batch"]) == position  # the batch ended whole, and no other began
     resumed = train(model(9), objective=Interrupting(), run_dir=tmp_path / "run", **options)
     assert same(weights(resumed.model), final)
@@ -382,7 +389,7 @@ def test_an_update_that_is_torn_comes_again_whole(tmp_path, act, after, at):
     learner = model()
     with pytest.raises(KeyboardInterrupt):
         train(learner, objective=Interrupting(at, act, after), run_dir=tmp_path / "run", **options)
-    _, state = load_tensors(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    _, state = saved(tmp_path / "run")
     assert (state["epoch"], state["batch"]) == (at // 3, 0)  # nothing torn was saved
     # The same network goes on, as in a notebook: what the torn update left in it must not matter.
     resumed = train(learner, objective=Interrupting(), run_dir=tmp_path / "run", **options)
@@ -525,7 +532,8 @@ def test_a_run_folder(tmp_path):
     run = train(model, strategy=im.Standard(ATTACK), epochs=5, run_dir=str(tmp_path / "run"), **options)
     folder = tmp_path / "run"
     names = ("config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json")
-    assert set(contents(folder)) == {*names, "checkpoints/last.safetensors"}
+    kept = {f"checkpoints/epoch-00000{epoch}-batch-00000000.safetensors" for epoch in (4, 5)}
+    assert set(contents(folder)) == {*names, "lock", *kept}
     assert run.run_dir == folder
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(run.history)
@@ -965,7 +973,7 @@ def test_a_loss_that_is_no_number(tmp_path, value):
 
     with pytest.raises(FloatingPointError, match=f"the loss is {value} in epoch 2, batch 2; lower lr"):
         train(epochs=3, objective=objective, run_dir=tmp_path / "run")
-    tensors, state = load_tensors(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    tensors, state = saved(tmp_path / "run")
     assert (state["epoch"], state["batch"]) == (1, 0)
     whole = train(epochs=3, objective=objective, run_dir=tmp_path / "run")
     assert [row["epoch"] for row in whole.history] == [0, 1, 2]

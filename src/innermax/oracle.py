@@ -67,6 +67,7 @@ class Oracle:
         self._threads = 1  # that may share a batch
         self._workers: Workers | None = None
         self._compiled_for: tuple[Tensor, Precision] | None = None
+        self.micro_batch: int | None = None  # examples at a time, once a whole batch did not fit into memory
         self.plan = "as the model is"
 
     @classmethod
@@ -138,7 +139,7 @@ class Oracle:
     def logits(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
         """(B, classes) float32 logits."""
         with torch.no_grad():
-            return self._forward(self._placed(x), len(x))
+            return torch.cat(self._in_parts(lambda rows: self._forward(self._placed(x[rows]), len(x[rows])), len(x)))
 
     @property
     def lowered(self) -> bool:
@@ -153,8 +154,26 @@ class Oracle:
         Raises:
             ValueError: the model does not take x, or does not return (B, classes); loss does not return (B,).
         """
-        answer: Answer = (self._replayed or self._gradient)(x, label, loss)
-        return answer
+        ask = self._replayed or self._gradient
+        parts: list[Answer] = self._in_parts(lambda rows: ask(x[rows], label[rows], loss), len(x))
+        if len(parts) == 1:
+            return parts[0]
+        return Answer(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+    def _in_parts(self, ask: Callable[[slice], T], count: int) -> list[T]:
+        """What is answered of a batch at once, or in parts as large as memory holds."""
+        while True:
+            size = min(self.micro_batch or count, count)
+            try:
+                return [ask(slice(start, start + size)) for start in range(0, max(count, 1), max(size, 1))]
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or size < 2:
+                    raise
+            # Out of the handler, which holds on to what the failed attempt had made.
+            self.micro_batch = -(-size // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            _log.warning("%d examples do not fit into memory: the network sees %d at a time", size, self.micro_batch)
 
     def _gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Answer:
         with torch.inference_mode(False), torch.enable_grad():
@@ -204,9 +223,9 @@ class Oracle:
     def _forward(self, x: Tensor, batch: int) -> Tensor:
         try:
             logits = self._network(x)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # anything: it may be other people's code
+            if out_of_memory(error):
+                raise
             raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {in_short(error)}") from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
             came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -253,6 +272,13 @@ class Oracle:
             reason = str(failure)
         self._network, self._folded, self._dtype = before._network, before._folded, before._dtype
         self.plan += f", float32 ({reason})"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is full: a GPU's, or what the processor's allocator raises."""
+    told = str(error) if isinstance(error, RuntimeError) else ""
+    allocator = "not enough memory" in told or "can't allocate memory" in told
+    return allocator or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 Colours are rich's, which leaves them out where NO_COLOR is set.
 """
 
+import math
 import signal
 import threading
 import time
@@ -72,11 +73,11 @@ class Progress:
         parts = [
             self._head,
             f"batch {done}/{self._batches}",
-            f"loss {totals['loss'] / totals['examples']:.3f}",
+            f"loss {totals.get('loss', math.nan) / totals.get('examples', 1):.3f}",
             *([] if self._threshold is None else [f"c_t {self._threshold:.3f}"]),
             *([] if fosc is None else [f"FOSC {fosc:.3f}"]),
             *([self._robust] if self._robust else []),
-            f"{totals['examples'] / (now - self._begun):,.0f} img/s",
+            f"{totals.get('examples', 0) / (now - self._begun):,.0f} img/s",
         ]
         completed = self._epoch * self._batches + done
         self._bar.update(self._task, description="  ".join(parts), completed=completed, left=left, at=now)

@@ -1,6 +1,5 @@
-"""Run folders: configuration, environment, metrics and the state that a run resumes from."""
+"""Run folders: configuration, environment and metrics."""
 
-import json
 import platform
 import shutil
 import subprocess
@@ -15,13 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
-from innermax.checkpoints import load_tensors, save_tensors, write_bytes, write_json
+from innermax.checkpoints import write_bytes, write_json
 
-_STATE = Path("checkpoints") / "last.safetensors"
+STATES = "checkpoints"  # the folder of what a run goes on from
+LOCK = "lock"  # of the process that works in a folder
 # What a run writes beside its folders and config.yaml, by which it is known: that one is replaced, never removed.
-_FILES = ("environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json", "logger.json")
+_FILES = (
+    "environment.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "best.safetensors",
+    "config.json",
+    "logger.json",
+    "nonfinite.jsonl",
+)
 
 
 def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> Path:
@@ -30,35 +38,45 @@ def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool)
     Raises:
         ValueError: the folder holds a run of another configuration, or files that are no run's.
     """
+    before = check_folder(folder, configuration, overwrite)
+    if before is not None and overwrite:
+        _clear(folder)
+        before = None
+    if before is None:
+        text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / "config.yaml", text.encode())
+    (folder / STATES).mkdir(exist_ok=True)
+    if not (folder / "environment.json").exists():
+        write_json(folder / "environment.json", environment(int(configuration["training"]["seed"])))
+    return folder
+
+
+def check_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The configuration of the run in a folder, None where there is none; nothing is touched.
+
+    Raises:
+        ValueError: as `open_folder`.
+    """
     before = read_config(folder) if (folder / "config.yaml").exists() else None
     if before is None:
         if not is_vacant(folder):
             raise ValueError(f"run_dir {folder} exists and holds no run of innermax; choose another folder")
-    elif overwrite and configuration.keys() <= before.keys():
-        _clear(folder)
-        before = None
-    else:
+    elif not (overwrite and configuration.keys() <= before.keys()):
         differing = differences(before, configuration)
         if differing:
             raise ValueError(
                 f"run_dir {folder} belongs to another configuration ({'; '.join(differing[:4])}); "
                 "choose another folder, or start afresh with overwrite"
             )
-    if before is None:
-        text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / "config.yaml", text.encode())
-    (folder / _STATE).parent.mkdir(exist_ok=True)
-    if not (folder / "environment.json").exists():
-        write_json(folder / "environment.json", environment(int(configuration["training"]["seed"])))
-    return folder
+    return before
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether there is no folder, or in it only what a process left that was killed while it wrote config.yaml."""
+    """Whether there is no folder, or in it only what a process left that was killed before it had a config.yaml."""
     if not folder.exists():
         return True
-    return folder.is_dir() and all(path.name == "config.yaml.part" for path in folder.iterdir())
+    return folder.is_dir() and all(path.name in ("config.yaml.part", LOCK) for path in folder.iterdir())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -71,52 +89,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a configuration of innermax")
     return config
-
-
-def save_state(
-    folder: Path,
-    networks: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    position: Mapping[str, Any],
-    kept: Tensor | None = None,
-) -> None:
-    """Writes networks, optimiser, kept perturbations and position into the checkpoint, history into metrics.jsonl."""
-    tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{number}/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
-    tensors |= {} if kept is None else {"kept": kept}
-    save_tensors(folder / _STATE, tensors, position)
-    lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
-    write_bytes(folder / "metrics.jsonl", "".join(lines).encode())
-
-
-def load_state(
-    folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, kept: Tensor | None = None
-) -> dict[str, Any]:
-    """Fills networks, optimiser and kept perturbations from the checkpoint; its position, empty where there is none.
-
-    Raises:
-        ValueError: the checkpoint is damaged or does not fit.
-    """
-    path = folder / _STATE
-    if not path.exists():
-        return {}
-    tensors, position = load_tensors(path)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer/"):
-            _, number, key = name.split("/")
-            state.setdefault(int(number), {})[key] = value
-    try:
-        for prefix, network in networks.items():
-            own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
-            network.load_state_dict(own)
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if kept is not None:
-            kept.copy_(tensors["kept"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
-    return position
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -173,7 +145,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 def _clear(folder: Path) -> None:
     """Removes what a run wrote, and nothing else."""
-    for name in ("checkpoints", "tensorboard", "rows"):
+    for name in (STATES, "tensorboard", "rows"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)

@@ -186,7 +186,10 @@ class Bench:
         # Points of X(x) stay as they are, bit for bit: a rounding can turn the verdict on one that just fell.
         inside = feasible.contains(x_adv, _TOLERANCE).reshape(-1, *[1] * (x.ndim - 1))
         x_adv = torch.where(inside, x_adv, feasible.project(x_adv))
-        return x_adv if self.quantize is None else quantized(x_adv, feasible, self.quantize)
+        x_adv = x_adv if self.quantize is None else quantized(x_adv, feasible, self.quantize)
+        if not bool(feasible.contains(x_adv, 10 * _TOLERANCE).all()):
+            raise RuntimeError(f"attack {name!r}: {feasible.threat!r} projects points that it does not contain")
+        return x_adv
 
 
 def scoring_logits(exact: Oracle, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"]) -> Float[Tensor, "b classes"]:

@@ -1,10 +1,12 @@
 """Algorithm 1's outer loop: attack a batch as the strategy says, descend on the objective, repeat."""
 
 import contextlib
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from innermax import randomness, runs
@@ -27,10 +30,13 @@ from innermax.objectives import Objective, find_objective
 from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import Progress, held_interrupts, show_progress
 from innermax.remaining import FORWARD, TrainingClock, search_cost
+from innermax.states import alone, due_every, load_state, save_state, states
 from innermax.strategies import Strategy
 
 Optimizer = Literal["sgd", "adamw"]
 LearningRate = Literal["drops", "cosine", "constant"]
+OnNaN = Literal["stop", "skip"]
+_EXPLOSION = 10  # a FOSC that grows by this factor is warned of
 _GAUGED_BATCHES = 20  # how many batches an epoch also compute the gauge of their final iterates
 _SHOWN = 8  # examples in a logger's picture
 _SAMPLE = 1000  # examples on which an automatic c_max is measured
@@ -76,8 +82,11 @@ def train(
     precision: Precision = "auto",
     seed: int = 0,
     device: str = "auto",
+    on_nan: OnNaN = "stop",
     run_dir: str | Path | None = None,
     overwrite: bool = False,
+    checkpoint_every: int | str | None = None,
+    keep_checkpoints: int = 2,
     logger: LoggerName | Logger | None = None,
     progress: bool = True,
     settings: Mapping[str, Any] | None = None,
@@ -110,16 +119,22 @@ def train(
         precision: "auto" attacks and updates in bf16 where the device computes in it, else "float32".
         seed: decides order, augmentation, random starts and the model's own draws.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        on_nan: what a loss, gradient or FOSC that is no finite number does: "stop" ends the run, "skip" leaves that
+            batch out and counts it. Either way run_dir/nonfinite.jsonl names epoch, batch and examples.
         run_dir: folder of the run; None writes nothing.
         overwrite: start afresh where run_dir holds a run.
+        checkpoint_every: how often the state is saved within an epoch, too: every so many updates, or a time such as
+            "10min", "90s" or "2h". It is always saved at an epoch's end.
+        keep_checkpoints: ≥ 1 states that stay. Where the newest is damaged, a run goes on from the one before.
         logger: where each epoch is logged beside metrics.jsonl: "tensorboard", "wandb", "mlflow", or a logger object of
             Lightning Fabric's or PyTorch Lightning's.
         progress: show a live display on a terminal, else a line an epoch.
         settings: anything else that identifies the run, kept in its config.yaml.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, or run_dir belongs to another configuration.
-        FloatingPointError: the loss is not a finite number.
+        ValueError, TypeError: an argument does not fit, or run_dir belongs to another configuration or process.
+        FloatingPointError: a loss, gradient or FOSC is not a finite number.
+        OSError: run_dir cannot be written; the states in it stay whole.
         KeyboardInterrupt: after saving; the same call continues.
     """
     options = dict(locals())
@@ -130,35 +145,38 @@ def train(
     validation_attack = validation_attack or getattr(strategy, "attack", None)
     _check_sets(model, train_set, validation_set, options)
     configuration = _configuration(options, model, train_set, validation_set)
-    folder = None if run_dir is None else runs.open_folder(Path(run_dir), configuration, overwrite)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        loop = _Loop.started(model, train_set, options)
-        loop.clock.validation = _validation_cost(validation_set, validation_attack)
+    folder = None if run_dir is None else Path(run_dir)
+    with contextlib.ExitStack() as stack:
         if folder is not None:
-            loop.resume(folder)
-        with contextlib.ExitStack() as stack:
+            runs.check_folder(folder, configuration, overwrite)
+            stack.enter_context(alone(folder / runs.LOCK, f"run_dir {folder}"))
+            runs.open_folder(folder, configuration, overwrite)
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        loop = _Loop.started(model, train_set, options, folder)
+        loop.clock.validation = _validation_cost(validation_set, validation_attack)
+        loop.resume()
+        with _said_where(folder):
             show = stack.enter_context(show_progress(epochs, progress))
             write = stack.enter_context(epoch_logger(logger, folder, configuration))
             interrupted = stack.enter_context(held_interrupts())
             while loop.epoch < epochs:
                 began = time.perf_counter()
-                started = began - loop.seconds
+                loop.began = began - loop.seconds
                 try:
                     row = loop.run_epoch(strategy, objective, show, interrupted)
                 except KeyboardInterrupt:
                     if folder is not None and loop.whole:
-                        loop.seconds = time.perf_counter() - started
-                        loop.save(folder)
+                        loop.save()
                         show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
                     raise
                 row |= loop.measures(strategy)
                 shown = None if logger is None else loop.picture(strategy)
                 if validation_set is not None:
                     row |= _validated(loop.evaluated, validation_set, validation_attack, loop.device, precision)
-                loop.finish_epoch(row, time.perf_counter() - started)
+                loop.finish_epoch(row)
                 if folder is not None:
-                    _save_models(folder, loop)  # first: once the checkpoint is written, this epoch does not come again
-                    loop.save(folder)
+                    _save_models(folder, loop)  # first: once the state is written, this epoch does not come again
+                    loop.save()
                 loop.clock.end(time.perf_counter() - began)
                 show.epoch(row, loop.clock.left(len(train_set), row["gradients"]))
                 write(row, shown)
@@ -181,16 +199,19 @@ class _Loop:
     oracle: Oracle
     kept: Tensor | None  # each example's last perturbation, in half precision, where the strategy goes on from it
     clock: TrainingClock
+    folder: Path | None
+    due: Callable[[], bool]  # whether the state is to be saved, asked after each update
     epoch: int = 0
     batch: int = 0  # position in the epoch
     totals: dict[str, float] = field(default_factory=dict)  # sums over the epoch's batches so far
     gauged: dict[str, list[float]] = field(default_factory=dict)  # gauges of single examples, for their distribution
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0  # spent on the epoch before it was interrupted
+    began: float = 0.0  # when the epoch would have begun, had it not been interrupted
     whole: bool = True  # no update has begun that has not ended
 
     @classmethod
-    def started(cls, model: nn.Module, data: ImageSet, options: Mapping[str, Any]) -> "_Loop":
+    def started(cls, model: nn.Module, data: ImageSet, options: Mapping[str, Any], folder: Path | None) -> "_Loop":
         from lightning_fabric import Fabric
 
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision it was given
@@ -218,7 +239,8 @@ class _Loop:
         if getattr(options["strategy"], "warm_start", False):
             kept = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=device)
         clock = TrainingClock(options["strategy"], options["epochs"], len(data))
-        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle, kept, clock)
+        due = due_every(options["checkpoint_every"])
+        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle, kept, clock, folder, due)
 
     @property
     def device(self) -> torch.device:
@@ -251,11 +273,13 @@ class _Loop:
                 self.totals[name] = self.totals.get(name, 0.0) + value
             self.batch += 1
             self.whole = True
-            done = int(self.totals["examples"])
-            left = self.clock.left(done, self.totals.get("gradients", 0.0) / done)
+            done = int(self.totals.get("examples", 0))
+            left = self.clock.left(done, self.totals.get("gradients", 0.0) / max(done, 1))
             show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None, left)
             if interrupted():
                 raise KeyboardInterrupt
+            if self.folder is not None and self.due() and self.batch < len(batches):
+                self.save()
         return self._row(attack)
 
     def update(
@@ -265,7 +289,7 @@ class _Loop:
         began, attacking = time.perf_counter(), 0.0
         x, y = self.data.batch(index)
         x = self._moved(x, index)
-        x_adv, measured = x, {"examples": float(len(y))}
+        x_adv, measured = x, {}
         if attack is not None:
             seed = randomness.number(self.options["seed"], _ATTACK, self.epoch)
             start = None
@@ -278,9 +302,15 @@ class _Loop:
             attacking = time.perf_counter() - asked
             if self.kept is not None:
                 self.kept[index] = self._moved(x_adv - x, index, back=True).half()
-        gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
-        self.whole = False
-        measured |= self._descend(objective, x, y, x_adv, moment)
+        try:
+            gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
+            self.whole = False
+            measured |= self._descend(objective, x, y, x_adv, moment)
+        except FloatingPointError as error:
+            self._note(error, index)
+            if self.options["on_nan"] == "stop":
+                raise
+            return measured | {"skipped": 1.0}
         for name, values in gauges.items():
             self.gauged.setdefault(name, []).extend(values)
         updating = time.perf_counter() - began - attacking
@@ -296,34 +326,66 @@ class _Loop:
         return augment(images, keys, shift=shift, flip=flip, back=back)
 
     def _descend(self, objective: Objective, x: Tensor, y: Tensor, x_adv: Tensor, moment: float) -> dict[str, float]:
-        """One update of the weights, and of all that follows them."""
-        where = f"epoch {self.epoch + 1}, batch {self.batch + 1}; lower lr"
+        """One update of the weights, and of all that follows them; FloatingPointError leaves them as they were."""
         # The model's own draws (dropout) belong to the batch, so that a resumed run repeats them.
         torch.manual_seed(randomness.number(self.options["seed"], _MODEL, self.epoch, self.batch))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(moment, self.options)
-        loss, logits = objective(self.model, x, y, x_adv, self.epoch)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss is {value} in {where}")
-        self.fabric.backward(loss)
-        if self.options["clip"] is not None:
-            limit = self.options["clip"]
-            length = self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        skips = self.options["on_nan"] == "skip"
+        before = (
+            [value.clone() for value in self.model.buffers()] if skips else []
+        )  # a forward pass changes BatchNorm's
+        try:
+            loss, logits = objective(self.model, x, y, x_adv, self.epoch)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise self._not_finite("the loss", value)
+            self.fabric.backward(loss)
+            length = self._clipped()
             if not math.isfinite(length):
-                raise FloatingPointError(f"the gradient's norm is {float(length)} in {where}")
+                raise self._not_finite("the gradient's norm", length)
+        except FloatingPointError:
+            self.optimizer.zero_grad()
+            for now, then in zip(self.model.buffers(), before, strict=False):
+                now.copy_(then)
+            raise
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.averaged is not None:
             self.averaged.update_parameters(unwrapped(self.model))
         self.oracle.refresh()
-        return {"loss": value * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
+        correct = float((logits.detach().argmax(1) == y).sum())
+        return {"examples": float(len(y)), "loss": value * len(y), "correct": correct}
+
+    def _clipped(self) -> float:
+        """The gradient's norm, which is clipped where that is asked for."""
+        limit = self.options["clip"]
+        if limit is None:
+            return float(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        return float(self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
+
+    def _not_finite(self, what: str, value: float) -> FloatingPointError:
+        return FloatingPointError(f"{what} is {value} in epoch {self.epoch + 1}, batch {self.batch + 1}; lower lr")
+
+    def _note(self, error: FloatingPointError, index: Tensor) -> None:
+        """Names the batch's examples in the error, and writes them down."""
+        examples = index.tolist()
+        error.add_note(f"The batch holds examples {', '.join(map(str, examples[:8]))}{', …' * (len(examples) > 8)}.")
+        if self.folder is not None:
+            path = self.folder / "nonfinite.jsonl"
+            told = {"epoch": self.epoch, "batch": self.batch, "error": str(error), "examples": examples}
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(told) + "\n")
+            error.add_note(f"{path} lists them all.")
 
     def _gauges(self, attack: PGD, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, list[float]]:
         """How converged a batch's examples are; the gradient this takes is no part of the training's cost."""
         gradient, feasible = self._gradient(attack, x_adv, y), attack.threat.around(x)
+        fosc = feasible.gap(gradient, x_adv)
+        if not bool(fosc.isfinite().all()):
+            raise self._not_finite("FOSC", float(fosc[~fosc.isfinite()][0]))
         return {
-            "fosc": feasible.gap(gradient, x_adv).tolist(),
+            "fosc": fosc.tolist(),
             "relative_fosc": feasible.gap(gradient, x_adv, relative=True).nan_to_num(0.0).tolist(),
             "ball_fosc": feasible.without_bounds().gap(gradient, x_adv).tolist(),
             "zero_gradient": (gradient == 0).flatten(1).all(1).double().tolist(),
@@ -352,30 +414,46 @@ class _Loop:
         x, y = self.data.batch(index)
         return picture(x, attack(self.oracle, x, y, seed=self.options["seed"], index=index, final="none").x_adv)
 
-    def finish_epoch(self, row: dict[str, Any], seconds: float) -> None:
+    def finish_epoch(self, row: dict[str, Any]) -> None:
         """Puts the epoch into the history and stands at the start of the next."""
+        seconds = time.perf_counter() - self.began
         row |= {"seconds": round(seconds, 3), "images_per_second": round(len(self.data) / seconds, 1)}
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[name] = None  # nothing was measured: JSON has no NaN
+        _warn_of_fosc(row, self.history)
         self.history.append(row)
         self.epoch, self.batch, self.totals, self.gauged, self.seconds = self.epoch + 1, 0, {}, {}, 0.0
 
-    def save(self, folder: Path) -> None:
+    def save(self) -> None:
         """Writes all that a resumed run needs."""
-        position = {name: getattr(self, name) for name in ("epoch", "batch", "totals", "gauged", "history", "seconds")}
-        networks = {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
-        runs.save_state(folder, networks, self.optimizer, position, self.kept)
+        if self.folder is None:
+            return
+        names = ("epoch", "batch", "totals", "gauged", "history")
+        position = {name: getattr(self, name) for name in names} | {
+            "seconds": time.perf_counter() - self.began if self.batch > 0 else 0.0,
+            "attack_network": self.oracle.plan,
+            "micro_batch": self.oracle.micro_batch,
+        }
+        save_state(self.folder, self._networks(), self.optimizer, position, self.kept, self.options["keep_checkpoints"])
 
-    def resume(self, folder: Path) -> None:
-        """Takes over the state a run folder holds; where it holds none yet, writes the one to start from."""
-        networks = {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
-        position = runs.load_state(folder, networks, self.optimizer, self.kept)
+    def resume(self) -> None:
+        """Takes over the state that the run folder holds; where it holds none yet, writes the one to start from."""
+        position = {} if self.folder is None else load_state(self.folder, self._networks(), self.optimizer, self.kept)
+        plan, self.oracle.micro_batch = position.pop("attack_network", ""), position.pop("micro_batch", None)
         for name, value in position.items():
             setattr(self, name, value)
         self.oracle.refresh()
         if not position:
-            self.save(folder)
+            self.save()
+        elif self.batch > 0 and self.oracle.plan != plan:  # at an epoch's start it is looked at anyway
+            self.oracle = self.oracle.rechecked()
+            if self.oracle.plan != plan:
+                told = f"the attack network was {plan!r} when the run was interrupted and is {self.oracle.plan!r} now"
+                warnings.warn(f"{told}: results may differ from an uninterrupted run's", stacklevel=3)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
 
     def _gradient(self, attack: PGD, x_adv: Tensor, y: Tensor) -> Tensor:
         """The gradient of the attack's loss at x_adv."""
@@ -384,7 +462,9 @@ class _Loop:
 
     def _row(self, attack: PGD | None) -> dict[str, Any]:
         """The epoch's measures, as metrics.jsonl holds them."""
-        totals, examples = self.totals, self.totals["examples"]
+        totals, examples = self.totals, self.totals.get("examples", 0.0)
+        if examples == 0:
+            raise FloatingPointError(f"all {self.batch} batches of epoch {self.epoch + 1} were skipped; lower lr")
         row: dict[str, Any] = {
             "epoch": self.epoch,
             "lr": learning_rate(self.epoch / self.options["epochs"], self.options),
@@ -392,9 +472,11 @@ class _Loop:
             "accuracy": totals["correct"] / examples,
             "attack_steps": 0 if attack is None else attack.steps,
             "threshold": None if attack is None else attack.stop_at,
-            "gradients": totals.get("gradients", 0.0) / examples,
+            "gradients": totals.get("gradients", 0.0) / len(self.data),
             "attack_network": self.oracle.plan,
         }
+        if "skipped" in totals:
+            row["skipped_batches"] = int(totals["skipped"])
         if self.gauged:
             row["fosc"] = fmean(self.gauged["fosc"])
             row["zero_gradients"] = fmean(self.gauged["zero_gradient"])
@@ -403,6 +485,29 @@ class _Loop:
                 quantiles = torch.tensor(self.gauged[name], dtype=torch.float64).quantile(levels)
                 row[f"{name}_percentiles"] = [float(f"{value:.5g}") for value in quantiles.tolist()]
         return row
+
+
+@contextlib.contextmanager
+def _said_where(folder: Path | None) -> Iterator[None]:
+    """Inside, an OSError's notes say what a run can go on from."""
+    try:
+        yield
+    except OSError as error:
+        kept = [] if folder is None else states(folder)
+        if kept:
+            error.add_note(f"The run's last state is whole: the same command goes on from {kept[0]}.")
+        raise
+
+
+def _warn_of_fosc(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+    """Warns of a FOSC that explodes: far above what it was and above the loss, which it would raise by as much."""
+    before = [past["fosc"] for past in history if past.get("fosc")]
+    if before and row.get("fosc") is not None and row["fosc"] > _EXPLOSION * max(*before, row["loss"]):
+        warnings.warn(
+            f"FOSC is {row['fosc']:.3g} on average in epoch {row['epoch'] + 1}, more than {_EXPLOSION} times the loss "
+            f"and what it was in any epoch before ({max(before):.3g} at most); lower lr",
+            stacklevel=3,
+        )
 
 
 def learning_rate(moment: float, options: Mapping[str, Any]) -> float:
@@ -474,6 +579,8 @@ def _configuration(
         "validation_set",
         "run_dir",
         "overwrite",
+        "checkpoint_every",
+        "keep_checkpoints",
         "logger",
         "progress",
         "device",
@@ -508,10 +615,15 @@ def _check_sets(
 
 def _check(options: Mapping[str, Any]) -> None:
     """Raises for options out of range."""
-    for name in ("epochs", "batch_size"):
+    for name in ("epochs", "batch_size", "keep_checkpoints"):
         if not isinstance(options[name], int) or options[name] < 1:
             raise ValueError(f"{name} must be an integer ≥ 1, came {options[name]!r}")
-    for name, kind in (("optimizer", Optimizer), ("lr_schedule", LearningRate), ("precision", Precision)):
+    for name, kind in (
+        ("optimizer", Optimizer),
+        ("lr_schedule", LearningRate),
+        ("precision", Precision),
+        ("on_nan", OnNaN),
+    ):
         if options[name] not in get_args(kind):
             raise unknown(name, options[name], get_args(kind))
     if isinstance(options["logger"], str) and options["logger"] not in get_args(LoggerName):
@@ -521,6 +633,7 @@ def _check(options: Mapping[str, Any]) -> None:
     if not isinstance(options["seed"], int):
         raise TypeError(f"seed must be an integer, came {options['seed']!r}")
     chosen_device(options["device"])
+    due_every(options["checkpoint_every"])
     if not 0 < options["lr"] < math.inf:
         raise ValueError(f"lr must be a finite number > 0, came {options['lr']}")
     for name in ("momentum", "weight_decay"):

@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from innermax.checkpoints import write_json
 from innermax.data import Data
 from innermax.reproduce.settings import Setting, Training
 from innermax.runs import describe, environment
+from innermax.states import Held, alone
 from innermax.training import chosen_device
 
 Answer = dict[str, Any]
@@ -124,13 +125,10 @@ class Workshop:
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         """Inside, no other process does the same; the system takes the lock back from one that was killed."""
-        import fcntl
-
-        self.models.mkdir(parents=True, exist_ok=True)
-        with (self.models / f"{name}.lock").open("w") as lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(alone(self.models / f"{name}.lock", name))
+            except Held:
                 raise Busy(name) from None
             yield
 

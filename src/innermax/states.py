@@ -1,0 +1,175 @@
+"""The states that a run goes on from: the last few, each whole and checked, and a lock against a second process."""
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innermax.checkpoints import load_tensors, save_tensors, write_bytes
+from innermax.rows import fingerprint
+from innermax.runs import STATES
+
+_PACE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)?")
+_NAME = re.compile(r"epoch-(\d+)-batch-(\d+)\.safetensors")
+
+
+class Held(ValueError):
+    """Another process has the lock; the message says which."""
+
+
+def save_state(
+    folder: Path,
+    networks: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    position: Mapping[str, Any],
+    kept: Tensor | None = None,
+    keep: int = 2,
+) -> None:
+    """Writes networks, optimiser, kept perturbations and position as a run folder's newest state.
+
+    At an epoch's end the history goes into metrics.jsonl, too. Of the states before, the newest keep − 1 stay.
+    """
+    tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+    tensors |= {} if kept is None else {"kept": kept}
+    path = folder / STATES / f"epoch-{position['epoch']:06d}-batch-{position['batch']:08d}.safetensors"
+    save_tensors(path, tensors, {"position": dict(position), "sha256": _digest(tensors, position)})
+    if position["batch"] == 0:
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
+        write_bytes(folder / "metrics.jsonl", "".join(lines).encode())
+    for old in states(folder)[keep:]:
+        old.unlink(missing_ok=True)
+
+
+def load_state(
+    folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, kept: Tensor | None = None
+) -> dict[str, Any]:
+    """Fills networks, optimiser and kept perturbations from the newest state that is whole, with a warning where that
+    is not the newest; its position, empty where there is none.
+
+    Raises:
+        ValueError: no state is whole, or the one that is does not fit.
+    """
+    damaged = []
+    for path in states(folder):
+        try:
+            tensors, position = _checked(path)
+        except ValueError as error:
+            damaged.append(f"{path} is damaged ({error})")
+            continue
+        if damaged:
+            warnings.warn(f"{'; '.join(damaged)}: the run goes on from {path}", stacklevel=2)
+        _fill(path, tensors, networks, optimizer, kept)
+        return position
+    if damaged:
+        raise ValueError(f"no state of {folder} is whole: {'; '.join(damaged)}; start afresh with overwrite")
+    return {}
+
+
+def states(folder: Path) -> list[Path]:
+    """The states of a run folder, the newest first."""
+    found = {path: _NAME.fullmatch(path.name) for path in (folder / STATES).glob("*.safetensors")}
+    places = {path: (int(match[1]), int(match[2])) for path, match in found.items() if match is not None}
+    return sorted(places, key=places.__getitem__, reverse=True)
+
+
+def due_every(every: int | str | None) -> Callable[[], bool]:
+    """A question that is answered True every so many times, or after each span of time such as "10min"."""
+    if every is None:
+        return lambda: False
+    match = _PACE.fullmatch(str(every))
+    if match is None or float(match[1]) == 0 or (match[2] is None and "." in match[1]):
+        raise ValueError(
+            f"checkpoint_every must be a number of updates or a time such as 10min, 90s or 2h, came {every}"
+        )
+    if match[2] is None:
+        counted, updates = itertools.count(1), int(match[1])
+        return lambda: next(counted) % updates == 0
+    span, last = float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]], [time.monotonic()]
+
+    def over() -> bool:
+        if time.monotonic() - last[0] < span:
+            return False
+        last[0] = time.monotonic()
+        return True
+
+    return over
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Inside, no other process does the same with `what`; the system takes the lock back from one that was killed.
+
+    Raises:
+        Held: one does already; it says which.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise Held(f"{what} is in use by {lock.read().strip() or 'another process'}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            told = f"{path} cannot be locked here ({error.strerror}): see that nothing else uses {what}"
+            warnings.warn(told, stacklevel=3)
+        lock.truncate(0)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        lock.write(f"process {os.getpid()} on {platform.node()} since {since}\n")
+        lock.flush()
+        yield
+
+
+def _checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and position of a state. Raises ValueError where it is not what was written."""
+    tensors, meta = load_tensors(path)
+    position = meta.get("position")
+    if not isinstance(position, dict) or meta.get("sha256") != _digest(tensors, position):
+        raise ValueError("its contents do not match their hash")
+    return tensors, position
+
+
+def _digest(tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> str:
+    told = json.dumps(position, sort_keys=True) + fingerprint(sorted(tensors.items(), key=lambda item: item[0]))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _fill(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    networks: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    kept: Tensor | None,
+) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, number, key = name.split("/")
+            state.setdefault(int(number), {})[key] = value
+    try:
+        for prefix, network in networks.items():
+            own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
+            network.load_state_dict(own)
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if kept is not None:
+            kept.copy_(tensors["kept"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
