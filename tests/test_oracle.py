@@ -753,3 +753,52 @@ def test_the_network_is_asked_once_a_call():
     assert calls == {4: 1}
     oracle.logits(torch.rand(5, 3))
     assert calls == {4: 1, 5: 1}
+
+
+# Memory
+
+
+class Cramped(nn.Module):
+    """A network whose memory holds so many examples at a time."""
+
+    def __init__(self, room, error):
+        super().__init__()
+        self.network, self.room, self.error, self.sizes = convnet().eval(), room, error, []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        if len(x) > self.room:
+            raise self.error
+        return self.network(x)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes")],
+)
+def test_what_does_not_fit_into_memory_is_asked_in_parts(error, caplog):
+    x, y = batch(11)
+    model = Cramped(3, error)
+    whole, oracle = Oracle(model.network), Oracle(model)
+    with caplog.at_level("WARNING", logger="innermax.oracle"):
+        torch.testing.assert_close(oracle.logits(x), whole.logits(x))
+    assert [record.getMessage() for record in caplog.records] == [
+        "11 examples do not fit into memory: the network sees 6 at a time",
+        "6 examples do not fit into memory: the network sees 3 at a time",
+    ]
+    assert oracle.micro_batch == 3
+    for mine, theirs in zip(
+        vars(oracle.gradient(x, y, cross_entropy)).values(),
+        vars(whole.gradient(x, y, cross_entropy)).values(),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+    assert len(caplog.records) == 2, "what is known is not tried again"
+    with pytest.raises(RuntimeError, match="memory"):
+        Oracle(Cramped(0, error)).logits(x)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    model = Cramped(3, RuntimeError("something else"))
+    with pytest.raises(ValueError, match="something else"):
+        Oracle(model).logits(batch(11)[0])

@@ -980,6 +980,84 @@ def test_a_loss_that_is_no_number(tmp_path, value):
     assert all(torch.isfinite(value).all() for value in tensors.values())
 
 
+class Broken:
+    """Cross-entropy on the attacked batch, spoilt in one of its calls."""
+
+    def __init__(self, at, spoil):
+        self.left, self.spoil, self.seen = at, spoil, []
+
+    def __call__(self, model, x, y, x_adv, epoch):
+        self.left -= 1
+        self.seen.append(x)
+        return cross_entropy(model, x, y, self.spoil(x_adv) if self.left == 0 else x_adv, epoch)
+
+
+def nan_pixels(x):
+    return x * math.nan
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_batch_that_is_left_out(tmp_path, clip):
+    """The weights and BatchNorm's statistics are those of a training without that batch."""
+    options = {"epochs": 2, "clip": clip, "lr": 0.1, "momentum": 0.0, "lr_schedule": "constant", "weight_decay": 0.0}
+    broken = Broken(2, nan_pixels)
+    run = train(cnn(), objective=broken, on_nan="skip", run_dir=tmp_path / "run", **options)
+    assert [row.get("skipped_batches") for row in run.history] == [1, None]
+    (told,) = map(json.loads, (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines())
+    assert (told["epoch"], told["batch"]) == (0, 1)
+    assert told["error"] == "the loss is nan in epoch 1, batch 2; lower lr"
+    assert torch.equal(DATA[0][told["examples"]] / 255, broken.seen[1])
+    known = weights(run.model)
+    assert all(torch.isfinite(value).all() for value in known.values())
+    other = cnn()
+    learned = Broken(0, None)
+    train(other, objective=learned, epochs=1, **{k: v for k, v in options.items() if k != "epochs"})
+    batches = int(known["1.num_batches_tracked"])
+    assert batches == 5, "six batches, one of them left out"
+    assert int(weights(other)["1.num_batches_tracked"]) == 3
+
+
+def test_a_stopped_run_names_the_examples(tmp_path):
+    broken = Broken(2, nan_pixels)
+    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1, batch 2") as caught:
+        train(cnn(), objective=broken, run_dir=tmp_path / "run")
+    (told,) = map(json.loads, (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines())
+    holds, lists = caught.value.__notes__
+    assert holds == f"The batch holds examples {', '.join(map(str, told['examples']))}."
+    assert str(tmp_path / "run" / "nonfinite.jsonl") in lists
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_without_clipping_too():
+    def objective(model, x, y, x_adv, epoch):
+        logits = model(x_adv)
+        return (logits - logits.detach()).abs().sum().sqrt(), logits
+
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan in epoch 1, batch 1"):
+        train(objective=objective, epochs=1)
+
+
+def test_where_every_batch_is_left_out_the_run_ends():
+    def objective(model, x, y, x_adv, epoch):
+        loss, logits = cross_entropy(model, x, y, x_adv, epoch)
+        return loss * math.nan, logits
+
+    with pytest.raises(FloatingPointError, match="all 3 batches of epoch 1 were skipped"):
+        train(objective=objective, epochs=2, on_nan="skip")
+
+
+def test_an_exploding_fosc_is_warned_of():
+    quiet = {"epoch": 0, "loss": 1.0, "fosc": 0.2}
+    with pytest.warns(UserWarning, match=r"FOSC is 20.1 on average in epoch 2, more than 10 times the loss"):
+        training._warn_of_fosc({"epoch": 1, "loss": 2.0, "fosc": 20.1}, [quiet])
+    for row in (
+        {"epoch": 1, "loss": 2.1, "fosc": 20.1},
+        {"epoch": 1, "loss": 0.1, "fosc": 1.9},
+        {"epoch": 1, "loss": 1},
+    ):
+        training._warn_of_fosc(row, [quiet])
+    training._warn_of_fosc({"epoch": 0, "loss": 1.0, "fosc": 100.0}, [])
+
+
 @pytest.mark.parametrize("strategy", [im.Unsecured(), im.Standard(ATTACK)])
 def test_a_learning_rate_that_diverges(strategy):
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) in epoch 1, batch [23]; lower lr"):
