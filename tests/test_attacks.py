@@ -1059,15 +1059,14 @@ def test_the_model_is_left_as_found(name, mode):
         assert not value.requires_grad
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyError("broken"), torch.OutOfMemoryError("broken")])
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyError("broken")])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_the_model_is_left_as_found_by_an_attack_that_fails(error, mode):
     x, y = images()
     model = Raising(half_trained(), error)
     with mode():
         before = snapshot(model)
-        expected = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else ValueError
-        with pytest.raises(expected, match="broken"):
+        with pytest.raises(ValueError, match="broken"):
             PGD(Linf(0.1), steps=5)(model, x, y)
         assert same(snapshot(model), before)
 

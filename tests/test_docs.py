@@ -22,6 +22,7 @@ def name(page):
     return str(page.relative_to(DOCS))
 
 
+@pytest.mark.filterwarnings("default::FutureWarning")  # PyTorch Lightning's own
 @pytest.mark.parametrize("page", CODED, ids=name)
 def test_the_code_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -525,6 +525,7 @@ def turning(model, x, y, x_adv, epoch):
 BARE = {"lr": 0.3, "momentum": 0.0, "lr_schedule": "constant"}
 
 
+@pytest.mark.filterwarnings("ignore:FOSC is")  # it turns away from a minimum: the loss has none
 def test_a_run_folder(tmp_path):
     options = BARE | {"validation_set": VALIDATION, "validation_attack": ATTACK, "objective": turning}
     model = im.build_model("digits-cnn", num_classes=3, input_shape=(1, 6, 6))

@@ -46,11 +46,11 @@ def save_state(
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
     tensors |= {} if kept is None else {"kept": kept}
-    path = folder / STATES / f"epoch-{position['epoch']:06d}-batch-{position['batch']:08d}.safetensors"
-    save_tensors(path, tensors, {"position": dict(position), "sha256": _digest(tensors, position)})
-    if position["batch"] == 0:
+    if position["batch"] == 0:  # first: once the state is written, this epoch does not come again
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
         write_bytes(folder / "metrics.jsonl", "".join(lines).encode())
+    path = folder / STATES / f"epoch-{position['epoch']:06d}-batch-{position['batch']:08d}.safetensors"
+    save_tensors(path, tensors, {"position": dict(position), "sha256": _digest(tensors, position)})
     for old in states(folder)[keep:]:
         old.unlink(missing_ok=True)
 

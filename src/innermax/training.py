@@ -502,7 +502,7 @@ def _said_where(folder: Path | None) -> Iterator[None]:
 def _warn_of_fosc(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
     """Warns of a FOSC that explodes: far above what it was and above the loss, which it would raise by as much."""
     before = [past["fosc"] for past in history if past.get("fosc")]
-    if before and row.get("fosc") is not None and row["fosc"] > _EXPLOSION * max(*before, row["loss"]):
+    if before and row.get("fosc") is not None and row["fosc"] > _EXPLOSION * max(*before, abs(row["loss"])):
         warnings.warn(
             f"FOSC is {row['fosc']:.3g} on average in epoch {row['epoch'] + 1}, more than {_EXPLOSION} times the loss "
             f"and what it was in any epoch before ({max(before):.3g} at most); lower lr",
