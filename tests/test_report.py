@@ -221,14 +221,6 @@ def test_what_is_not_known_is_refused(trained, tmp_path):
         im.report(tmp_path / "half.json", tmp_path / "page.html")
 
 
-def test_the_documented_example_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "report.md").read_text(), re.DOTALL)
-    exec(compile(example.replace("epochs=3", "epochs=1, progress=False"), "report.md", "exec"), {})
-    assert Page(Path("report.html").read_text()).numbers.keys() == {"mine"}
-    assert Path("numbers.html").exists()
-
-
 # In a browser
 
 

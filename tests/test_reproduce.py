@@ -57,6 +57,15 @@ def test_the_full_scale_is_the_papers():
     assert set(full.images.values()) == {None}
 
 
+def test_without_matplotlib_nothing_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = ["reproduce", "table1", "figure5", "--scale", "smoke", "--out", str(tmp_path / "out")]
+    assert main([*words, "--cache", str(tmp_path / "cache")]) == 2
+    assert "innermax[report]" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert reproduce(["table1"], scale="smoke", out=tmp_path / "out", cache=tmp_path / "cache", minutes=0)
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown scale 'ful'; did you mean 'full'"):
         reproduce(["table1"], scale="ful")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from innermax.checkpoints import write_bytes, write_json
-from innermax.checks import unknown
+from innermax.checks import in_short, unknown
 from innermax.reproduce import cheaper, evidence, figures, tables, theorem
 from innermax.reproduce.piece import Piece
 from innermax.reproduce.settings import Scale, find_scale
@@ -44,7 +44,7 @@ def reproduce(
         say: takes lines of progress.
 
     Raises:
-        ValueError: an unknown piece or scale, or minutes < 0.
+        ValueError: an unknown piece or scale, minutes < 0, or no Matplotlib (pip install 'innermax[report]').
     """
     if minutes is not None and not minutes >= 0:
         raise ValueError(f"minutes must be ≥ 0 or None, came {minutes}")
@@ -52,12 +52,22 @@ def reproduce(
         if name not in PIECES:
             raise unknown("piece", name, PIECES)
     chosen, pieces = find_scale(scale), [PIECES[name] for name in names]
+    if any(piece.draw is not None for piece in pieces):
+        _require_matplotlib()
     workshop = Workshop(Path(out) / "answers", Path(cache), device, say)
     asked = list(dict.fromkeys(question for piece in pieces for question in piece.questions(chosen)))
     with _until(minutes) as time_left:
         if not _answer(asked, workshop, time_left):
             say("The time is up: the same command goes on from here.")
     return [_written(piece, chosen, workshop, Path(out)) for piece in pieces]
+
+
+def _require_matplotlib() -> None:
+    """Raises ValueError before hours are spent on numbers whose picture cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"pictures need pip install 'innermax[report]': {in_short(error)}") from error
 
 
 def _answer(asked: Sequence[Question], workshop: Workshop, time_left: Callable[[], bool]) -> bool:
