@@ -91,10 +91,10 @@ def test_dynamic_measures_its_own_threshold():
     callback = AdversarialTraining(im.Dynamic(ATTACK, zero_at=1.0))
     _, trainer = fit(callback, epochs=3)
     first, second, third = callback.history
-    assert first["gradients"] == 1
-    assert first["fgsm_gauge"] > 0
-    assert second["threshold"] == pytest.approx(first["fgsm_gauge"] * 2 / 3)
-    assert third["threshold"] == pytest.approx(first["fgsm_gauge"] / 3)
+    assert first["gradients"] == 3
+    assert first["halfway_gauge"] > 0
+    assert second["threshold"] == pytest.approx(first["halfway_gauge"] * 2 / 3)
+    assert third["threshold"] == pytest.approx(first["halfway_gauge"] / 3)
     assert 1 <= second["gradients"] <= 3
     told = trainer.callback_metrics
     assert told["adversarial/gradients"] == pytest.approx(third["gradients"])
@@ -102,11 +102,11 @@ def test_dynamic_measures_its_own_threshold():
     assert told["adversarial/fosc"] >= 0
 
 
-def test_the_measured_gauge_is_fgsms_on_what_the_epoch_made():
+def test_the_measured_gauge_is_halfway_on_what_the_epoch_made():
     callback = AdversarialTraining(im.Dynamic(ATTACK), precision="float32")
     module, _ = fit(callback)
     found = im.FGSM(ATTACK.threat)(module.network, X, Y, final="gradient")
-    assert callback.history[0]["fgsm_gauge"] == pytest.approx(float(found.fosc.mean()), rel=1e-3)
+    assert callback.history[0]["halfway_gauge"] == pytest.approx(float(found.fosc.mean()), rel=1e-3)
 
 
 def test_unsecured_leaves_batches_alone():

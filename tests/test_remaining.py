@@ -89,7 +89,7 @@ def test_curriculum(epochs, update, gradient, between):
 def test_dynamic_as_recorded(recorded, update, gradient, between):
     strategy = im.Dynamic(replace(ATTACK, steps=7))
     c_max = recorded[1][1] / (1 - 1 / len(recorded) / strategy.zero_at)
-    history = [{"fgsm_gauge": c_max}] * len(recorded)
+    history = [{"halfway_gauge": c_max}] * len(recorded)
     thresholds = [getattr(strategy.attack_at(e / len(recorded), history[:e]), "stop_at", None) for e in range(2, 4)]
     assert thresholds == [pytest.approx(recorded[e][1], rel=0.05) for e in range(2, 4)]
     told = simulated(

@@ -94,28 +94,25 @@ def test_the_threshold_falls_to_exactly_zero(epochs, data, shape):
 def test_whose_c_max_is_measured(gauge, c_max, automatic):
     strategy = im.Dynamic(replace(ATTACK, gauge=gauge, loss="margin"), c_max)
     first = strategy.attack_at(0.0)
-    assert strategy.measures == ({"fgsm_gauge"} if automatic else set())
-    if automatic:
-        assert first == im.FGSM(ATTACK.threat, "margin")
-    else:
-        assert first.stop_at == 0.5
-        assert first.steps == 10
+    assert strategy.measures == ({"halfway_gauge"} if automatic else set())
+    assert first.stop_at == (None if automatic else 0.5)
+    assert first.steps == 10
 
 
 def test_automatic_c_max_is_the_first_epochs_measure():
     strategy = im.Dynamic(ATTACK, zero_at=0.8)
-    history = [{"fgsm_gauge": 0.2, "accuracy": 0.1}, {"fgsm_gauge": 0.7}, {"fgsm_gauge": None}, {}]
+    history = [{"halfway_gauge": 0.2, "accuracy": 0.1}, {"halfway_gauge": 0.7}, {"halfway_gauge": None}, {}]
     for epoch in range(1, 50):
         expected = max(0.2 - epoch * 0.2 / 40, 0)
         assert strategy.attack_at(epoch / 50, history).stop_at == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(ValueError, match=r"history must hold the first epoch's 'fgsm_gauge' .* came none"):
+    with pytest.raises(ValueError, match=r"history must hold the first epoch's 'halfway_gauge' .* came none"):
         strategy.attack_at(0.02)
-    for first in ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "fgsm_gauge": None, "loss": 1.0}):
-        with pytest.raises(ValueError, match=r"history must hold 'fgsm_gauge', .* came \['accuracy', .*'loss'\]"):
+    for first in ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "halfway_gauge": None, "loss": 1.0}):
+        with pytest.raises(ValueError, match=r"history must hold 'halfway_gauge', .* came \['accuracy', .*'loss'\]"):
             strategy.attack_at(0.02, [first])
 
 
-rows = st.fixed_dictionaries({"accuracy": st.floats(0, 1), "fgsm_gauge": st.floats(0, 2)})
+rows = st.fixed_dictionaries({"accuracy": st.floats(0, 1), "halfway_gauge": st.floats(0, 2)})
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -234,7 +231,7 @@ def test_a_warm_start_takes_few_steps_that_shrink():
 @pytest.mark.parametrize("progress", [-0.1, 1.0, math.nan])
 def test_progress_out_of_range(name, progress):
     with pytest.raises(ValueError, match=r"progress must be in \[0, 1\), came"):
-        KINDS[name].attack_at(progress, [{"accuracy": 0.5, "fgsm_gauge": 0.5}])
+        KINDS[name].attack_at(progress, [{"accuracy": 0.5, "halfway_gauge": 0.5}])
 
 
 @pytest.mark.parametrize("kind", [im.Standard, im.Curriculum, im.FGSMThenPGD, im.Dynamic, im.WarmStart])

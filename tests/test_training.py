@@ -429,29 +429,30 @@ def test_a_strategy_that_interrupts(tmp_path, untyped):
 
 def test_what_the_strategies_measured_survives(tmp_path):
     _, dynamic = straight("dynamic")
-    assert dynamic[0]["fgsm_gauge"] > 0
+    assert dynamic[0]["halfway_gauge"] > 0
     assert [row["threshold"] for row in dynamic] == pytest.approx(
-        [None, dynamic[0]["fgsm_gauge"] * (1 - 1 / 2.7), dynamic[0]["fgsm_gauge"] * (1 - 2 / 2.7)]
+        [None, dynamic[0]["halfway_gauge"] * (1 - 1 / 2.7), dynamic[0]["halfway_gauge"] * (1 - 2 / 2.7)]
     )
-    assert dynamic[0]["attack_steps"] == 1
-    assert all("fgsm_gauge" not in row for row in dynamic[1:])
+    assert dynamic[0]["gradients"] == dynamic[0]["attack_steps"] > 1
+    assert all("halfway_gauge" not in row for row in dynamic[1:])
     _, curriculum = straight("curriculum")
     levels = [row["attack_steps"] for row in curriculum]
     assert levels[0] == 0
 
 
 @pytest.mark.parametrize("gauge", ["exact", "relative", "ball"])
-def test_the_automatic_c_max_is_the_mean_gauge_of_fgsm_examples(gauge):
+def test_the_automatic_c_max_is_the_median_gauge_halfway(gauge):
     attack, plain = im.PGD(LINF, steps=4, gauge=gauge), {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.0}
     run = train(strategy=im.Dynamic(attack, "auto"), epochs=2, **plain)
-    model = train(strategy=im.Standard(im.FGSM(LINF)), epochs=2, objective=first_epoch_only, **plain).model
+    model = train(strategy=im.Standard(attack), epochs=2, objective=first_epoch_only, **plain).model
     x, y = DATA[0] / 255, DATA[1]
-    found = im.FGSM(LINF)(model, x, y)
+    half = im.PGD(LINF, steps=2, step_size=LINF.eps / 4)
+    found = half(model, x, y)
     gauges = {"exact": found.fosc, "relative": found.relative_fosc}
     point = found.x_adv.clone().requires_grad_()
     (slope,) = torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)
     gauges["ball"] = fosc(x, found.x_adv, slope, 0.2, "ball")
-    assert run.history[0]["fgsm_gauge"] == pytest.approx(float(gauges[gauge].mean()), rel=1e-4)
+    assert run.history[0]["halfway_gauge"] == pytest.approx(float(gauges[gauge].median()), rel=1e-4)
 
 
 def first_epoch_only(model, x, y, x_adv, epoch):

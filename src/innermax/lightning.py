@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from innermax import randomness
-from innermax.attacks.gradient import FGSM, PGD
+from innermax.attacks.gradient import PGD
 from innermax.attacks.search import measure
 from innermax.oracle import Oracle, Precision
-from innermax.strategies import Strategy
+from innermax.strategies import Strategy, halfway
 
 try:
     from pytorch_lightning.callbacks import Callback
@@ -101,7 +101,7 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
             "threshold": None if self._attack is None else self._attack.stop_at,
         }
         if self._sample and not self.history:
-            row["fgsm_gauge"] = self._fgsm_gauge(pl_module)
+            row["halfway_gauge"] = self._halfway_gauge(pl_module)
         self.history.append(row)
         for name in ("gradients", "threshold"):
             if row[name] is not None:
@@ -125,20 +125,19 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
         return self._oracle
 
     def _keep(self, x: Tensor, y: Tensor) -> None:
-        """Puts clean examples of the first epoch aside where the strategy wants FGSM's gauge on them."""
-        if "fgsm_gauge" not in getattr(self.strategy, "measures", ()) or self.history:
+        """Puts clean examples of the first epoch aside where the strategy wants the gauge on them."""
+        if "halfway_gauge" not in getattr(self.strategy, "measures", ()) or self.history:
             return
         if sum(len(kept) for _, kept in self._sample) < _SAMPLE:
             self._sample.append((x, y))
 
-    def _fgsm_gauge(self, pl_module: Any) -> float:
-        """The mean gauge of FGSM's examples, on the network as it is now."""
-        attack: PGD = self.strategy.attack  # type: ignore[attr-defined]
-        oracle, total, count = self._refreshed(pl_module, self._sample[0][0]), 0.0, 0
+    def _halfway_gauge(self, pl_module: Any) -> float:
+        """The median gauge where half of the attack's steps leave examples, on the network as it is now."""
+        attack = halfway(self.strategy.attack)  # type: ignore[attr-defined]
+        oracle, gauges = self._refreshed(pl_module, self._sample[0][0]), []
         for x, y in self._sample:
-            found = FGSM(attack.threat, attack.loss)(oracle, x, y, final="none")
+            found = attack(oracle, x, y, seed=self.seed, final="none")
             gradient = oracle.gradient(found.x_adv, y, attack.objective()).gradient
-            total += float(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nansum())
-            count += len(y)
+            gauges.append(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge))
         self._sample = []
-        return total / count
+        return float(torch.cat(gauges).nan_to_num(0.0).median())

@@ -13,7 +13,7 @@ from innermax.attacks.gradient import FGSM, PGD
 from innermax.checks import check_count, unknown
 
 History = Sequence[Mapping[str, Any]]
-Measure = Literal["fgsm_gauge"]
+Measure = Literal["halfway_gauge"]
 Shape = Literal["linear", "cosine", "constant"]
 
 
@@ -21,8 +21,9 @@ Shape = Literal["linear", "cosine", "constant"]
 class Strategy(Protocol):
     """What a training loop asks of a strategy.
 
-    `measures`: what the first row of the history must hold beside what every row does: "fgsm_gauge", the mean gauge of
-    FGSM examples after the first epoch. Every row holds "accuracy", in [0, 1], under the attack the epoch trained
+    `measures`: what the first row of the history must hold beside what every row does: "halfway_gauge",
+    the median gauge of training examples after the first epoch, where half of the attack's steps leave them. Every row
+    holds "accuracy", in [0, 1], under the attack the epoch trained
     against. A strategy may have `warm_start = True`: from the second epoch on its attacks then start where the last one
     left each example.
     """
@@ -123,7 +124,8 @@ class Dynamic:
     Args:
         attack: PGD with as many steps as an example may take; its gauge is the one that is controlled.
         c_max: c_t at the start; None: 0.5 (the paper's) on the "ball" gauge and "auto" on the others, whose values are
-            smaller. "auto": the mean gauge of FGSM examples after the first epoch, which trains against FGSM.
+            smaller. "auto": what half of the attack's steps reach, the median gauge there after the first epoch, which
+            trains against the whole attack. Dynamic then begins with about half of its gradients.
         zero_at: T' / T, the progress from which c_t is 0 (the paper: 40 / 50 on MNIST, 100 / 120 on CIFAR-10).
         shape: how c_t falls until then: "linear", "cosine" or "constant".
     """
@@ -151,25 +153,30 @@ class Dynamic:
 
     @property
     def measures(self) -> frozenset[Measure]:
-        """The gauge of FGSM examples, where c_max is measured."""
-        return frozenset({"fgsm_gauge"}) if self.automatic else frozenset()
+        """The gauge halfway, where c_max is measured."""
+        return frozenset({"halfway_gauge"}) if self.automatic else frozenset()
 
     def threshold(self, progress: float, history: History = ()) -> float | None:
         """c_t; None in the first epoch of an automatic c_max, which has none yet."""
         _check(progress)
         if self.automatic and not history:
             if progress > 0:
-                raise ValueError("history must hold the first epoch's 'fgsm_gauge' for an automatic c_max, came none")
+                raise ValueError(
+                    "history must hold the first epoch's 'halfway_gauge' for an automatic c_max, came none"
+                )
             return None
-        c_max = _recorded(history[0], "fgsm_gauge") if self.automatic else 0.5 if self.c_max is None else self.c_max
+        c_max = _recorded(history[0], "halfway_gauge") if self.automatic else 0.5 if self.c_max is None else self.c_max
         return float(c_max) * _falling(self.shape, progress / self.zero_at)
 
     def attack_at(self, progress: float, history: History = ()) -> PGD:
         """The attack that stops each example at c_t."""
-        threshold = self.threshold(progress, history)
-        if threshold is None:
-            return FGSM(self.attack.threat, self.attack.loss)
-        return replace(self.attack, stop_at=threshold)
+        return replace(self.attack, stop_at=self.threshold(progress, history))
+
+
+def halfway(attack: PGD) -> PGD:
+    """The attack's first half, without a stop."""
+    steps = math.ceil(attack.steps / 2)
+    return replace(attack, steps=steps, step_size=attack.step_sizes()[:steps], restarts=1, stop_at=None)
 
 
 @dataclass(frozen=True)

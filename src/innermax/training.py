@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from innermax import randomness, runs
-from innermax.attacks.gradient import FGSM, PGD
+from innermax.attacks.gradient import PGD
 from innermax.attacks.search import measure
 from innermax.checkpoints import save_model
 from innermax.checks import check_labels, unknown
@@ -31,7 +31,7 @@ from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import Progress, held_interrupts, show_progress
 from innermax.remaining import FORWARD, TrainingClock, search_cost
 from innermax.states import alone, due_every, load_state, save_state, states
-from innermax.strategies import Strategy
+from innermax.strategies import Strategy, halfway
 
 Optimizer = Literal["sgd", "adamw"]
 LearningRate = Literal["drops", "cosine", "constant"]
@@ -393,17 +393,17 @@ class _Loop:
 
     def measures(self, strategy: Strategy) -> dict[str, Any]:
         """What the strategy wants to find in the history, beside what every epoch records."""
-        if "fgsm_gauge" not in getattr(strategy, "measures", ()) or self.history:
+        if "halfway_gauge" not in getattr(strategy, "measures", ()) or self.history:
             return {}
-        attack: PGD = strategy.attack  # type: ignore[attr-defined]
-        chosen = randomness.permutation(self.options["seed"], len(self.data), _ORDER)[:_SAMPLE].to(self.device)
-        total = 0.0
+        attack, seed = halfway(strategy.attack), self.options["seed"]  # type: ignore[attr-defined]
+        chosen = randomness.permutation(seed, len(self.data), _ORDER)[:_SAMPLE].to(self.device)
+        gauges = []
         for index in chosen.tensor_split(math.ceil(len(chosen) / self.options["batch_size"])):
             x, y = self.data.batch(index)
-            found = FGSM(attack.threat, attack.loss)(self.oracle, x, y, final="none")
+            found = attack(self.oracle, x, y, seed=seed, index=index, final="none")
             gradient = self._gradient(attack, found.x_adv, y)
-            total += float(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nansum())
-        return {"fgsm_gauge": total / len(chosen)}
+            gauges.append(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge))
+        return {"halfway_gauge": float(torch.cat(gauges).nan_to_num(0.0).median())}
 
     def picture(self, strategy: Strategy) -> Picture | None:
         """Some training images under the epoch's attack."""
