@@ -105,7 +105,7 @@ def test_automatic_c_max_is_the_first_epochs_measure():
     for epoch in range(1, 50):
         expected = max(0.2 - epoch * 0.2 / 40, 0)
         assert strategy.attack_at(epoch / 50, history).stop_at == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(ValueError, match=r"history must hold the first epoch's 'halfway_gauge' .* came none"):
+    with pytest.raises(ValueError, match=r"history must hold the first epoch's 'halfway_gauge', .* came none"):
         strategy.attack_at(0.02)
     for first in ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "halfway_gauge": None, "loss": 1.0}):
         with pytest.raises(ValueError, match=r"history must hold 'halfway_gauge', .* came \['accuracy', .*'loss'\]"):

@@ -161,9 +161,7 @@ class Dynamic:
         _check(progress)
         if self.automatic and not history:
             if progress > 0:
-                raise ValueError(
-                    "history must hold the first epoch's 'halfway_gauge' for an automatic c_max, came none"
-                )
+                raise ValueError("history must hold the first epoch's 'halfway_gauge', which sets c_max, came none")
             return None
         c_max = _recorded(history[0], "halfway_gauge") if self.automatic else 0.5 if self.c_max is None else self.c_max
         return float(c_max) * _falling(self.shape, progress / self.zero_at)
