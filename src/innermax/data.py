@@ -3,7 +3,6 @@
 pyarrow, PIL, scikit-learn and datasets are imported where they are used: training on tensors needs none of them.
 """
 
-import json
 import operator
 import os
 import sys
@@ -24,6 +23,7 @@ from torch.nn import functional
 from innermax.checks import check_inputs, check_labels, unknown
 from innermax.decoding import Row, coloured, decoded, stacked, taken
 from innermax.randomness import permutation, uniform
+from innermax.reading import parsed_json
 
 
 class _Source(NamedTuple):
@@ -315,7 +315,9 @@ def _from_class_folders(path: Path, class_names: tuple[str, ...]) -> ImageSet:
     for label, name in enumerate(class_names):
         folder = path / name
         files = sorted(folder.iterdir()) if folder.is_dir() else []
-        images = (file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
+        images = [file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
+        if not all(file.is_file() for file in images):  # a pipe would be waited for
+            raise ValueError(f"{folder} holds something called as an image that is no file")
         rows.extend(Row(str(file), file, label) for file in images)
     if not rows:
         raise ValueError(f"{path} holds no images (folders of {', '.join(sorted(_SUFFIXES))} files, one a class)")
@@ -329,10 +331,12 @@ def _parquet(file: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
+        if not file.is_file():
+            raise OSError("it is no file")
         with pq.ParquetFile(file) as opened:
             yield opened
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        raise ValueError(f"{file} cannot be read as parquet: {' '.join(str(error).split())[:300]}") from error
 
 
 def _from_parquet(files: Sequence[Path]) -> ImageSet:
@@ -380,6 +384,8 @@ def _columns(names: Sequence[str], where: str) -> list[str]:
         present = [name for name in known if name in names]
         if not present:
             raise ValueError(f"{where} has no column {' or '.join(known)} (its columns: {', '.join(names)})")
+        if list(names).count(present[0]) > 1:
+            raise ValueError(f"{where} has more than one column {present[0]}")
         found.append(present[0])
     return found
 
@@ -406,8 +412,9 @@ def _rows(table: Any, where: str, start: int, *, follow_paths: bool = False) -> 
 def _class_names(schema: Any) -> tuple[str, ...] | None:
     """The label column's class names, as Hugging Face writes them into an Arrow schema, where they are there."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features[_columns(list(features), "")[1]]["names"]))
+        features = parsed_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[_columns(list(features), "")[1]]["names"]
+        return tuple(map(str, names)) if isinstance(names, list) else None
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -14,10 +14,10 @@ def preact_resnet18(num_classes: int, input_shape: Sequence[int]) -> nn.Sequenti
 def wideresnet(num_classes: int, input_shape: Sequence[int], *, depth: int = 34, width: int = 10) -> nn.Sequential:
     """WideResNet-depth-width without dropout. Source: Zagoruyko & Komodakis, BMVC 2016.
 
-    depth: 6n + 4 with n ≥ 1; width: ≥ 1; anything else raises ValueError.
+    depth: 6n + 4 with 1 ≤ n ≤ 166; width: ≥ 1; anything else raises ValueError.
     """
-    if depth < 10 or depth % 6 != 4:
-        raise ValueError(f"depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, 34, …), came {depth!r}")
+    if not 10 <= depth <= 1000 or depth % 6 != 4:
+        raise ValueError(f"depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, 34, …, 1000), came {depth!r}")
     if width < 1:
         raise ValueError(f"width must be ≥ 1, came {width!r}")
     stages = (16 * width, 32 * width, 64 * width)
