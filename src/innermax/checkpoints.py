@@ -76,7 +76,8 @@ def load_saved_model(source: str | Path, model: nn.Module | None = None, revisio
     """A model from a folder or file that innermax wrote, or from the Hugging Face Hub; in evaluation mode.
 
     Args:
-        source: a run or model folder, a .safetensors file with config.json beside it, or a Hub id such as "user/name".
+        source: a run or model folder, a .safetensors file with config.json beside it, or a Hub id such as "user/name",
+            also "user/name@revision".
         model: the network to fill, for one that innermax did not build; changed in place.
         revision: branch, tag or commit on the Hub.
 
@@ -127,14 +128,18 @@ def _located(path: Path, source: str, revision: str | None, described: bool) -> 
         raise ValueError(f"{path} is no .safetensors file; pickled models are never loaded")
     if path.is_file():
         return path
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in _FILE_SUFFIXES:
+    repository, at, told = source.partition("@")
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or path.suffix in _FILE_SUFFIXES:
         raise ValueError(f"no model at {source}: expected a folder, a .safetensors file or a Hub id such as user/name")
+    if at and (not told or revision not in (None, told)):
+        raise ValueError(f"{source} must name one revision after its @, came {told!r} and revision={revision!r}")
     from huggingface_hub import hf_hub_download
 
+    revision = told or revision
     try:
         if described:
-            hf_hub_download(source, "config.json", revision=revision)
-        return Path(hf_hub_download(source, "model.safetensors", revision=revision))
+            hf_hub_download(repository, "config.json", revision=revision)
+        return Path(hf_hub_download(repository, "model.safetensors", revision=revision))
     except Exception as error:  # a lost connection comes as the Hub client's own, its HTTP client's or the system's
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"no model {source!r} here or on the Hugging Face Hub: {reason}") from error

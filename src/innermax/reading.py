@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 _DEEPEST = 64  # values in values
-_LARGEST = 100_000  # values of a YAML document, aliases counted as what they stand for
-_LONGEST = 4 * 2**20  # characters of a YAML document; its parser reads about a million a second
+_LARGEST = 20_000  # values of a YAML document, aliases counted as what they stand for; some seconds' reading
+_LONGEST = 2**20  # characters of a YAML document
 
 
 def parsed_json(text: str | bytes) -> Any:
@@ -30,13 +30,14 @@ def parsed_json(text: str | bytes) -> Any:
 def parsed_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """The value of a YAML text of plain values.
 
-    Raises ValueError, in one line, where it is none, is longer than 4 Mi characters, or holds more than 100,000 values
+    Raises ValueError, in one line, where it is none, is longer than 1 Mi characters, or holds more than 20,000 values
     or any nested deeper than 64, aliases counted as what they stand for.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"not readable as YAML: {len(text):,} characters are more than the {_LONGEST:,} allowed")
     try:
         reading = loader(text)
+        _limit(reading)
         node = reading.get_single_node()
         if node is None:
             return None
@@ -53,6 +54,28 @@ def _parts(whole: Any) -> Any:
     return whole.values() if isinstance(whole, dict) else whole if isinstance(whole, list) else ()
 
 
+def _limit(reading: yaml.SafeLoader) -> None:
+    """Lets a loader raise ValueError as soon as it has found too many values, or too deep ones."""
+    compose, count, depth = reading.compose_node, 0, 0
+
+    def limited(parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        nonlocal count, depth
+        count, depth = count + 1, depth + 1
+        _check(count, depth)
+        node = compose(parent, index)
+        depth -= 1
+        return node
+
+    reading.compose_node = limited  # type: ignore[method-assign]
+
+
+def _check(size: int, depth: int) -> None:
+    if size > _LARGEST:
+        raise ValueError(f"it holds more than {_LARGEST:,} values")
+    if depth > _DEEPEST:
+        raise ValueError(f"values are nested deeper than {_DEEPEST}")
+
+
 def _measured(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """How many values a node stands for, and how deep they are nested; ValueError where that is too much."""
     if id(node) not in known:
@@ -61,9 +84,7 @@ def _measured(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, 
         pairs = isinstance(node, yaml.MappingNode)
         found = [_measured(part, known) for part in ([one for pair in parts for one in pair] if pairs else parts)]
         size, depth = 1 + sum(size for size, _ in found), 1 + max((depth for _, depth in found), default=0)
-        if size > _LARGEST or depth > _DEEPEST:
-            told = f"more than {_LARGEST:,} values" if size > _LARGEST else f"values nested deeper than {_DEEPEST}"
-            raise ValueError(f"it holds {told}")
+        _check(size, depth)
         known[id(node)] = size, depth
     return known[id(node)]
 

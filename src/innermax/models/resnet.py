@@ -91,8 +91,8 @@ def _head(channels: int, num_classes: int) -> list[nn.Module]:
 
 
 def _initialised(model: nn.Sequential) -> nn.Sequential:
-    """The model with He's fan-out initialisation in every convolution."""
+    """The model with He's fan-out initialisation in every convolution; none on the meta device, where it is slow."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
