@@ -7,6 +7,7 @@ counted like any other failure. Anything but a load or a refusal is a failure; -
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import platform
@@ -63,6 +64,7 @@ def work(kind_name: str, count: int, number: int, log: Path, current: Path) -> N
                     import traceback
 
                     traceback.print_exc()
+            current.unlink()
             with log.open("a") as lines:
                 lines.write(" ".join(outcome.split())[:300] + "\n")
 
@@ -82,19 +84,17 @@ def tried(kind: str, count: int, folder: Path) -> Counter[str]:
         child = subprocess.Popen(
             [sys.executable, __file__, *arguments, *(["--trace"] if "--trace" in sys.argv else [])]
         )
-        last, seen = time.monotonic(), -1
         while child.poll() is None:
             time.sleep(0.2)
-            size = log.stat().st_size
-            last, seen = (last, seen) if size == seen else (time.monotonic(), size)
-            if time.monotonic() - last > PATIENCE:
-                child.kill()
-                child.wait()
-                crashes["FAILURE hang"] += 1
-                (folder / f"hang-{started}.bad").write_bytes(current.read_bytes())
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - current.stat().st_mtime > PATIENCE:
+                    child.kill()
+                    child.wait()
+                    crashes["FAILURE hang"] += 1
+                    current.rename(folder / f"hang-{started}.bad")
         if child.returncode < 0 and child.returncode != -9:
             crashes[f"FAILURE signal {-child.returncode}"] += 1
-            (folder / f"signal-{started}.bad").write_bytes(current.read_bytes())
+            current.rename(folder / f"signal-{started}.bad")
         elif child.returncode > 0:
             raise SystemExit(f"the worker for {kind} failed")
     return Counter(log.read_text().splitlines()) + crashes

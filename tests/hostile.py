@@ -28,7 +28,7 @@ from torch import nn
 
 import innermax as im
 from innermax import cli
-from innermax.rows import CLEAN, AttackRows, CleanRows, Part, Parts
+from innermax.rows import CLEAN, AttackRows, Part, Parts
 from innermax.states import _digest, states
 
 ALLOWED = (ValueError, TypeError, OSError)
@@ -356,7 +356,7 @@ def _runs(folder: Path) -> dict[str, Kind]:
     attacks = {"fgsm": im.FGSM(THREAT), "pgd-3": im.PGD(THREAT, steps=3)}
     im.evaluate(model, test_set, attacks, precision="float32").to_json(run / "evaluation.json")
     im.transfer(model, {"other": model}, test_set, attacks).to_json(run / "transfer.json")
-    recipe = b"# a recipe\ndata: digits\nmodel: digits-cnn\nthreat:\n  eps: 8/255\nattack:\n  steps: 3\nepochs: 1\nlr: 1e-2\n"
+    recipe = b"data: digits\nmodel: digits-cnn\nthreat:\n  eps: 8/255\nattack:\n  steps: 3\nepochs: 1\nlr: 1e-2\n"
     told = _files(run)
     state = states(folder)[0].relative_to(folder).as_posix()
     return {
@@ -466,7 +466,7 @@ def _rows(folder: Path) -> dict[str, Kind]:
     columns = {name: np.zeros(6) for name in AttackRows.__dataclass_fields__}
     columns |= {"correct": np.ones(6, bool), "prediction": np.arange(6), "overturned": np.zeros(6, bool)}
     for start in (0, 6):
-        parts.add(CLEAN, start, Part({name: np.zeros(6, np.int64) for name in CleanRows.__dataclass_fields__}, 1.0))
+        parts.add(CLEAN, start, Part({"prediction": np.zeros(6, np.int64), "probable": np.zeros(6, bool)}, 1.0))
         parts.add("fgsm", start, Part(columns, 1.0))
     files = _files(folder)
     target = next(name for name in files if "fgsm" in name)
@@ -482,7 +482,7 @@ def _rows(folder: Path) -> dict[str, Kind]:
             assert all(len(column) == count for column in part.columns.values())
             assert all(column.dtype.kind in "biuf" for column in part.columns.values())
             return
-        assert len(seen) == 1
+        assert len(seen) == 1, [str(one.message) for one in seen]
         raise ValueError(str(seen[0].message))
 
     return {"rows parquet": Kind(files, target, read, _table)}
@@ -529,19 +529,20 @@ def tried(kind: Kind, content: bytes, folder: Path) -> str:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(whole)
     before = _files(folder)
-    outcome = "loaded"
+    outcome, lines = "loaded", 1
     with watched() as seen, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             kind.load(folder)
         except ALLOWED as error:
             outcome = type(error).__name__
-            assert "\n" not in str(error).strip(), f"several lines: {error}"
+            lines = len(str(error).strip().splitlines())
         except AssertionError:
             raise
         except BaseException as error:
             raise AssertionError(f"{type(error).__name__}: {error}") from error
     assert not seen, seen
+    assert lines <= 1, f"{lines} lines"
     if outcome != "loaded":
         left = {name for name, whole in _files(folder).items() if before.get(name) != whole} - {"lock"}
         assert not left, f"left or changed: {left}"

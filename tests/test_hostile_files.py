@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: each loads, or is refused in one line; nothing runs, hangs, or is left half-written."""
+"""Files that nobody vouches for load or are refused in one line; nothing runs, hangs, or is left half-written."""
 
 import json
 import os
@@ -314,7 +314,7 @@ def state(kinds, tmp_path):
         ("totals", {"loss": "x"}),
         ("totals", {"examples": 1}),
         ("gauged", {"fosc": [1.0]}),
-        ("gauged", dict.fromkeys(("fosc", "relative_fosc", "ball_fosc", "zero_gradient"), [])),
+        ("gauged", {"fosc": [], "relative_fosc": [], "ball_fosc": [], "zero_gradient": []}),
         ("history", [{"loss": {}}]),
         ("history", [1]),
         ("micro_batch", 0),
