@@ -14,11 +14,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import innermax as im
 from innermax import runs
-from innermax.checkpoints import load_tensors, save_tensors, write_bytes
+from innermax.checkpoints import load_tensors, no_link, save_tensors, write_bytes
 from innermax.cli import main
 from innermax.evaluation import Evaluation
 from innermax.reading import parsed_json, parsed_yaml
@@ -226,7 +227,17 @@ def test_nothing_is_written_through_a_link(tmp_path):
     (tmp_path / "lock").symlink_to(precious)
     with pytest.raises(OSError, match="lock"), alone(tmp_path / "lock", "the folder"):
         pass
+    with pytest.raises(OSError, match="lock"), open(tmp_path / "lock", "a", opener=no_link):
+        pass
     assert precious.read_text() == "mine"
+
+
+def test_an_exported_program_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "model.part.pt2").symlink_to(tmp_path / "precious")
+    im.export_model(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), tmp_path / "model.pt2", input_shape=(1, 2, 2))
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / "model.pt2").stat().st_size > 4
 
 
 def test_an_evaluation_is_not_written_through_a_link(kinds, tmp_path):

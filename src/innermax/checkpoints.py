@@ -38,6 +38,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open` that raises OSError for a symbolic link, which would lead to another file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes a value as JSON, whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innermax.checkpoints import fill, load_tensors, save_tensors, write_bytes
+from innermax.checkpoints import fill, load_tensors, no_link, save_tensors, write_bytes
 from innermax.reading import is_number, is_row
 from innermax.rows import fingerprint
 from innermax.runs import STATES
@@ -128,7 +128,7 @@ def alone(path: Path, what: str) -> Iterator[None]:
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8", opener=_not_elsewhere) as lock:
+    with open(path, "a+", encoding="utf-8", opener=no_link) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -144,11 +144,6 @@ def alone(path: Path, what: str) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {platform.node()} since {since}\n")
         lock.flush()
         yield
-
-
-def _not_elsewhere(path: str, flags: int) -> int:
-    """Opens a file for writing, but no link, which would lead to another file."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
