@@ -283,6 +283,32 @@ def test_from_the_hub(tmp_path, monkeypatch, source):
     assert asked == [(source, "model.safetensors", None)]
 
 
+@pytest.mark.parametrize("revision", ["v2", "refs/pr/1", "0123abc"])
+def test_a_revision_of_the_hub(tmp_path, monkeypatch, revision):
+    model, asked = network(), set()
+    save_model(tmp_path / "hub", model)
+
+    def download(repo, file, *, revision=None):
+        asked.add((repo, file, revision))
+        return str(tmp_path / "hub" / file)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for load in (im.load_model, im.from_pretrained, load_model):
+        asked.clear()
+        assert identical(load(f"user/name@{revision}"), model)
+        assert asked == {("user/name", name, revision) for name in ("config.json", "model.safetensors")}
+    assert identical(load_model(f"user/name@{revision}", revision=revision), model)
+    for source, other in ((f"user/name@{revision}", "main"), ("user/name@", None)):
+        with pytest.raises(ValueError, match="must name one revision after its @"):
+            load_model(source, revision=other)
+    (tmp_path / "user").mkdir()
+    save_model(tmp_path / "user" / "name@v2", network())  # what is here comes first
+    asked.clear()
+    load_model("user/name@v2")
+    assert not asked
+
+
 class ClientError(Exception):
     """An HTTP client's own error, in no family with the system's."""
 

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from innermax import data as module
 from innermax import decoding
-from innermax.data import Data, ImageSet, as_image_set, augment, load_data
+from innermax.data import Data, ImageSet, as_image_set, augment, hub_id, load_data
 from innermax.randomness import keys, uniform
 
 LOCAL = os.environ.get("INNERMAX_DATA")
@@ -434,16 +434,42 @@ def test_heavy_packages_are_imported_where_used():
 def test_hub(monkeypatch):
     asked = []
 
-    def hub(*arguments, split):
-        asked.append((*arguments, split))
+    def hub(*arguments, split, revision):
+        asked.append((*arguments, split, revision))
         return hugging_face(pixels(3), [2, 0, 1] if split == "train" else [0, 0, 1], label="fine_label")
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
     data = load_data("cifar100", validation=1)
-    assert asked == [("uoft-cs/cifar100", None, "train"), ("uoft-cs/cifar100", None, "test")]
+    assert asked == [("uoft-cs/cifar100", None, "train", None), ("uoft-cs/cifar100", None, "test", None)]
     assert (data.name, data.num_classes, data.class_names) == ("cifar100", 3, ("a", "b", "c"))
     assert [len(data.train), len(data.validation)] == [2, 1]
     assert torch.equal(data.test.images, as_tensor(pixels(3)))
+
+
+def test_a_revision_of_the_hub(monkeypatch, tmp_path):
+    asked = []
+
+    def hub(*arguments, split, revision):
+        asked.append((*arguments, split, revision))
+        return hugging_face(pixels(3), [2, 0, 1], label="label")
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    (tmp_path / "cifar10").mkdir()  # what lies here is of no known revision
+    assert load_data("cifar10@refs/pr/3", validation=1, root=tmp_path).name == "cifar10@refs/pr/3"
+    assert asked == [("uoft-cs/cifar10", None, split, "refs/pr/3") for split in ("train", "test")]
+    assert hub_id("cifar10@refs/pr/3") == "uoft-cs/cifar10"
+    for name in ("digits@1", "cifar10@", "cifar-10@1"):
+        with pytest.raises(ValueError, match="unknown data set or folder"):
+            load_data(name)
+
+
+def test_a_data_set_of_the_hub_names_no_file_of_this_machine(monkeypatch, tmp_path):
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "mine.png")
+    features = datasets.Features({"img": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["a", "b"])})
+    row = {"img": [{"bytes": None, "path": str(tmp_path / "mine.png")}], "label": [0]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(row, features=features))
+    with pytest.raises(ValueError, match=r"row 0 of uoft-cs/cifar10 train: the image is missing"):
+        load_data("cifar10@main", validation=0)
 
 
 def test_hub_without_a_connection(monkeypatch, tmp_path):

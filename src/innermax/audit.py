@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from innermax.reading import value_as
 from innermax.statistics import wilson
 
 Verdict = Literal["no failure found", "not converged", "gradients masked", "randomised"]
@@ -152,13 +153,9 @@ class Audit:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Audit":
-        """What `to_dict` gave, after JSON without NaN. Raises KeyError or TypeError where it is something else."""
-        told: dict[str, Any] = dict(document["evidence"])
-        told["searches"] = {name: _search(values) for name, values in told["searches"].items()}
-        told["passed"] = tuple(told["passed"])
-        known: dict[str, Any] = {name: math.nan if value is None else value for name, value in told.items()}
-        evidence = Evidence(**known)
-        return cls(document["verdict"], tuple(document["causes"]), document["advice"], evidence)
+        """What `to_dict` gave, after JSON without NaN. Raises ValueError where it is something else."""
+        read: Audit = value_as(cls, document, "audit")
+        return read
 
 
 def certain_gain(likeliest: int, others: int, others_tried: int, others_all: int, examples: int) -> float:
@@ -252,11 +249,3 @@ def _shortcomings(found: Evidence) -> dict[str, str]:
             else f"{stronger} --seed 1, and count an example that falls to either"
         )
     return causes
-
-
-def _search(values: Mapping[str, Any]) -> SearchEvidence:
-    """One attack's evidence, from JSON."""
-    told: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
-    for name in ("fosc", "relative_fosc"):
-        told[name] = Quantiles(*(math.nan if part is None else part for part in values[name].values()))
-    return SearchEvidence(**told)

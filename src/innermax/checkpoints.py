@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from innermax.models import build_model
 from innermax.oracle import unwrapped
+from innermax.reading import parsed_json
 
 # A path that ends so is a file's, never a Hub id, which may hold a dot as well.
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json")
@@ -23,7 +24,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that it is there whole or as it was before. OSError says which file, and why not."""
     partial = path.with_name(path.name + ".part")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # a link there would lead elsewhere
+        with partial.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -34,6 +36,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
         raise
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open` that raises OSError for a symbolic link, which would lead to another file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -52,9 +59,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            meta = json.loads((file.metadata() or {}).get("innermax", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+            meta = parsed_json((file.metadata() or {}).get("innermax", "{}"))
+            if not isinstance(meta, dict):
+                raise ValueError("what stands beside the tensors is no object")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {' '.join(str(error).split())}") from error
     return tensors, meta
 
 
@@ -72,7 +81,8 @@ def load_saved_model(source: str | Path, model: nn.Module | None = None, revisio
     """A model from a folder or file that innermax wrote, or from the Hugging Face Hub; in evaluation mode.
 
     Args:
-        source: a run or model folder, a .safetensors file with config.json beside it, or a Hub id such as "user/name".
+        source: a run or model folder, a .safetensors file with config.json beside it, or a Hub id such as "user/name",
+            also "user/name@revision".
         model: the network to fill, for one that innermax did not build; changed in place.
         revision: branch, tag or commit on the Hub.
 
@@ -82,12 +92,35 @@ def load_saved_model(source: str | Path, model: nn.Module | None = None, revisio
     path = _located(Path(source), str(source), revision, described=model is None)
     tensors, _ = load_tensors(path)
     if model is None:
-        model = _built(path.parent / "config.json")
+        description = path.parent / "config.json"
+        with torch.device("meta"):  # what a stranger describes gets no memory before the weights are seen to fit
+            _fitted(_built(description), tensors, path)
+        model = _built(description)
+    return _fitted(model, tensors, path).eval()
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads weights into a network; one on the meta device takes the tensors themselves.
+
+    Raises ValueError where names, shapes or kinds of numbers differ.
+    """
+    own = network.state_dict()
+    for name, value in own.items():
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point():
+            raise ValueError(f"{name} is of {tensors[name].dtype} instead of {value.dtype}")
     try:
-        model.load_state_dict(tensors)
+        network.load_state_dict(tensors, assign=any(value.is_meta for value in own.values()))
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error
-    return model.eval()
+        raise ValueError(" ".join(str(error).split())[:300]) from error
+
+
+def _fitted(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The model, filled with the weights of a file."""
+    try:
+        fill(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+    return model
 
 
 def _located(path: Path, source: str, revision: str | None, described: bool) -> Path:
@@ -100,14 +133,18 @@ def _located(path: Path, source: str, revision: str | None, described: bool) -> 
         raise ValueError(f"{path} is no .safetensors file; pickled models are never loaded")
     if path.is_file():
         return path
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in _FILE_SUFFIXES:
+    repository, at, told = source.partition("@")
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or path.suffix in _FILE_SUFFIXES:
         raise ValueError(f"no model at {source}: expected a folder, a .safetensors file or a Hub id such as user/name")
+    if at and (not told or revision not in (None, told)):
+        raise ValueError(f"{source} must name one revision after its @, came {told!r} and revision={revision!r}")
     from huggingface_hub import hf_hub_download
 
+    revision = told or revision
     try:
         if described:
-            hf_hub_download(source, "config.json", revision=revision)
-        return Path(hf_hub_download(source, "model.safetensors", revision=revision))
+            hf_hub_download(repository, "config.json", revision=revision)
+        return Path(hf_hub_download(repository, "model.safetensors", revision=revision))
     except Exception as error:  # a lost connection comes as the Hub client's own, its HTTP client's or the system's
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"no model {source!r} here or on the Hugging Face Hub: {reason}") from error
@@ -116,7 +153,9 @@ def _located(path: Path, source: str, revision: str | None, described: bool) -> 
 def _built(path: Path) -> nn.Module:
     """The network that a config.json describes."""
     try:
-        config = json.loads(path.read_text())
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+        config = parsed_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable model description: {error}; pass model= for a network of yours"
@@ -126,5 +165,6 @@ def _built(path: Path) -> nn.Module:
     options = {name: value for name, value in config.items() if name != "model"}
     try:
         return build_model(config["model"], **options)
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of sizes no machine holds
+    # torch's own are of sizes that no machine holds.
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error

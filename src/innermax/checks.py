@@ -21,6 +21,12 @@ def in_short(failure: Exception) -> str:
     return ": ".join([type(failure).__name__, *(line.partition(". ")[0] for line in lines[:1])])
 
 
+def shortened(value: object) -> str:
+    """A value as an error shows it, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]} … {text[-38:]}"
+
+
 def check_count(value: object, name: str) -> None:
     """Raises unless value is an integer ≥ 1."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -29,6 +29,7 @@ _SOURCES = (
     "of torch.export"
 )
 _FRACTION = r"^(\d+\.?\d*)/(\d+\.?\d*)$"
+_GROUPS = ("threat", "attack", "dynamic", "curriculum", "warm")  # of a recipe's settings
 # What the recipe and the run say in their own way.
 _NOT_OPTIONS: set[str | int] = {
     "model",
@@ -220,12 +221,12 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     import innermax as im
     from innermax.attacks.named import named_attacks
     from innermax.progress import show_evaluation
-    from innermax.runs import read_config
+    from innermax.runs import told_settings
     from innermax.tables import format_audit, format_table
     from innermax.training import chosen_device
 
     path = Path(source)
-    told = read_config(path)["settings"] if (path / "config.yaml").is_file() else {}
+    told = told_settings(path) if (path / "config.yaml").is_file() else {}
     name = chosen.data or told.get("data")
     if name is None:
         raise ValueError(f"{source} is no run folder, so its data set is not known: give --data")
@@ -313,10 +314,10 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
 
 def _agreed(sources: Sequence[str], setting: str, option: str) -> Any:
     """What the run folders among the sources say of a setting, None where none does. ValueError where they differ."""
-    from innermax.runs import read_config
+    from innermax.runs import told_settings
 
     runs = [source for source in sources if (Path(source) / "config.yaml").is_file()]
-    told = {source: read_config(Path(source))["settings"].get(setting) for source in runs}
+    told = {source: told_settings(Path(source)).get(setting) for source in runs}
     known = [(source, value) for source, value in told.items() if value is not None]
     for source, value in known:
         if value != known[0][1]:
@@ -417,7 +418,8 @@ def _export(words: list[str]) -> None:
 
 def _run_export(source: str, chosen: Any) -> None:
     import innermax as im
-    from innermax.runs import read_config
+    from innermax.reporting.exhibit import read_evaluation
+    from innermax.runs import read_config, told_settings
 
     path = Path(source)
     if chosen.push is not None and chosen.format != "hub":
@@ -431,9 +433,10 @@ def _run_export(source: str, chosen: Any) -> None:
         return
     about: dict[str, Any] = {"license": chosen.license}
     if (path / "config.yaml").is_file():
+        told_settings(path)  # raises where the card could not tell of it
         about["training"] = read_config(path)
     if chosen.best and (path / "evaluation.json").is_file():
-        about["evaluation"] = im.Evaluation.from_json((path / "evaluation.json").read_text(encoding="utf-8"))
+        about["evaluation"] = read_evaluation(path / "evaluation.json")
     if chosen.push is not None:
         print(im.push_to_hub(model, chosen.push, private=chosen.private, **about))
         return
@@ -490,7 +493,7 @@ def _train_parser(recipe: dict[str, Any]) -> Any:
         exit_on_error=False,
     )
     parser.add_class_arguments(settings.RecipeSettings, as_group=False)
-    for name in ("threat", "attack", "dynamic", "curriculum", "warm"):
+    for name in _GROUPS:
         parser.add_class_arguments(getattr(settings, f"{name.capitalize()}Settings"), name)
     parser.add_function_arguments(train, as_group=False, skip=_NOT_OPTIONS)
     parser.add_argument(
@@ -520,6 +523,10 @@ def _recipe(name: str, recipe: object) -> dict[str, Any]:
         raise ValueError(f"recipe {name} holds no settings")
     known = [action.dest for action in _train_parser({})._actions]
     for key, value in recipe.items():
+        if key in ("run_dir", "overwrite"):
+            raise ValueError(f"recipe {name} must not say where to write: give --{key.replace('_', '-')} yourself")
+        if (key in _GROUPS) != isinstance(value, dict):
+            raise ValueError(f"recipe {name}: {key} must {'' if key in _GROUPS else 'not '}hold settings of its own")
         inner = [f"{key}.{part}" for part in value] if isinstance(value, dict) else [str(key)]
         for setting in inner:
             if setting not in known:

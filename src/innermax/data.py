@@ -3,7 +3,6 @@
 pyarrow, PIL, scikit-learn and datasets are imported where they are used: training on tensors needs none of them.
 """
 
-import json
 import operator
 import os
 import sys
@@ -24,6 +23,7 @@ from torch.nn import functional
 from innermax.checks import check_inputs, check_labels, unknown
 from innermax.decoding import Row, coloured, decoded, stacked, taken
 from innermax.randomness import permutation, uniform
+from innermax.reading import parsed_json
 
 
 class _Source(NamedTuple):
@@ -123,13 +123,17 @@ def load_data(name_or_path: str | Path, *, validation: float | int | None = None
 
     A folder holds train*.parquet and test*.parquet (columns image or img, label or fine_label), or train/ and test/
     with one folder of images a class; validation*.parquet or validation/ are used where present. Names other than
-    digits are looked for in the folder root/name, then on the Hugging Face Hub. root: INNERMAX_DATA unless told.
+    digits are looked for in the folder root/name, then on the Hugging Face Hub; NAME@REVISION, a branch, tag or commit,
+    on the Hub alone. root: INNERMAX_DATA unless told.
     validation: held out of train, as a fraction in (0, 1) or a count; 0: none; None: 10 %, at most 5,000. Which
     examples are held out depends on nothing but their number. Images are decoded a few at a time; where a split has
     more than 2 GiB of them, into a file (see ImageSet). Raises ValueError, naming what cannot be found or read.
     """
     name = str(name_or_path)
-    if isinstance(name_or_path, str) and name in _NAMES:
+    known, _, revision = name.partition("@")
+    if isinstance(name_or_path, str) and known in _HUB and revision:
+        splits = _from_hub(known, revision)
+    elif isinstance(name_or_path, str) and name in _NAMES:
         splits = _digits() if name == "digits" else _named(name, _root(root))
     elif Path(name_or_path).is_dir():
         name, splits = Path(name_or_path).resolve().name, _folder(Path(name_or_path))
@@ -149,7 +153,8 @@ def load_data(name_or_path: str | Path, *, validation: float | int | None = None
 
 def hub_id(name: str) -> str | None:
     """Where a data set of that name is on the Hugging Face Hub; None where it is not known to be."""
-    return _HUB[name].hub_id if name in _HUB else None
+    known = name.partition("@")[0]
+    return _HUB[known].hub_id if known in _HUB else None
 
 
 def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
@@ -168,7 +173,7 @@ def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
     hugging_face = sys.modules.get("datasets")  # its objects cannot exist before it is imported
     if hugging_face is not None and isinstance(dataset, hugging_face.Dataset):
         rows = len(dataset) if limit is None else min(limit, len(dataset))
-        return _from_hugging_face(dataset, rows, "the Hugging Face data set")
+        return _from_hugging_face(dataset, rows, "the Hugging Face data set", follow_paths=True)
     if isinstance(dataset, torch.utils.data.Dataset) and hasattr(dataset, "__len__"):
         return _from_items(dataset, len(dataset) if limit is None else min(limit, len(dataset)))
     raise TypeError(
@@ -258,14 +263,16 @@ def _root(root: Path | None) -> Path | None:
 
 def _named(name: str, root: Path | None) -> _Splits:
     """A data set by its name: the local folder where there is one, else the Hub."""
-    if root is not None and (root / name).is_dir():
-        return _folder(root / name)
+    return _folder(root / name) if root is not None and (root / name).is_dir() else _from_hub(name, None)
+
+
+def _from_hub(name: str, revision: str | None) -> _Splits:
     import datasets
 
     source = _HUB[name]
     try:
         parts = {
-            split: datasets.load_dataset(source.hub_id, source.configuration, split=split)
+            split: datasets.load_dataset(source.hub_id, source.configuration, split=split, revision=revision)
             for split in ("train", "test")
         }
     except Exception as error:  # a lost connection comes as the Hub client's own, httpx's or the system's error
@@ -273,7 +280,11 @@ def _named(name: str, root: Path | None) -> _Splits:
             f"cannot get {name} ({source.hub_id}) from the Hugging Face Hub: {type(error).__name__}: {error}. Without "
             f"a connection, put {name}/train*.parquet and test*.parquet into a folder that INNERMAX_DATA names"
         ) from error
-    train, test = (_from_hugging_face(part, len(part), f"{source.hub_id} {split}") for split, part in parts.items())
+    # What comes from elsewhere names no file of this machine.
+    train, test = (
+        _from_hugging_face(part, len(part), f"{source.hub_id} {split}", follow_paths=False)
+        for split, part in parts.items()
+    )
     return _Splits(train, None, test, _class_names(parts["train"].features.arrow_schema))
 
 
@@ -315,7 +326,9 @@ def _from_class_folders(path: Path, class_names: tuple[str, ...]) -> ImageSet:
     for label, name in enumerate(class_names):
         folder = path / name
         files = sorted(folder.iterdir()) if folder.is_dir() else []
-        images = (file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
+        images = [file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
+        if not all(file.is_file() for file in images):  # a pipe would be waited for
+            raise ValueError(f"{folder} holds something called as an image that is no file")
         rows.extend(Row(str(file), file, label) for file in images)
     if not rows:
         raise ValueError(f"{path} holds no images (folders of {', '.join(sorted(_SUFFIXES))} files, one a class)")
@@ -329,10 +342,12 @@ def _parquet(file: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
+        if not file.is_file():
+            raise OSError("it is no file")
         with pq.ParquetFile(file) as opened:
             yield opened
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        raise ValueError(f"{file} cannot be read as parquet: {' '.join(str(error).split())[:300]}") from error
 
 
 def _from_parquet(files: Sequence[Path]) -> ImageSet:
@@ -360,15 +375,15 @@ def _shard(file: Path) -> Iterator[Row]:
             start += batch.num_rows
 
 
-def _from_hugging_face(dataset: Any, count: int, where: str) -> ImageSet:
-    """The first count rows; unlike a parquet file's, they may name image files by path."""
+def _from_hugging_face(dataset: Any, count: int, where: str, *, follow_paths: bool) -> ImageSet:
+    """The first count rows. follow_paths: they may name image files instead of holding them."""
     if count == 0:
         raise ValueError(f"{where} holds no rows")
     tables = dataset.with_format("arrow")
 
     def rows() -> Iterator[Row]:
         for start in range(0, count, _ROWS):
-            yield from _rows(tables[start : min(start + _ROWS, count)], where, start, follow_paths=True)
+            yield from _rows(tables[start : min(start + _ROWS, count)], where, start, follow_paths=follow_paths)
 
     return ImageSet(*decoded(rows, count))
 
@@ -380,6 +395,8 @@ def _columns(names: Sequence[str], where: str) -> list[str]:
         present = [name for name in known if name in names]
         if not present:
             raise ValueError(f"{where} has no column {' or '.join(known)} (its columns: {', '.join(names)})")
+        if list(names).count(present[0]) > 1:
+            raise ValueError(f"{where} has more than one column {present[0]}")
         found.append(present[0])
     return found
 
@@ -406,8 +423,9 @@ def _rows(table: Any, where: str, start: int, *, follow_paths: bool = False) -> 
 def _class_names(schema: Any) -> tuple[str, ...] | None:
     """The label column's class names, as Hugging Face writes them into an Arrow schema, where they are there."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features[_columns(list(features), "")[1]]["names"]))
+        features = parsed_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[_columns(list(features), "")[1]]["names"]
+        return tuple(map(str, names)) if isinstance(names, list) else None
     except (KeyError, TypeError, ValueError):
         return None
 

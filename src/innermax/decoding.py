@@ -229,4 +229,4 @@ def _opened(row: Row) -> "Iterator[Image.Image]":
     except UnidentifiedImageError as error:
         raise ValueError(f"{row.name}: not a readable {', '.join(_FORMATS)} image") from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, its bomb errors and more
-        raise ValueError(f"{row.name}: {error}") from error
+        raise ValueError(f"{row.name}: {' '.join(str(error).split())}") from error

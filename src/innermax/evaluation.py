@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from innermax.attacks.base import looks_like_probabilities
 from innermax.attacks.search import AttackResult
 from innermax.audit import Audit
+from innermax.checkpoints import write_bytes
 from innermax.checks import unknown
 from innermax.data import as_image_set
 from innermax.intake import misgivings
 from innermax.losses import cross_entropy
 from innermax.oracle import Oracle, Precision
 from innermax.probes import Subject, audited
+from innermax.reading import parsed_json, value_as
 from innermax.rows import (
     CLEAN,
     AttackRows,
@@ -34,6 +36,7 @@ from innermax.rows import (
     Column,
     Part,
     Parts,
+    check_column,
     fingerprint,
     kept_rows,
     open_rows,
@@ -201,28 +204,34 @@ class Evaluation:
         document = self.summary() | {"examples": _without_nan(examples)}
         text = json.dumps(document, allow_nan=False, ensure_ascii=False)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_bytes(Path(path), f"{text}\n".encode())
         return text
 
     @classmethod
     def from_json(cls, text: str) -> "Evaluation":
         """What `to_json` wrote. Raises ValueError where the text is something else."""
         try:
-            document = json.loads(text)
+            document = parsed_json(text)
             examples, attacks = document["examples"], document["examples"]["attacks"]
+            settings = value_as(Settings, document["settings"], "settings")
+            if {CLEAN, "worst_case"} & attacks.keys():
+                raise ValueError(f"no attack is called {CLEAN} or worst_case")
             return cls(
-                settings=Settings(**document["settings"]),
-                label=_column(examples["label"]),
-                clean_prediction=_column(examples["clean_prediction"]),
+                settings=settings,
+                label=_column(examples["label"], "label", settings.count),
+                clean_prediction=_column(examples["clean_prediction"], "prediction", settings.count),
                 rows={
-                    name: AttackRows(**{key: _column(values) for key, values in rows.items()})
+                    name: AttackRows(**{key: _column(values, key, settings.count) for key, values in rows.items()})
                     for name, rows in attacks.items()
                 },
-                seconds={name: document["convergence"][name]["seconds"] for name in attacks},
+                seconds={
+                    name: value_as(float, document["convergence"][name]["seconds"], "seconds") for name in attacks
+                },
                 audit=None if document.get("audit") is None else Audit.from_dict(document["audit"]),
             )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"text must be an evaluation's JSON: {type(error).__name__}: {error}") from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(f"text must be an evaluation's JSON: {told}") from error
 
     def _accuracy(self, name: str) -> Accuracy:
         correct = self.correct(name)
@@ -519,9 +528,11 @@ def _quantiles(values: Column) -> tuple[float, float]:
     return float(median), float(ninth)
 
 
-def _column(values: Sequence[Any]) -> Column:
-    """A column of JSON; null is NaN."""
-    return np.array([math.nan if value is None else value for value in values])
+def _column(values: Sequence[Any], name: str, count: int) -> Column:
+    """A column of JSON; null is NaN. Raises ValueError where it is not what such a column holds."""
+    column = np.array([math.nan if value is None else value for value in values])
+    check_column(column, name, count)
+    return column
 
 
 def _without_nan(value: Any) -> Any:

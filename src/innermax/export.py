@@ -40,6 +40,7 @@ def export_model(model: nn.Module, path: str | Path, *, input_shape: Sequence[in
     shape = _shape(model, input_shape)
     network = copy.deepcopy(unwrapped(model)).cpu().requires_grad_(False).eval()
     partial = path.with_name(f"{path.stem}.part{path.suffix}")
+    partial.unlink(missing_ok=True)  # a link there would lead elsewhere
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about torch's own

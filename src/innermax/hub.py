@@ -94,7 +94,7 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     training = None if training is None else _without_places(training)
-    data = _without_places(data or dict(training or {}).get("settings", {}).get("data"))
+    data = _without_places(data or (dict(training or {}).get("settings") or {}).get("data"))
     known = None if data is None else hub_id(data)
     name = repo_id.rpartition("/")[2]
     results = _results(evaluation, data) if evaluation is not None and data is not None else None

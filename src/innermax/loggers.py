@@ -4,7 +4,6 @@ metrics.jsonl is always written, by `runs`. Here the same rows go through the lo
 Lightning, with the distribution of FOSC and a picture of attacked examples where the logger takes such.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from innermax.checkpoints import write_json
 from innermax.checks import in_short
+from innermax.reading import parsed_json
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 FILE = "logger.json"  # in a run folder: what the run is called where it is logged, so that a resumed one goes on there
@@ -99,7 +99,10 @@ def _opened(name: LoggerName, folder: Path) -> Logger:
 def _known(folder: Path, name: str) -> str | None:
     """What the folder's run is called there."""
     path = folder / FILE
-    known: str | None = json.loads(path.read_text()).get(name) if path.exists() else None
+    told = parsed_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = told.get(name) if isinstance(told, dict) else None
+    if known is not None and not isinstance(known, str):
+        raise ValueError(f"{path} is damaged: {name}'s run has no name")
     return known
 
 

@@ -16,12 +16,15 @@ import yaml
 from torch import Tensor
 
 from innermax.checkpoints import write_bytes
+from innermax.reading import is_number
 from innermax.runs import differences, is_vacant, read_config
 
 Column = npt.NDArray[Any]
 CLEAN = "clean"
 _CONFIGURATION = "config.yaml"
 _TABLE = "rows.parquet"
+_NUMBERS = "biuf"  # numpy's letters for what a column may hold, unless it is one of these
+_KINDS = {"correct": "b", "probable": "b", "prediction": "iu", "label": "iu", "index": "iu"}
 _LONGEST = 150  # characters that a message says of one setting
 
 
@@ -156,8 +159,12 @@ class Parts:
             told = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
             columns = {key: table[key].to_numpy() for key in table.column_names}
             seconds, attack = float(told["seconds"]), told["attack"]
+            for key, column in columns.items():
+                check_column(column, key, self._length(start))
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise ValueError(" ".join(str(error).split())[:120]) from error
+        if not is_number(seconds):
+            raise ValueError(f"it took {seconds} seconds")
         index = columns.pop("index", np.empty(0))
         if attack != name or columns.keys() != {
             entry.name for entry in fields(CleanRows if name == CLEAN else AttackRows)
@@ -166,6 +173,16 @@ class Parts:
         if not np.array_equal(index, np.arange(start, start + self._length(start))):
             raise ValueError(f"it does not hold the examples {start}…{start + self._length(start) - 1}")
         return Part(columns, seconds)
+
+
+def check_column(column: Column, name: str, count: int) -> None:
+    """Raises ValueError unless the column of that name holds what it should, for so many examples."""
+    if column.shape != (count,) or column.dtype.kind not in _KINDS.get(name, _NUMBERS):
+        raise ValueError(
+            f"column {name[:60]} must hold {count} numbers of its kind, came {column.dtype} {column.shape}"
+        )
+    if name in ("prediction", "label") and column.size and int(column.min()) < 0:
+        raise ValueError(f"column {name} holds a class below 0")
 
 
 def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
@@ -218,7 +235,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _differing(before: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what two configurations differ; a model's answers may by what rounding does."""
     old, new = before.get("answers"), now["answers"]
-    same = isinstance(old, list) and len(old) == len(new) and all(isinstance(value, int | float) for value in old)
+    same = isinstance(old, list) and len(old) == len(new) and all(is_number(v) or v != v for v in old)
     if same and np.allclose(np.array(old), np.array(new), 1e-3, 1e-6, equal_nan=True):
         return differences(before | {"answers": new}, now)
     return [*differences(before | {"answers": new}, now), "the model answers the first examples in another way"]

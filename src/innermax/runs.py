@@ -17,6 +17,8 @@ import yaml
 from torch import Tensor
 
 from innermax.checkpoints import write_bytes, write_json
+from innermax.checks import shortened
+from innermax.reading import parsed_yaml
 
 STATES = "checkpoints"  # the folder of what a run goes on from
 LOCK = "lock"  # of the process that works in a folder
@@ -83,12 +85,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A run's configuration. Raises ValueError where it is not readable."""
     path = folder / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        config = parsed_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable configuration: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a configuration of innermax")
     return config
+
+
+def told_settings(folder: Path) -> dict[str, Any]:
+    """What a run's configuration says of its data set and threat model: "data", and "threat" with "norm" and "eps".
+
+    Either may be missing. Raises ValueError where it is not readable, or says something else.
+    """
+    told = read_config(folder).get("settings") or {}
+    path = folder / "config.yaml"
+    if not isinstance(told, dict):
+        raise ValueError(f"{path}: settings must be a mapping, came {shortened(told)}")
+    data, threat = told.get("data"), told.get("threat")
+    if data is not None and not isinstance(data, str):
+        raise ValueError(f"{path}: settings.data must be a name or a folder, came {shortened(data)}")
+    if threat is not None and not (
+        isinstance(threat, dict)
+        and threat.keys() == {"norm", "eps"}
+        and isinstance(threat["norm"], str)
+        and isinstance(threat["eps"], int | float)
+    ):
+        raise ValueError(f"{path}: settings.threat must hold norm and eps, came {shortened(threat)}")
+    return {name: value for name, value in (("data", data), ("threat", threat)) if value is not None}
 
 
 def environment(seed: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from innermax.attacks.gradient import PGD
 from innermax.attacks.search import Gauge
 from innermax.checks import unknown
 from innermax.oracle import Precision
+from innermax.reading import parsed_yaml
 from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Shape, Standard, Strategy, Unsecured, WarmStart
 from innermax.threat import L1, L2, Linf, Threat
 
@@ -228,7 +229,7 @@ def recipe_text(name: str) -> str:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         try:
-            return path.read_text()
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"recipe {name} is not readable: {error}") from error
     if name not in recipe_names():
@@ -258,7 +259,4 @@ _Loader.add_constructor("!fraction", _fraction)
 
 def read_yaml(text: str) -> Any:
     """YAML as recipes use it: plain values, and fractions such as 8/255. Raises ValueError for anything else."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not readable as YAML: {' '.join(str(error).split())}") from error
+    return parsed_yaml(text, _Loader)

@@ -18,12 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innermax.checkpoints import load_tensors, save_tensors, write_bytes
+from innermax.checkpoints import fill, load_tensors, no_link, save_tensors, write_bytes
+from innermax.reading import is_number, is_row
 from innermax.rows import fingerprint
 from innermax.runs import STATES
 
 _PACE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)?")
 _NAME = re.compile(r"epoch-(\d+)-batch-(\d+)\.safetensors")
+_GAUGES = {"fosc", "relative_fosc", "ball_fosc", "zero_gradient"}
+# What an optimiser keeps of a parameter; a stranger's file may hold less.
+_OF_A_PARAMETER: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
 
 
 class Held(ValueError):
@@ -82,7 +89,8 @@ def load_state(
 
 def states(folder: Path) -> list[Path]:
     """The states of a run folder, the newest first."""
-    found = {path: _NAME.fullmatch(path.name) for path in (folder / STATES).glob("*.safetensors")}
+    files = (path for path in (folder / STATES).glob("*.safetensors") if path.is_file())
+    found = {path: _NAME.fullmatch(path.name) for path in files}
     places = {path: (int(match[1]), int(match[2])) for path, match in found.items() if match is not None}
     return sorted(places, key=places.__getitem__, reverse=True)
 
@@ -120,7 +128,7 @@ def alone(path: Path, what: str) -> Iterator[None]:
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as lock:
+    with open(path, "a+", encoding="utf-8", opener=no_link) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -144,7 +152,33 @@ def _checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     position = meta.get("position")
     if not isinstance(position, dict) or meta.get("sha256") != _digest(tensors, position):
         raise ValueError("its contents do not match their hash")
+    strange = next((name for name, value in position.items() if not _is_told(name, value)), None)
+    if strange is not None:
+        raise ValueError(f"its {strange[:60]!r} is not what a run writes")
     return tensors, position
+
+
+def _is_told(name: str, value: Any) -> bool:
+    """Whether a run's position may hold this: its hash says nothing of who made it."""
+    match name, value:
+        case (("epoch" | "batch"), int()):
+            return not isinstance(value, bool) and 0 <= value < 2**53
+        case "micro_batch", None | int():
+            return value is None or value >= 1
+        case "totals", dict():
+            return all(map(is_number, value.values())) and (
+                "examples" not in value or {"loss", "correct"} <= set(value)
+            )
+        case "gauged", dict():
+            lists = all(isinstance(v, list) and v and all(map(is_number, v)) for v in value.values())
+            return lists and set(value) in (set(), _GAUGES)
+        case "history", list():
+            return all(map(is_row, value))
+        case "attack_network", str():
+            return True
+        case "seconds", _:
+            return is_number(value)
+    return False
 
 
 def _digest(tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> str:
@@ -159,17 +193,42 @@ def _fill(
     optimizer: torch.optim.Optimizer,
     kept: Tensor | None,
 ) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer/"):
-            _, number, key = name.split("/")
-            state.setdefault(int(number), {})[key] = value
     try:
+        state = _optimizer_state(tensors, optimizer)
         for prefix, network in networks.items():
             own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
-            network.load_state_dict(own)
+            fill(network, own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if kept is not None:
+            _check_like("kept", tensors["kept"], kept)
             kept.copy_(tensors["kept"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
+
+
+def _optimizer_state(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What an optimiser keeps of each parameter, by its number. Raises ValueError where it is not this optimiser's."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if not name.startswith("optimizer/"):
+            continue
+        match = re.fullmatch(r"optimizer/(\d{1,9})/(\w+)", name)
+        if match is None or int(match[1]) >= len(parameters):
+            raise ValueError(f"{name[:60]!r} is of no parameter")
+        if value.ndim > 0:
+            _check_like(name, value, parameters[int(match[1])])
+        state.setdefault(int(match[1]), {})[match[2]] = value
+    wanted = next((names for kind, names in _OF_A_PARAMETER.items() if isinstance(optimizer, kind)), None)
+    for number, found in state.items():
+        if wanted is not None and set(found) != wanted:
+            raise ValueError(
+                f"optimizer/{number} holds {', '.join(sorted(found))} instead of {', '.join(sorted(wanted))}"
+            )
+    return state
+
+
+def _check_like(name: str, value: Tensor, other: Tensor) -> None:
+    if value.shape != other.shape or value.is_floating_point() != other.is_floating_point():
+        came, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (value, other))
+        raise ValueError(f"{name} is {came} instead of {wanted}")

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from innermax import randomness, runs
 from innermax.attacks.gradient import PGD
 from innermax.attacks.search import measure
-from innermax.checkpoints import save_model
+from innermax.checkpoints import no_link, save_model
 from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set, augment
 from innermax.evaluation import evaluate
@@ -374,7 +374,7 @@ class _Loop:
         if self.folder is not None:
             path = self.folder / "nonfinite.jsonl"
             told = {"epoch": self.epoch, "batch": self.batch, "error": str(error), "examples": examples}
-            with path.open("a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", opener=no_link) as file:
                 file.write(json.dumps(told) + "\n")
             error.add_note(f"{path} lists them all.")
 

@@ -20,7 +20,8 @@ from innermax.checkpoints import write_bytes
 from innermax.checks import unknown
 from innermax.data import as_image_set
 from innermax.oracle import Oracle, Precision, unwrapped
-from innermax.rows import Column
+from innermax.reading import parsed_json, value_as
+from innermax.rows import Column, check_column
 from innermax.scoring import (
     Attack,
     Bench,
@@ -104,16 +105,27 @@ class Transfer:
     def from_json(cls, text: str) -> "Transfer":
         """What `to_json` wrote. Raises ValueError where the text is something else."""
         try:
-            document = json.loads(text)
+            document = parsed_json(text)
             examples = document["examples"]
-            return cls(
-                settings=Settings(**document["settings"]),
-                clean_correct={target: np.array(column) for target, column in examples["clean_correct"].items()},
-                transferred_correct=_each(np.array, examples["transferred_correct"]),
-                white_box=tuple((surrogate, target) for surrogate, target in document["white_box"]),
-            )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"text must be a transfer's JSON: {type(error).__name__}: {error}") from error
+            settings = value_as(Settings, document["settings"], "settings")
+
+            def correct(values: Any) -> Column:
+                column = np.array(values)
+                check_column(column, "correct", settings.count)
+                return column
+
+            clean = {target: correct(column) for target, column in examples["clean_correct"].items()}
+            found = _each(correct, examples["transferred_correct"])
+            for targets in found.values():
+                if targets.keys() != clean.keys() or any(c.keys() != settings.attacks.keys() for c in targets.values()):
+                    raise ValueError("a surrogate does not have every target and attack")
+            white_box = tuple((surrogate, target) for surrogate, target in document["white_box"])
+            if not all(surrogate in found and target in clean for surrogate, target in white_box):
+                raise ValueError("white_box names models that are not there")
+            return cls(settings, clean, found, white_box)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(f"text must be a transfer's JSON: {told}") from error
 
 
 def transfer(

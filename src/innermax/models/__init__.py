@@ -13,6 +13,7 @@ from innermax.checks import unknown
 from innermax.models.cnn import cifar_cnn, digits_cnn, mnist_cnn
 from innermax.models.resnet import preact_resnet18, resnet50, wideresnet
 
+_MOST_PIXELS = 4096 * 4096  # as of images that are read
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mnist-cnn": mnist_cnn,
     "cifar-cnn": cifar_cnn,
@@ -46,6 +47,8 @@ def build_model(
     shape = list(input_shape)
     if len(shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in shape):
         raise ValueError(f"input_shape must be (C, H, W), three positive integers, came {tuple(shape)}")
+    if shape[1] * shape[2] > _MOST_PIXELS:
+        raise ValueError(f"input_shape must be at most {_MOST_PIXELS:,} pixels, came {tuple(shape)}")
     if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(f"num_classes must be an integer ≥ 2, came {num_classes!r}")
     settings = _settings(name, options)

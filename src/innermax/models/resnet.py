@@ -14,10 +14,10 @@ def preact_resnet18(num_classes: int, input_shape: Sequence[int]) -> nn.Sequenti
 def wideresnet(num_classes: int, input_shape: Sequence[int], *, depth: int = 34, width: int = 10) -> nn.Sequential:
     """WideResNet-depth-width without dropout. Source: Zagoruyko & Komodakis, BMVC 2016.
 
-    depth: 6n + 4 with n ≥ 1; width: ≥ 1; anything else raises ValueError.
+    depth: 6n + 4 with 1 ≤ n ≤ 166; width: ≥ 1; anything else raises ValueError.
     """
-    if depth < 10 or depth % 6 != 4:
-        raise ValueError(f"depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, 34, …), came {depth!r}")
+    if not 10 <= depth <= 1000 or depth % 6 != 4:
+        raise ValueError(f"depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, 34, …, 1000), came {depth!r}")
     if width < 1:
         raise ValueError(f"width must be ≥ 1, came {width!r}")
     stages = (16 * width, 32 * width, 64 * width)
@@ -91,8 +91,8 @@ def _head(channels: int, num_classes: int) -> list[nn.Module]:
 
 
 def _initialised(model: nn.Sequential) -> nn.Sequential:
-    """The model with He's fan-out initialisation in every convolution."""
+    """The model with He's fan-out initialisation in every convolution; none on the meta device, where it is slow."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model

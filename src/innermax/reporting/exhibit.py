@@ -1,6 +1,5 @@
 """What a report is told of each model: evaluations, trainings and pictures, from values or from run folders."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +12,9 @@ from innermax.attacks.named import named_attack
 from innermax.data import load_data
 from innermax.evaluation import Evaluation
 from innermax.oracle import Oracle
+from innermax.reading import is_row, parsed_json
 from innermax.reporting.gallery import Gallery, gallery
-from innermax.runs import read_config
+from innermax.runs import read_config, told_settings
 from innermax.scoring import on_device
 from innermax.settings import ThreatSettings
 from innermax.sources import load_model
@@ -97,7 +97,7 @@ def _story(name: str, value: Any, pictures: int, device: torch.device | str | No
             if path.is_dir():
                 return _folder(name, path, pictures, device)
             missing = ("Only the evaluation is at hand: no training, no images.",)
-            return Story(name, _evaluation(path), missing=missing)
+            return Story(name, read_evaluation(path), missing=missing)
     raise TypeError(
         "evaluations_or_runs must hold evaluations, runs, exhibits, run folders or an evaluation's JSON files, "
         f"came {type(value).__name__} for {name!r}"
@@ -112,10 +112,11 @@ def _trained(story: Story, run: Run | str | Path | None) -> Story:
     if run is None or not (Path(run) / "config.yaml").is_file():
         return story
     folder = Path(run)
-    environment = _json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
+    environment = _environment(folder / "environment.json") if (folder / "environment.json").is_file() else {}
     history = story.history
-    if not history and (folder / "metrics.jsonl").is_file():
-        history = [_row(folder, line) for line in _text(folder / "metrics.jsonl").splitlines()]
+    metrics = folder / "metrics.jsonl"
+    if not history and metrics.is_file():
+        history = [_row(metrics, line) for line in _text(metrics).split("\n") if line]
     return replace(story, history=history, configuration=read_config(folder), environment=environment)
 
 
@@ -127,7 +128,7 @@ def _folder(name: str, folder: Path, pictures: int, device: torch.device | str |
     if not (folder / "evaluation.json").is_file():
         hint = f"innermax evaluate {folder} --json {folder / 'evaluation.json'}"
         return replace(story, missing=(f"This run has not been evaluated: {hint}",))
-    story = replace(story, evaluation=_evaluation(folder / "evaluation.json"))
+    story = replace(story, evaluation=read_evaluation(folder / "evaluation.json"))
     if pictures < 1:
         return story
     try:
@@ -138,7 +139,7 @@ def _folder(name: str, folder: Path, pictures: int, device: torch.device | str |
 
 def _gallery(folder: Path, story: Story, pictures: int, device: torch.device | str | None) -> Gallery:
     """Pictures from what a run folder says. Raises ValueError where that is not enough."""
-    evaluation, told = story.evaluation, story.configuration.get("settings", {})
+    evaluation, told = story.evaluation, told_settings(folder)
     if evaluation is None or not told.get("data") or not told.get("threat"):
         raise ValueError("the run folder does not say its data set and threat model; innermax.gallery makes them")
     threat = ThreatSettings(**told["threat"]).build()
@@ -158,31 +159,36 @@ def _gallery(folder: Path, story: Story, pictures: int, device: torch.device | s
     raise ValueError("the evaluation in the run folder is not of its model")
 
 
-def _evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> Evaluation:
+    """The evaluation in a file. Raises ValueError, with the file's name, where it is none."""
     try:
         return Evaluation.from_json(_text(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _row(folder: Path, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'metrics.jsonl'} is damaged: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{folder / 'metrics.jsonl'} is damaged: a line holds no measures")
-    return row
+def _row(path: Path, line: str) -> dict[str, Any]:
+    row = _json(path, line)
+    if not is_row(row):
+        raise ValueError(f"{path} is damaged: a line holds no measures")
+    measures: dict[str, Any] = row
+    return measures
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _environment(path: Path) -> dict[str, Any]:
+    told = _json(path, _text(path))
+    if not isinstance(told, dict) or not isinstance(told.get("versions", {}), dict):
+        raise ValueError(f"{path} is damaged: it holds no versions")
+    if not isinstance(told.get("command", []), list):
+        raise ValueError(f"{path} is damaged: its command is no list of words")
+    return told
+
+
+def _json(path: Path, text: str) -> Any:
     try:
-        value = json.loads(_text(path))
-    except json.JSONDecodeError as error:
+        return parsed_json(text)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no settings")
-    return value
 
 
 def _text(path: Path) -> str:

@@ -215,10 +215,10 @@ def _column(percentiles: Sequence[Any], edges: Any) -> list[float]:
 
 def _gauge(configuration: Mapping[str, Any]) -> str:
     """The gauge that c_t is measured in."""
-    strategy = configuration.get("training", {}).get("strategy", {})
-    attack = strategy.get("attack", {}) if isinstance(strategy, Mapping) else {}
-    gauge = attack.get("gauge") if isinstance(attack, Mapping) else None
-    return gauge if gauge in _GAUGES else "exact"
+    told: Any = configuration
+    for name in ("training", "strategy", "attack", "gauge"):
+        told = told.get(name) if isinstance(told, Mapping) else None
+    return told if isinstance(told, str) and told in _GAUGES else "exact"
 
 
 def _ends(evaluation: Evaluation, name: str) -> Figure | None:

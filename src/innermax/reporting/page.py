@@ -129,7 +129,7 @@ def _rows(found: Evaluation) -> list[dict[str, Any]]:
 
 def _threat(found: Evaluation) -> str:
     """The threat models of the attacks, as far as their descriptions tell."""
-    told = [re.search(r"threat=(\w+)\(eps=([\d.e-]+)", text) for text in found.settings.attacks.values()]
+    told = [re.search(r"threat=(\w+)\(eps=(\d+(?:\.\d+)?(?:e-\d+)?)", text) for text in found.settings.attacks.values()]
     names = [f"{_NORMS.get(match[1], match[1])}, ε = {eps_text(float(match[2]))}" for match in told if match]
     return " and ".join(dict.fromkeys(names))
 
@@ -188,18 +188,21 @@ def _confusions(story: Story, found: Evaluation, name: str) -> dict[str, Any]:
     predicted = found.rows[name].prediction
     names = story.gallery.class_names if story.gallery else None
     count = max(int(found.label.max()), int(predicted.max()), len(names or ()) - 1) + 1
-    counts = np.zeros((count, count), dtype=int)
-    np.add.at(counts, (found.label, predicted), 1)
-    called = [_class(number, names) for number in range(count)]
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    wrong = counts * (1 - np.eye(count, dtype=int))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:_LISTED]
-    pairs = [divmod(int(place), count) for place in order if wrong.flat[place] > 0]
+    pairs, often = np.unique(np.stack([found.label, predicted]), axis=1, return_counts=True)
+    wrong = np.flatnonzero(pairs[0] != pairs[1])
+    listed = wrong[np.argsort(-often[wrong], kind="stable")][:_LISTED]
+    matrix = []
+    if count <= _MATRIX:
+        counts = np.zeros((count, count), dtype=int)
+        counts[pairs[0], pairs[1]] = often
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        called = [_class(number, names) for number in range(count)]
+        matrix = list(zip(called, counts.tolist(), shares.tolist(), strict=True))
     return {
         "attack": name,
-        "called": called,
-        "matrix": [] if count > _MATRIX else list(zip(called, counts.tolist(), shares.tolist(), strict=True)),
-        "pairs": [(called[true], called[taken], int(counts[true, taken])) for true, taken in pairs],
+        "called": [row[0] for row in matrix],
+        "matrix": matrix,
+        "pairs": [(*(_class(int(number), names) for number in pairs[:, place]), int(often[place])) for place in listed],
     }
 
 
