@@ -169,7 +169,19 @@ def _fill(
             own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
             network.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        _lay_out(optimizer)
         if kept is not None:
             kept.copy_(tensors["kept"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Gives what belongs to a parameter's entries the parameter's order in memory.
+
+    Files hold rows one after the other, and fused optimisers take the two in the order in which they lie there.
+    """
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from innermax.checkpoints import write_json
 from innermax.checks import check_count
@@ -61,6 +61,7 @@ class Plan:
     settings: Mapping[str, Any]
 
 
+@runtime_checkable
 class Running(Protocol):
     """A run that has been started."""
 
@@ -79,7 +80,10 @@ def combinations(options: Mapping[str, Sequence[str]]) -> dict[str, dict[str, st
 
     Raises ValueError where two combinations would have one name, which is where an option has a value twice.
     """
-    varied = [name for name, values in options.items() if len(values) > 1]
+    # In an order of its own, so that a run's name does not depend on what was typed first.
+    varied = sorted(
+        (name for name, values in options.items() if len(values) > 1), key=lambda name: (name == "seed", name)
+    )
     found: dict[str, dict[str, str]] = {}
     for values in product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
@@ -213,11 +217,19 @@ class _Process:
         self._process = process
 
     def status(self) -> int | None:
-        return self._process.poll()
+        status = self._process.poll()
+        if status is not None:
+            self._close()
+        return status
 
     def interrupt(self) -> None:
         self._process.send_signal(signal.SIGINT)
         self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
 
 def _local(folder: Path, workers: int) -> Start:
