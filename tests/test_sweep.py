@@ -197,9 +197,8 @@ def test_a_sweep_with_runs_that_fail(tmp_path, capsys):
     assert (status, "2 runs" in err and "2 of them finished" in err) == (0, True)
     assert sorted(path.name for path in folder.iterdir() if "seed" in path.name) == [run.name for run in runs]
 
-    (line,) = said(capsys, *words[:4], *FAST, "--seed", "0", "1", "--lr", "0.05", "0.1", "--epochs", "2")[
-        2
-    ].splitlines()
+    more = ["--seed", "0", "1", "--lr", "0.05", "0.1", "--epochs", "2"]
+    (line,) = said(capsys, *words[:4], *FAST[2:], *more)[2].splitlines()
     assert "run lr=0.05,seed=0 of" in line
     assert "epochs: 1 there, 2 here" in line
 
