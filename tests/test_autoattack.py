@@ -163,6 +163,10 @@ def test_a_plane_out_of_reach_and_no_slope(norm):
     low, high = torch.tensor([[-0.1, -0.2, -0.3]] * 2), torch.tensor([[0.9, 0.8, 0.7]] * 2)
     way = shortest_way(NORMS[norm][0](1.0), slope, torch.tensor([[100.0], [1.0]]), low, high)
     torch.testing.assert_close(way, torch.tensor([[0.9, -0.2, 0.0], [0.0, 0.0, 0.0]]))
+    # Farther than a number can say, on either side.
+    for amount, corner in ((1e10, [0.9, -0.2, 0.0]), (-1e10, [-0.1, 0.8, 0.0])):
+        way = shortest_way(NORMS[norm][0](1.0), slope[:1] * 1e-30, torch.tensor([[amount]]), low[:1], high[:1])
+        torch.testing.assert_close(way, torch.tensor([corner]))
 
 
 # Linear models
