@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export INNERMAX_DATA ?= $(realpath ../shared/data)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types unit browser wheel-test docs bench clean
+.PHONY: demo test lint types unit coverage browser wheel-test docs bench mutants clean
 
 demo: $(VENV)/installed
 	$(BIN)/innermax train digits --run-dir runs/digits --overwrite
@@ -21,6 +21,10 @@ types: $(VENV)/installed
 
 unit: $(VENV)/installed browser
 	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto
+
+# Lines and branches that no test passes through; what runs in processes of its own is not seen.
+coverage: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --cov
 
 # The report's page is looked at in Chromium; where it is not there and cannot be installed, those tests are skipped.
 browser:
@@ -45,6 +49,11 @@ docs: $(VENV)/installed
 
 bench: $(VENV)/peers
 	$(BIN)/python bench/speed.py --write results/speed.md
+
+# How many small faults in the source the tests notice; hours.
+mutants: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/python bench/mutants.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,13 @@
 """What all tests share."""
 
+import hypothesis
 import pytest
 
 import innermax.evaluation
+
+# The same examples in every run, in whatever order, and on a busy machine.
+hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("reproducible")
 
 
 @pytest.fixture(autouse=True)

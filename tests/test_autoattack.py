@@ -40,9 +40,6 @@ from innermax.losses import cross_entropy, difference, dlr, likeliest_others, ma
 from innermax.oracle import Oracle
 from innermax.threat import L1, L2, Linf
 
-settings.register_profile("reproducible", deadline=None, derandomize=True)
-settings.load_profile("reproducible")
-
 SMALL = {
     "apgd": lambda threat: APGD(threat, steps=9, restarts=2),
     "apgd-t": lambda threat: APGD(threat, steps=9, loss="dlr", targets=2),
@@ -166,6 +163,10 @@ def test_a_plane_out_of_reach_and_no_slope(norm):
     low, high = torch.tensor([[-0.1, -0.2, -0.3]] * 2), torch.tensor([[0.9, 0.8, 0.7]] * 2)
     way = shortest_way(NORMS[norm][0](1.0), slope, torch.tensor([[100.0], [1.0]]), low, high)
     torch.testing.assert_close(way, torch.tensor([[0.9, -0.2, 0.0], [0.0, 0.0, 0.0]]))
+    # Farther than a number can say, on either side.
+    for amount, corner in ((1e10, [0.9, -0.2, 0.0]), (-1e10, [-0.1, 0.8, 0.0])):
+        way = shortest_way(NORMS[norm][0](1.0), slope[:1] * 1e-30, torch.tensor([[amount]]), low[:1], high[:1])
+        torch.testing.assert_close(way, torch.tensor([corner]))
 
 
 # Linear models
@@ -195,10 +196,26 @@ def test_fab_crosses_a_hyperplane_at_the_smallest_radius(norm, bounds):
             result = FAB(threat, steps=20)(problem.model, x[row : row + 1], y[row : row + 1])
             assert result.misclassified.item() == falls
             assert threat.contains(result.x_adv, x[row : row + 1]).all()
+        # With room to overshoot, the first step is enough.
+        threat = NORMS[norm][0](radius * 1.1, bounds=bounds)
+        first = FAB(threat, steps=20)(problem.model, x[row : row + 1], y[row : row + 1])
+        assert (first.steps.item(), first.misclassified.item()) == (1, True)
+        assert threat.norm((first.x_adv - x[row : row + 1]).flatten(1)).item() < radius * 1.06
         # The survivor comes as near to the boundary as X(x) allows.
         sign = -1.0 if problem.y[row] == 0 else 1.0
         best = sign * np.array(problem.optimum(norm, eps, np.full(6, sign)))[row]
         assert sign * problem.moved(result.x_adv.expand(6, -1, -1, -1))[row] > 0.97 * sign * best
+
+
+def test_fab_starts_again_within_half_the_ball():
+    x, y = images(4, dtype=torch.float64)
+    model = Logged(mlp(inputs=50))
+    y = logits_of(model.model, x).argmax(1)
+    FAB(Linf(1e-3), steps=1, targets=1, restarts=2)(model, x, y)
+    away = [float((point - x).abs().max()) for point in model.log.inputs if len(point) == len(x)]
+    started = [length for length in away if 0 < length < 0.9e-3]  # others are x itself, or at the ball's edge
+    assert started
+    assert all(0.4e-3 < length <= 0.5e-3 + 1e-9 for length in started)
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
@@ -307,6 +324,12 @@ def test_in_l1_apgd_first_searches_larger_balls():
     for radius, factor in zip(radii, (3, 2, 1), strict=True):
         torch.testing.assert_close(radius, torch.full_like(radius, factor * eps), rtol=1e-6, atol=0)
     assert result.gradient_calls.tolist() == [7 + 7 + 9 + 1] * 4
+    assert result.steps.tolist() == [
+        12,
+        12,
+        12,
+        0,
+    ]  # at which the best points were found: x itself, or in the last ball
     # A ball of 3ε may be larger than the bounds.
     wide = APGD(L1(8.0), steps=20)(model, x, y)
     assert L1(8.0).contains(wide.x_adv, x).all()

@@ -748,7 +748,7 @@ def naive(x, key, shift, flip):
     return out
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_augment_against_the_naive_way(data):
     batch, channels, height, width = (data.draw(st.integers(1, most)) for most in (3, 2, 5, 6))

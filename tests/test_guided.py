@@ -23,9 +23,6 @@ from innermax.losses import difference, margin
 from innermax.oracle import Oracle
 from innermax.threat import L2, Linf
 
-settings.register_profile("reproducible", deadline=None, derandomize=True)
-settings.load_profile("reproducible")
-
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
 @pytest.mark.parametrize("norm", NORMS)

@@ -12,7 +12,7 @@ from innermax.kernels import InputConvolution
 sides = st.integers(1, 3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 4),
     channels=st.integers(1, 3),

@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from innermax.losses import LOSSES, CappedMargin, cross_entropy, dlr, find_loss, margin, reaching
-
-settings.register_profile("reproducible", deadline=None, derandomize=True)
-settings.load_profile("reproducible")
 
 
 @st.composite

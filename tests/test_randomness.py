@@ -8,9 +8,6 @@ from scipy import stats
 
 from innermax import randomness
 
-settings.register_profile("reproducible", deadline=None, derandomize=True)
-settings.load_profile("reproducible")
-
 INDEX = torch.arange(20_000)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import jaxtyping
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import innermax as im
+from innermax.strategies import Strategy
 
 ATTACK = im.PGD(im.Linf(0.1), steps=10)
 PAPER = replace(ATTACK, gauge="ball")
@@ -31,6 +32,16 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_strategy_is_a_value(kind):
+    strategy = KINDS[kind]
+    assert isinstance(strategy, Strategy)
+    assert hash(strategy) == hash(copy.deepcopy(strategy))
+    assert strategy == copy.deepcopy(strategy)
+    with pytest.raises(FrozenInstanceError):
+        strategy.attack = None
 
 
 def is_fgsm(attack):

@@ -17,9 +17,6 @@ from innermax.reproduce.convergence import _shares, algorithm_1, bounds, inner_m
 from innermax.reproduce.strongly_concave import Problem, build_problem
 from innermax.threat import Linf
 
-settings.register_profile("reproducible", deadline=None, derandomize=True)
-settings.load_profile("reproducible")
-
 PROBLEMS = {name: build_problem(spread) for name, spread in theorem.SPREADS.items()}
 WIDE = build_problem(2.0)  # many maximizers inside the ball, many on its surface
 MU, BETA, LAMBDA, EPS = 2.0, 1.5, 4.0, 0.5

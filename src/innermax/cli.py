@@ -16,6 +16,7 @@ Train classifiers that withstand adversarial examples, and know whether a robust
   innermax recipes                            list the settings that come with innermax
   innermax train digits                       train a robust classifier, a minute on two cores
   innermax train mnist --strategy standard    the paper's setting, with another defence
+  innermax sweep digits --seed 0 1 2          train it with each seed, and with each of whatever else has several values
   innermax evaluate runs/digits               attack a trained model
   innermax transfer runs/other runs/digits    make images on one model, score them on others
   innermax report runs/digits -o report.html  a page to look at: how robust, why, and pictures
@@ -41,6 +42,8 @@ _NOT_OPTIONS: set[str | int] = {
     "settings",
     "logger",
 }
+# What may differ when a run of a sweep is gone on with.
+_NOT_IDENTIFYING = {"overwrite", "checkpoint_every", "keep_checkpoints", "logger", "progress", "device"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
+        "sweep": _sweep,
         "evaluate": _evaluate,
         "transfer": _transfer,
         "report": _report,
@@ -113,6 +117,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
 
     import innermax as im
     from innermax.attacks.named import named_attacks
+    from innermax.checkpoints import write_bytes
     from innermax.progress import show_evaluation
     from innermax.settings import build_strategy
     from innermax.tables import format_audit, format_table
@@ -143,7 +148,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
         which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
     with show_evaluation(attacks, audit=True, speak=chosen.progress) as show:
         evaluation = im.evaluate(run.model, data.test, attacks, seed=chosen.seed, device=device, progress=show)
-    evaluation.to_json(folder / "evaluation.json")
+    write_bytes(folder / "evaluation.json", (evaluation.to_json() + "\n").encode())
     names = data.class_names
     shown = im.gallery(run.model, data.test, attacks, evaluation, class_names=names, device=device) if attacks else None
     page = im.report({folder.name: im.Exhibit(evaluation, run, shown)}, folder / "report.html")
@@ -164,6 +169,54 @@ def _model(name: str, classes: int, shape: Sequence[int], seed: int, init: str |
         torch.manual_seed(seed)
         model = im.build_model(name, num_classes=classes, input_shape=shape)
     return model if init is None else im.load_model(init, model).train()
+
+
+def _sweep(words: list[str]) -> None:
+    """Trains as a recipe says with each combination of the values that its options have."""
+    from rich.console import Console
+
+    from innermax.settings import read_yaml, recipe_text
+    from innermax.sweep_table import format_sweep, sweep_rows, write_sweep
+    from innermax.sweeping import SweepSettings, sweep
+
+    asks = not words or words[0] in ("-h", "--help")
+    if not asks and words[0].startswith("-"):
+        raise ValueError("sweep takes the name of a recipe first, such as: innermax sweep digits --seed 0 1 2")
+    parser = _sweep_parser({} if asks else _recipe(words[0], read_yaml(recipe_text(words[0]))))
+    if asks or {"-h", "--help"} & set(words):
+        parser.parse_args(["--help"])
+    plans, chosen = _planned(parser, words[0], _listed(words[1:]))
+    folder = Path(chosen.run_dir or f"runs/{Path(words[0]).stem}-sweep")
+    settings = SweepSettings(chosen.workers, chosen.engine, chosen.submitit)
+    failed = sweep(folder, plans, settings, lambda line: print(line, file=sys.stderr, flush=True))
+    rows = sweep_rows(folder)
+    write_sweep(folder, rows, failed)
+    Console().print(format_sweep(rows))
+    print(folder / "table.md")
+    if failed:
+        told = "; ".join(f"{name}: {error}" for name, error in failed.items())
+        raise ChildProcessError(f"{len(failed)} of {len(plans)} runs failed: {told}")
+
+
+def _planned(parser: Any, recipe: str, options: dict[str, list[str]]) -> tuple[list[Any], Any]:
+    """A plan for each combination of the options' values, and what the whole sweep was told."""
+    from innermax.sweeping import Plan, SweepSettings, combinations
+
+    own = {"run_dir", *SweepSettings.__annotations__}
+    for name, given in options.items():
+        if name.partition(".")[0] in own and len(given) > 1:
+            raise ValueError(f"{name} is the whole sweep's and takes one value, came {' '.join(given)}")
+        if name == "overwrite":
+            raise ValueError("sweep takes no overwrite: remove the folder of a run to make it again")
+    plans: list[Plan] = []
+    chosen: Any = None
+    for name, values in combinations(options).items():
+        words = _spelled_out([f"--{option}={value}" for option, value in values.items()])
+        chosen = parser.parse_args(words)
+        settings = {key: value for key, value in chosen.as_dict().items() if key not in own | _NOT_IDENTIFYING}
+        kept = [word for word, option in zip(words, values, strict=True) if option.partition(".")[0] not in own]
+        plans.append(Plan(name, [recipe, *kept], settings))
+    return plans, chosen
 
 
 def _evaluate(words: list[str]) -> None:
@@ -504,6 +557,37 @@ def _train_parser(recipe: dict[str, Any]) -> Any:
     if recipe:
         parser.set_defaults(recipe)
     return parser
+
+
+def _sweep_parser(recipe: dict[str, Any]) -> Any:
+    """The parser of one combination of a sweep: `innermax train`'s, and what is the whole sweep's."""
+    from innermax.sweeping import SweepSettings
+
+    parser = _train_parser(recipe)
+    parser.prog = "innermax sweep RECIPE"
+    parser.description = (
+        "Train as a recipe says, once for each combination of what its options are given: --strategy standard dynamic "
+        "--seed 0 1 2 are six runs. Each has a folder in --run-dir; the same command goes on where it was stopped, and "
+        "ends with one table. Every option of innermax train takes one value or several."
+    )
+    parser.add_class_arguments(SweepSettings, as_group=False)
+    return parser
+
+
+def _listed(words: Sequence[str]) -> dict[str, list[str]]:
+    """Option → its values, of words such as --seed 0 1 --lr=0.1; an option without one is true."""
+    found: dict[str, list[str]] = {}
+    name = None
+    for word in words:
+        if word.startswith("--"):
+            option, equals, value = word.removeprefix("--").partition("=")
+            name = option.replace("-", "_")
+            found.setdefault(name, []).extend([value] if equals else [])
+        elif name is None:
+            raise ValueError(f"sweep takes options after the recipe, came {word}")
+        else:
+            found[name].append(word)
+    return {name: values or ["true"] for name, values in found.items()}
 
 
 def _options() -> set[str]:

@@ -199,6 +199,7 @@ def _fill(
             own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
             fill(network, own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        _lay_out(optimizer)
         if kept is not None:
             _check_like("kept", tensors["kept"], kept)
             kept.copy_(tensors["kept"])
@@ -232,3 +233,14 @@ def _check_like(name: str, value: Tensor, other: Tensor) -> None:
     if value.shape != other.shape or value.is_floating_point() != other.is_floating_point():
         came, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (value, other))
         raise ValueError(f"{name} is {came} instead of {wanted}")
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Gives what belongs to a parameter's entries the parameter's order in memory.
+
+    Files hold rows one after the other, and fused optimisers take the two in the order in which they lie there.
+    """
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -1,8 +1,9 @@
-"""Intervals for accuracies and for the difference of two accuracies on the same examples."""
+"""Intervals for accuracies, for the difference of two on the same examples, and for means over runs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ def paired_difference(only_first: int, only_second: int, total: int, confidence:
     half = _normal_quantile(confidence) * math.sqrt(discordant / cells - middle**2) / math.sqrt(cells)
     estimate = (only_first - only_second) / total
     return Interval(estimate, max(middle - half, -1.0), min(middle + half, 1.0), confidence)
+
+
+def student(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """The mean of independent values and Student's interval of it. Raises ValueError for fewer than two."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        raise ValueError(f"an interval over values needs at least two of them, came {len(values)}")
+    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return Interval(fmean(values), fmean(values) - half, fmean(values) + half, confidence)
 
 
 def _normal_quantile(confidence: float) -> float:

@@ -1,6 +1,5 @@
 """Defences side by side: accuracies over seeds, and differences paired over images and seeds."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from innermax.reproduce.piece import Known
 from innermax.reproduce.questions import Attacks, Scored, Trained, bits
 from innermax.reproduce.settings import Scale, Training
 from innermax.reproduce.workshop import Question, seed_of
-from innermax.statistics import paired_difference
+from innermax.statistics import paired_difference, student
 from innermax.tables import shown_name
 from innermax.threat import Linf
 
@@ -98,13 +97,10 @@ class Row:
 
 def spread(values: Sequence[float]) -> tuple[float, float, float] | None:
     """Mean and Student's 95 % interval of it over seeds; None for fewer than three, which say little."""
-    from scipy.stats import t as student
-
     if len(values) < 3:
         return None
-    mean = statistics.mean(values)
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+    found = student(values)
+    return found.estimate, found.low, found.high
 
 
 def accuracy_over_seeds(row: Mapping[str, Any], attack: str) -> tuple[float, float, float] | None:

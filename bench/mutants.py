@@ -1,0 +1,284 @@
+"""How many small faults the tests notice: mutation testing of what robustness numbers rest on.
+
+    make mutants                                             # 40 mutants a module, an hour or two
+    python bench/mutants.py --count 1000000                  # every place of every module, a night
+    python bench/mutants.py --only threat --count 10 --seed 1
+    python bench/mutants.py --again                          # what survived before, after new tests
+
+cosmic-ray says how a module can be changed: another operator, number, comparison, exception; a loop that does not run.
+Places are drawn with a fixed seed, and of each place one of its mutants; annotations are left out, which no test could
+mistake. A mutant meets the module's own test files, of them the tests that pass through its line, the quickest first,
+until one fails. Each runs in a fork of a process that has loaded torch, on a copy of the source; results are kept as
+they come, in results/mutants.json, and the same command goes on from them.
+"""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cosmic_ray.plugins
+import coverage
+import numpy  # noqa: F401  # loaded once, before the forks
+import pytest
+import torch
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+
+ROOT = Path(__file__).parents[1]
+_SEARCHES = ("attacks", "autoattack", "guided")
+# Module → its test files.
+MODULES: dict[str, tuple[str, ...]] = {
+    "threat": ("threat",),
+    **{f"attacks/{name}": _SEARCHES for name in ("search", "gradient", "apgd", "fab", "square", "guided", "base")},
+    **{f"attacks/{name}": _SEARCHES for name in ("ensemble", "named", "trace")},
+    "strategies": ("strategies",),
+    "checkpoints": ("checkpoints",),
+    "states": ("states", "checkpoints"),
+}
+_PATIENCE = 60.0  # seconds beside ten times what the tests take: then the mutant hangs
+
+
+class Mutant(NamedTuple):
+    """A module's source with one change, and the lines that it touches."""
+
+    module: str
+    place: str
+    operator: str
+    lines: tuple[int, int]
+    source: str
+    diff: str
+
+
+class Timings:
+    """A pytest plugin that takes down how long each test took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+
+
+class Chosen:
+    """A pytest plugin that runs tests in this order, and writes the first that fails into a file."""
+
+    def __init__(self, order: Sequence[str], file: Path) -> None:
+        self.place = {test: number for number, test in enumerate(order)}
+        self.file = file
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted((i for i in items if i.nodeid in self.place), key=lambda item: self.place[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.file.write_text(report.nodeid)
+
+
+def mutants(module: str, count: int, seed: int) -> list[Mutant]:
+    """One mutant each of `count` places of a module, or of all where it has no more."""
+    source = (ROOT / f"src/innermax/{module}.py").read_text()
+    tree, ignored = get_ast(source), _annotations(source)
+    places: dict[tuple[Any, Any], list[tuple[str, int]]] = {}
+    for name in cosmic_ray.plugins.operator_names():
+        kind = cosmic_ray.plugins.get_operator(name)
+        if kind.arguments():  # it wants to be told variables
+            continue
+        found = (place for node in ast_nodes(tree) for place in kind().mutation_positions(node))
+        for occurrence, place in enumerate(found):
+            if not any(low <= place[0] and place[1] <= high for low, high in ignored):
+                places.setdefault(place, []).append((name, occurrence))
+    chance = random.Random(f"{seed} {module}")
+    drawn = sorted(places) if count >= len(places) else sorted(chance.sample(sorted(places), count))
+    made = [_mutant(module, source, place, *chance.choice(places[place])) for place in drawn]
+    return [mutant for mutant in made if mutant is not None]
+
+
+def _mutant(module: str, source: str, place: Any, operator: str, occurrence: int) -> Mutant | None:
+    """The mutant, None where cosmic-ray stumbles (over an exception with a dot in its name)."""
+    try:
+        changed = mutate_code(source, cosmic_ray.plugins.get_operator(operator)(), occurrence)
+    except AttributeError:
+        return None
+    lines = difflib.unified_diff(source.splitlines(), changed.splitlines(), lineterm="", n=0)
+    diff = "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+    (first, column), (last, _) = place
+    return Mutant(module, f"{first}:{column}", operator.removeprefix("core/"), (first, last), changed, diff)
+
+
+def _annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where annotations begin and end."""
+    nodes: list[ast.expr | None] = []
+    for node in ast.walk(ast.parse(source)):
+        nodes += [node.annotation] if isinstance(node, ast.arg | ast.AnnAssign) else []
+        nodes += [node.returns] if isinstance(node, ast.FunctionDef) else []
+    lines = source.splitlines()
+
+    def place(line: int, column: int) -> tuple[int, int]:  # ast counts bytes, cosmic-ray letters
+        return line, len(lines[line - 1].encode()[:column].decode())
+
+    return [
+        (place(n.lineno, n.col_offset), place(n.end_lineno or 0, n.end_col_offset or 0)) for n in nodes if n is not None
+    ]
+
+
+class Bench:
+    """A copy of the source beside the repository's, on which tests run in forks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("src", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy2(ROOT / "pyproject.toml", folder)
+
+    def measured(self, tests: Sequence[str]) -> tuple[dict[str, float], dict[str, dict[int, list[str]]]]:
+        """How long each test takes, and module → line → the tests that pass through it."""
+        told, data = self.folder / "measured.json", self.folder / "lines.coverage"
+
+        def measure() -> int:
+            timings = Timings()
+            status = pytest.main([*self._words(tests), f"--cov={self.folder}/src/innermax", *_COVERED], [timings])
+            told.write_text(json.dumps(timings.seconds))
+            return int(status)
+
+        os.environ["COVERAGE_FILE"] = str(data)
+        status = self._forked(measure, None)
+        if status != 0:
+            raise SystemExit(f"the tests of the source as it is end with {status}: mend them first")
+        found = coverage.CoverageData(str(data))
+        found.read()
+        passing = {}
+        for file in found.measured_files():
+            module = str(Path(file).relative_to(self.folder / "src/innermax").with_suffix(""))
+            contexts = found.contexts_by_lineno(file).items()
+            passing[module] = {line: [test.rpartition("|")[0] for test in tests if test] for line, tests in contexts}
+        return json.loads(told.read_text()), passing
+
+    def outcome(self, mutant: Mutant, order: Sequence[str], seconds: float) -> dict[str, Any]:
+        """What became of a mutant: "killed" by a test, "timeout", "import" where it does not start, or "survived"."""
+        path, failed = self.folder / f"src/innermax/{mutant.module}.py", self.folder / "failed"
+        failed.unlink(missing_ok=True)
+        files = sorted({test.partition("::")[0].removeprefix("tests/test_").removesuffix(".py") for test in order})
+        path.write_text(mutant.source)
+        try:
+            status = self._forked(
+                lambda: int(pytest.main([*self._words(files), "-x"], [Chosen(order, failed)])),
+                _PATIENCE + 10 * seconds,
+            )
+        finally:
+            shutil.copy2(ROOT / path.relative_to(self.folder), path)
+        if status == 0:
+            return {"outcome": "survived"}
+        if failed.exists():
+            return {"outcome": "killed", "by": failed.read_text()}
+        return {"outcome": "timeout" if status is None else "import"}
+
+    def _words(self, tests: Sequence[str]) -> list[str]:
+        files = [f"{self.folder}/tests/test_{name}.py" for name in tests]
+        plain = ["no:randomly", "no:xdist", "no:cacheprovider"]
+        return [f"--rootdir={self.folder}", *files, *(word for name in plain for word in ("-p", name))]
+
+    def _forked(self, work: Any, patience: float | None) -> int | None:
+        """The exit status of work in a fork that sees the copy; None where it was not done in time."""
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            os.chdir(self.folder)
+            with (self.folder / "output").open("w") as output:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+            sys.path.insert(0, str(self.folder / "src"))
+            os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:1] + [p for p in sys.path[1:] if p])
+            sys.dont_write_bytecode = patience is not None
+            with contextlib.suppress(BaseException):
+                os._exit(work())
+            os._exit(70)
+        began = time.monotonic()
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            if patience is not None and time.monotonic() - began > patience:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None
+            time.sleep(0.05)
+
+
+_COVERED = ["--cov-context=test", "--cov-report="]
+
+
+def tested(bench: Bench, drawn: Sequence[Mutant], known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What became of each mutant, as it comes; what is known is not tried again."""
+    measured: dict[tuple[str, ...], Any] = {}
+    for mutant in drawn:
+        told = {"module": mutant.module, "place": mutant.place, "operator": mutant.operator, "diff": mutant.diff}
+        if name(told) in known:
+            yield known[name(told)]
+            continue
+        files = MODULES[mutant.module]
+        if files not in measured:
+            measured[files] = bench.measured(files)
+        seconds, passing = measured[files]
+        lines = passing.get(mutant.module, {})
+        through = {test for line in range(mutant.lines[0], mutant.lines[1] + 1) for test in lines.get(line, ())}
+        # A line that runs at import alone, or in another process, is any test's matter.
+        order = sorted(through or seconds, key=seconds.__getitem__)
+        yield told | bench.outcome(mutant, order, sum(seconds[test] for test in order))
+
+
+def name(told: Mapping[str, Any]) -> str:
+    """What a mutant is known by."""
+    return f"{told['module']} {told['place']} {told['diff']}"
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Kill rates, a module a line, with Wilson's 95 % intervals, of the mutants that start."""
+    from innermax.statistics import accuracy
+
+    lines = ["| module | do not start | mutants | killed | of them hang | % | 95 % interval |", "|" + " --- |" * 7]
+    for module in [*dict.fromkeys(told["module"] for told in found), "all"]:
+        here = [told for told in found if module in (told["module"], "all")]
+        counts = {kind: sum(told["outcome"] == kind for told in here) for kind in ("survived", "timeout", "import")}
+        started = len(here) - counts["import"]
+        rate = accuracy(started - counts["survived"], started)
+        shown = f"{100 * rate.value:.1f} | {100 * rate.low:.1f}–{100 * rate.high:.1f}"
+        lines.append(f"| {module} | {counts['import']} | {started} | {rate.correct} | {counts['timeout']} | {shown} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--count", type=int, default=40, help="places a module")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="try what survived before again")
+    parser.add_argument("--write", type=Path, default=ROOT / "results/mutants.json")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    before = json.loads(chosen.write.read_text()) if chosen.write.exists() else []
+    known = {name(told): told for told in before if not (chosen.again and told["outcome"] == "survived")}
+    drawn = [mutant for module in chosen.only for mutant in mutants(module, chosen.count, chosen.seed)]
+    bench, found = Bench(ROOT / "build/mutants"), []
+    for told in tested(bench, drawn, known):
+        found.append(told)
+        kept = {name(told): told for told in [*before, *found]}
+        chosen.write.write_text(json.dumps(list(kept.values()), indent=1, ensure_ascii=False) + "\n")
+        if told["outcome"] == "survived" or name(told) not in known:
+            print(f"{told['outcome']:9} {told['module']}:{told['place']} {told['operator']}", flush=True)
+    print("\n".join(["", *table(found)]))
+
+
+if __name__ == "__main__":
+    main()
