@@ -1,0 +1,242 @@
+"""The processes of one training or evaluation: which they are, and what they tell each other.
+
+Lightning Fabric starts them, or finds those that torchrun or SLURM started; they talk through torch.distributed. Of a
+single process every question answers itself.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from innermax.checks import check_count, in_short
+from innermax.scoring import check_devices
+
+Parallel = Literal["ddp", "fsdp"]
+T = TypeVar("T")
+_PATIENCE = 5.0  # seconds in which who started the processes sees which of them has ended, and ends the others
+
+
+@dataclass(frozen=True)
+class Plan:
+    """So many processes, one a device: `devices` on each of `nodes` machines.
+
+    `starts`: whether this process starts its machine's, else it is one of them already; `launcher`: what started those.
+    """
+
+    devices: int = 1
+    nodes: int = 1
+    starts: bool = False
+    launcher: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Processes in all."""
+        return self.devices * self.nodes
+
+
+def planned(devices: int | None, nodes: int | None, device: torch.device) -> Plan:
+    """How many processes there are to be. None: as many as torchrun or SLURM started, else one.
+
+    Raises:
+        ValueError, TypeError: there are not so many devices, or not so many processes were started.
+    """
+    for name, value in (("devices", devices), ("nodes", nodes)):
+        if value is not None:
+            check_count(value, name)
+    found = launched()
+    if found is not None and (found.count > 1 or found.launcher == "torchrun"):
+        if (devices or found.devices, nodes or found.nodes) != (found.devices, found.nodes):
+            raise ValueError(
+                f"devices={devices}, nodes={nodes}: {found.launcher} started {found.devices} processes on each of "
+                f"{found.nodes} machines; leave both out, or start as many"
+            )
+        return found
+    plan = Plan(devices or 1, nodes or 1, starts=(devices or 1) * (nodes or 1) > 1)
+    if plan.count > 1 and device.index is not None:
+        raise ValueError(f"device must name no single GPU where there are {plan.count} processes, came {device}")
+    check_devices(plan.devices, device)
+    if plan.nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys():
+        raise ValueError(
+            f"nodes={nodes} needs the same command on each machine with MASTER_ADDR and MASTER_PORT, a free port of the "
+            "first one, and NODE_RANK, its number from 0, in the environment; or torchrun, or SLURM"
+        )
+    return plan
+
+
+def launched() -> Plan | None:
+    """The processes that torchrun or SLURM started this one among; None where it is alone."""
+    if dist.is_available() and dist.is_torchelastic_launched():
+        devices, count = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        return Plan(devices, count // devices, launcher="torchrun")
+    if "SLURM_NTASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
+        return None
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+    if not SLURMEnvironment.detect():  # an interactive shell
+        return None
+    count, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", "1"))
+    if count > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise ValueError("SLURM must be told the processes of each machine: give it --ntasks-per-node")
+    return Plan(count // nodes, nodes, launcher="SLURM")
+
+
+def launched_count() -> int:
+    """How many processes torchrun or SLURM started, 1 where this one is alone."""
+    found = launched()
+    return 1 if found is None else found.count
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes for all: the only one, or the first of all machines."""
+    found = launched()
+    if found is None or found.count == 1:
+        return int(os.environ.get("NODE_RANK", "0")) == 0
+    return int(os.environ["RANK" if found.launcher == "torchrun" else "SLURM_PROCID"]) == 0
+
+
+class Ranks:
+    """The processes that work together, as one of them sees them: its number `rank` of `count`, and its `fabric`."""
+
+    def __init__(self, fabric: Any) -> None:
+        self.fabric = fabric
+        self.rank, self.count = int(fabric.global_rank), int(fabric.world_size)
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self.fabric.device
+        return device
+
+    def share(self, index: Tensor) -> Tensor:
+        """Its part of a batch that all know; parts follow one another and differ by at most one example."""
+        return index if self.count == 1 else index.tensor_split(self.count)[self.rank]
+
+    def weight(self, share: int, whole: int) -> float:
+        """What makes the mean over processes of means over shares the mean over the whole batch."""
+        return share * self.count / whole
+
+    def sums(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value added up over the processes, which name the same ones."""
+        if self.count == 1:
+            return dict(values)
+        told = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        return dict(zip(values, self.summed(told).tolist(), strict=True))
+
+    def summed(self, values: Tensor) -> Tensor:
+        """A tensor of the same shape in every process, added up in place."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, asked: bool) -> bool:
+        """Whether it is so in one of the processes."""
+        return asked if self.count == 1 else self.sums({"asked": float(asked)})["asked"] > 0
+
+    def gathered(self, value: T) -> list[T]:
+        """Every process's value, in order; none goes on before all have told theirs."""
+        if self.count == 1:
+            return [value]
+        told: list[Any] = [None] * self.count
+        dist.all_gather_object(told, value)
+        return told
+
+    def same(self, value: T) -> T:
+        """The first process's value, in all of them."""
+        return value if self.count == 1 else self.gathered(value if self.first else None)[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """What one process raises inside, of these kinds, all of them raise."""
+        raised: Exception | None = None
+        try:
+            yield
+        except kinds as error:
+            raised = error
+        if self.any(raised is not None):
+            raise next(error for error in self.gathered(raised) if error is not None)
+
+    def first_alone(self, work: Callable[[], object]) -> None:
+        """The first process does something while the others wait; what it raises, all do."""
+        with self.together(ValueError, TypeError, OSError):
+            if self.first:
+                work()
+
+    @torch.no_grad()
+    def share_buffers(self, model: nn.Module) -> None:
+        """Gives every process the first one's buffers: BatchNorm's statistics are of each one's own share."""
+        if self.count == 1:
+            return
+        buffers = [buffer for buffer in model.buffers() if buffer.numel() > 0]
+        for kind in dict.fromkeys(buffer.dtype for buffer in buffers):
+            own = [buffer for buffer in buffers if buffer.dtype == kind]
+            flat = torch.cat([buffer.reshape(-1) for buffer in own])
+            dist.broadcast(flat, 0)
+            for buffer, told in zip(own, flat.split([buffer.numel() for buffer in own]), strict=True):
+                buffer.copy_(told.reshape(buffer.shape))
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Inside, a lost connection is said to be one.
+
+        Raises:
+            ChildProcessError: another process has ended; a little later, so that who started them can say which.
+        """
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if self.count == 1 or not _lost(error):
+                raise
+            time.sleep(_PATIENCE)
+            raise ChildProcessError(
+                f"rank {self.rank} of {self.count} has lost the others: one of them has ended, or cannot be reached "
+                f"({in_short(error)[:200]})"
+            ) from error
+
+
+def joined(plan: Plan, device: torch.device, precision: str = "32-true", strategy: Any = None) -> Ranks:
+    """This process among those of the plan, which are all there: connected, on its own device.
+
+    strategy: Fabric's, of several processes; None: nothing but their connection.
+    """
+    from lightning_fabric import Fabric
+
+    if plan.count == 1:
+        devices: Any = [device.index or 0] if device.type == "cuda" else 1
+        return Ranks(Fabric(accelerator=device.type, devices=devices, precision=precision))
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
+    threads = torch.get_num_threads()
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=plan.devices,
+        num_nodes=plan.nodes,
+        strategy=strategy or DDPStrategy(broadcast_buffers=False),
+        precision=precision,
+        plugins=[LightningEnvironment()] if plan.launcher is None else None,
+    )
+    fabric.launch()
+    if plan.launcher is None:  # it has its share of the machine already, and Fabric has just set another
+        torch.set_num_threads(threads)
+    return Ranks(fabric)
+
+
+def _lost(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is of the connection to other processes."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
