@@ -4,8 +4,12 @@ Lightning Fabric starts them, or finds those that torchrun or SLURM started; the
 single process every question answers itself.
 """
 
+import copy
+import logging
+import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,8 +68,8 @@ def planned(devices: int | None, nodes: int | None, device: torch.device) -> Pla
     check_devices(plan.devices, device)
     if plan.nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys():
         raise ValueError(
-            f"nodes={nodes} needs the same command on each machine with MASTER_ADDR and MASTER_PORT, a free port of the "
-            "first one, and NODE_RANK, its number from 0, in the environment; or torchrun, or SLURM"
+            f"nodes={nodes} needs the same command on each machine with MASTER_ADDR and MASTER_PORT, a free port of "
+            "the first one, and NODE_RANK, its number from 0, in the environment; or torchrun, or SLURM"
         )
     return plan
 
@@ -132,13 +136,18 @@ class Ranks:
         if self.count == 1:
             return dict(values)
         told = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        return dict(zip(values, self.summed(told).tolist(), strict=True))
+        if values:
+            dist.all_reduce(told)
+        return dict(zip(values, told.tolist(), strict=True))
 
-    def summed(self, values: Tensor) -> Tensor:
-        """A tensor of the same shape in every process, added up in place."""
-        if self.count > 1:
-            dist.all_reduce(values)
-        return values
+    def gathered_rows(self, own: Tensor, count: int) -> Tensor:
+        """The rows of a whole batch of so many examples, each found by the process whose share it is in."""
+        if self.count == 1:
+            return own
+        rows = own.new_zeros(count, *own.shape[1:])
+        rows[self.share(torch.arange(count, device=own.device))] = own
+        dist.all_reduce(rows)
+        return rows
 
     def any(self, asked: bool) -> bool:
         """Whether it is so in one of the processes."""
@@ -183,8 +192,16 @@ class Ranks:
             own = [buffer for buffer in buffers if buffer.dtype == kind]
             flat = torch.cat([buffer.reshape(-1) for buffer in own])
             dist.broadcast(flat, 0)
-            for buffer, told in zip(own, flat.split([buffer.numel() for buffer in own]), strict=True):
+            for buffer, told in zip(own, torch.split(flat, [buffer.numel() for buffer in own]), strict=True):
                 buffer.copy_(told.reshape(buffer.shape))
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Inside, of the processes' warnings only the first one's are heard."""
+        with warnings.catch_warnings():
+            if not self.first:
+                warnings.simplefilter("ignore")
+            yield
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -205,25 +222,22 @@ class Ranks:
             ) from error
 
 
-def joined(plan: Plan, device: torch.device, precision: str = "32-true", strategy: Any = None) -> Ranks:
-    """This process among those of the plan, which are all there: connected, on its own device.
-
-    strategy: Fabric's, of several processes; None: nothing but their connection.
-    """
+def joined(plan: Plan, device: torch.device, precision: Any = "32-true", parallel: Parallel = "ddp") -> Ranks:
+    """This process among those of the plan, which are all there: connected, on its own device. precision: Fabric's."""
     from lightning_fabric import Fabric
-
-    if plan.count == 1:
-        devices: Any = [device.index or 0] if device.type == "cuda" else 1
-        return Ranks(Fabric(accelerator=device.type, devices=devices, precision=precision))
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision it was given
+    if plan.count == 1:
+        devices: Any = [device.index or 0] if device.type == "cuda" else 1
+        return Ranks(Fabric(accelerator=device.type, devices=devices, precision=precision))
     threads = torch.get_num_threads()
     fabric = Fabric(
         accelerator=device.type,
         devices=plan.devices,
         num_nodes=plan.nodes,
-        strategy=strategy or DDPStrategy(broadcast_buffers=False),
+        strategy=DDPStrategy(broadcast_buffers=False),
         precision=precision,
         plugins=[LightningEnvironment()] if plan.launcher is None else None,
     )
@@ -231,6 +245,33 @@ def joined(plan: Plan, device: torch.device, precision: str = "32-true", strateg
     if plan.launcher is None:  # it has its share of the machine already, and Fabric has just set another
         torch.set_num_threads(threads)
     return Ranks(fabric)
+
+
+def check_parallel(options: Mapping[str, Any], plan: Plan, device: torch.device, examples: int) -> None:
+    """Raises where a training's options do not go with so many processes."""
+    smallest = examples // math.ceil(examples / options["batch_size"])
+    if plan.count > smallest:
+        raise ValueError(f"batch_size must leave each of {plan.count} processes an example, came batches of {smallest}")
+    if options["sync_batch_norm"] and (plan.count == 1 or device.type != "cuda"):
+        raise ValueError(f"sync_batch_norm needs several GPUs, came {plan.count} processes on {device.type}")
+
+
+def prepared(
+    ranks: Ranks, model: nn.Module, optimizer: Callable[[nn.Module], torch.optim.Optimizer], sync_batch_norm: bool
+) -> tuple[nn.Module, Any]:
+    """The model and its optimiser as Fabric wraps them; what learns is the model's own tensors."""
+    if sync_batch_norm:
+        model = synchronised(model.to(ranks.device))
+    wrapped, wrapped_optimizer = ranks.fabric.setup(model, optimizer(model))
+    return wrapped, wrapped_optimizer
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """A twin of the model, on the same parameters and buffers, whose BatchNorm is over all processes' examples."""
+    shared = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(twin)  # type: ignore[no-untyped-call]
+    return converted
 
 
 def _lost(error: BaseException | None) -> bool:
