@@ -5,6 +5,7 @@ single process every question answers itself.
 """
 
 import copy
+import inspect
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,6 +26,7 @@ from innermax.scoring import check_devices
 
 Parallel = Literal["ddp", "fsdp"]
 T = TypeVar("T")
+_LONGEST = timedelta(days=7)  # in which the slowest of several processes ends its share of an evaluation
 _PATIENCE = 5.0  # seconds in which who started the processes sees which of them has ended, and ends the others
 
 
@@ -105,23 +108,22 @@ def is_first() -> bool:
     return int(os.environ["RANK" if found.launcher == "torchrun" else "SLURM_PROCID"]) == 0
 
 
+@dataclass(frozen=True)
 class Ranks:
-    """The processes that work together, as one of them sees them: its number `rank` of `count`, and its `fabric`."""
+    """The processes that work together, as one of them sees them: number `rank` of `count`, computing on `device`.
 
-    def __init__(self, fabric: Any) -> None:
-        self.fabric = fabric
-        self.rank, self.count = int(fabric.global_rank), int(fabric.world_size)
+    fabric: Lightning's, where it was made for them.
+    """
+
+    rank: int
+    count: int
+    device: torch.device
+    fabric: Any = None
 
     @property
     def first(self) -> bool:
         """Whether it is the one that writes and speaks."""
         return self.rank == 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        device: torch.device = self.fabric.device
-        return device
 
     def share(self, index: Tensor) -> Tensor:
         """Its part of a batch that all know; parts follow one another and differ by at most one example."""
@@ -222,8 +224,17 @@ class Ranks:
             ) from error
 
 
-def joined(plan: Plan, device: torch.device, precision: Any = "32-true", parallel: Parallel = "ddp") -> Ranks:
-    """This process among those of the plan, which are all there: connected, on its own device. precision: Fabric's."""
+def joined(
+    plan: Plan,
+    device: torch.device,
+    precision: Any = "32-true",
+    parallel: Parallel = "ddp",
+    timeout: timedelta | None = None,
+) -> Ranks:
+    """This process among those of the plan, which are all there: connected, on its own device.
+
+    precision: Fabric's; timeout: how long one may wait for another, None: torch's own.
+    """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
@@ -231,20 +242,45 @@ def joined(plan: Plan, device: torch.device, precision: Any = "32-true", paralle
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision it was given
     if plan.count == 1:
         devices: Any = [device.index or 0] if device.type == "cuda" else 1
-        return Ranks(Fabric(accelerator=device.type, devices=devices, precision=precision))
+        fabric = Fabric(accelerator=device.type, devices=devices, precision=precision)
+        return Ranks(0, 1, fabric.device, fabric)
+    # Buffers are shared after each update; in a forward pass an objective's second one would change the first one's.
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    options: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    if timeout is not None:
+        options["timeout"] = timeout
     threads = torch.get_num_threads()
     fabric = Fabric(
         accelerator=device.type,
         devices=plan.devices,
         num_nodes=plan.nodes,
-        strategy=DDPStrategy(broadcast_buffers=False),
+        strategy=DDPStrategy(**options),
         precision=precision,
         plugins=[LightningEnvironment()] if plan.launcher is None else None,
     )
     fabric.launch()
     if plan.launcher is None:  # it has its share of the machine already, and Fabric has just set another
         torch.set_num_threads(threads)
-    return Ranks(fabric)
+    return Ranks(fabric.global_rank, fabric.world_size, fabric.device, fabric)
+
+
+def members(processes: int, device: torch.device) -> Ranks:
+    """This process among so many that are there already and all ask, or by itself where there are none.
+
+    Raises:
+        ValueError: there are others, but not so many.
+    """
+    found, connected = launched(), dist.is_available() and dist.is_initialized()
+    count = dist.get_world_size() if connected else 1 if found is None else found.count
+    if processes == 1 or count == 1:
+        return Ranks(0, 1, device)
+    if count != processes:
+        raise ValueError(f"devices must be 1 or the {count} processes that are there already, came {processes}")
+    if found is None:
+        return Ranks(dist.get_rank(), count, device)
+    return joined(found, device, timeout=_LONGEST)
 
 
 def check_parallel(options: Mapping[str, Any], plan: Plan, device: torch.device, examples: int) -> None:
