@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from innermax.checks import check_count, in_short
 from innermax.scoring import check_devices
+from innermax.sharded import shard
 
 Parallel = Literal["ddp", "fsdp"]
 T = TypeVar("T")
@@ -112,13 +113,14 @@ def is_first() -> bool:
 class Ranks:
     """The processes that work together, as one of them sees them: number `rank` of `count`, computing on `device`.
 
-    fabric: Lightning's, where it was made for them.
+    fabric: Lightning's, where it was made for them; sharded: whether each holds only a part of the network.
     """
 
     rank: int
     count: int
     device: torch.device
     fabric: Any = None
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -238,12 +240,14 @@ def joined(
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision it was given
     if plan.count == 1:
         devices: Any = [device.index or 0] if device.type == "cuda" else 1
         fabric = Fabric(accelerator=device.type, devices=devices, precision=precision)
         return Ranks(0, 1, fabric.device, fabric)
+    strategy = ModelParallelStrategy(shard, plan.count, 1) if parallel == "fsdp" else None
     # Buffers are shared after each update; in a forward pass an objective's second one would change the first one's.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     options: dict[str, Any] = {
@@ -256,14 +260,14 @@ def joined(
         accelerator=device.type,
         devices=plan.devices,
         num_nodes=plan.nodes,
-        strategy=DDPStrategy(**options),
+        strategy=strategy or DDPStrategy(**options),
         precision=precision,
         plugins=[LightningEnvironment()] if plan.launcher is None else None,
     )
     fabric.launch()
     if plan.launcher is None:  # it has its share of the machine already, and Fabric has just set another
         torch.set_num_threads(threads)
-    return Ranks(fabric.global_rank, fabric.world_size, fabric.device, fabric)
+    return Ranks(fabric.global_rank, fabric.world_size, fabric.device, fabric, parallel == "fsdp")
 
 
 def members(processes: int, device: torch.device) -> Ranks:
@@ -290,6 +294,17 @@ def check_parallel(options: Mapping[str, Any], plan: Plan, device: torch.device,
         raise ValueError(f"batch_size must leave each of {plan.count} processes an example, came batches of {smallest}")
     if options["sync_batch_norm"] and (plan.count == 1 or device.type != "cuda"):
         raise ValueError(f"sync_batch_norm needs several GPUs, came {plan.count} processes on {device.type}")
+    if options["parallel"] != "fsdp":
+        return
+    if plan.count == 1:
+        raise ValueError('parallel="fsdp" needs several processes, came one')
+    for name, nothing, instead in (
+        ("validation_set", None, "leave it out (validation 0) and evaluate the saved model"),
+        ("ema", None, "leave it out"),
+        ("sync_batch_norm", False, "leave it out"),
+    ):
+        if options[name] is not nothing:
+            raise ValueError(f'parallel="fsdp" does not support {name}: {instead}, or train with parallel="ddp"')
 
 
 def prepared(
@@ -298,6 +313,9 @@ def prepared(
     """The model and its optimiser as Fabric wraps them; what learns is the model's own tensors."""
     if sync_batch_norm:
         model = synchronised(model.to(ranks.device))
+    if ranks.sharded:
+        wrapped = ranks.fabric.setup_module(model)
+        return wrapped, ranks.fabric.setup_optimizers(optimizer(model))
     wrapped, wrapped_optimizer = ranks.fabric.setup(model, optimizer(model))
     return wrapped, wrapped_optimizer
 

@@ -33,6 +33,7 @@ from innermax.objectives import Objective, find_objective
 from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import Progress, held_interrupts, show_progress
 from innermax.remaining import FORWARD, TrainingClock, search_cost
+from innermax.sharded import ShardedOracle, Whole, number
 from innermax.sharing import shared
 from innermax.states import alone, due_every, load_state, save_state, states
 from innermax.strategies import Strategy
@@ -228,12 +229,12 @@ def _trained(job: _Job, plan: Plan, stopped: Callable[[], bool] = lambda: False)
             try:
                 row = loop.run_epoch(strategy, job.objective, show, interrupted)
             except KeyboardInterrupt:
-                if folder is not None and loop.whole:
+                if folder is not None and loop.whole and (loop.agreed or not ranks.sharded):
                     loop.save()
                     show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
                 raise
             row |= loop.measures(strategy)
-            shown = None if logger is None else loop.picture(strategy)
+            shown = None if logger is None or ranks.sharded else loop.picture(strategy)
             if job.validation_set is not None:
                 row |= _validated(
                     loop.evaluated,
@@ -279,6 +280,7 @@ class _Loop:
     seconds: float = 0.0  # spent on the epoch before it was interrupted
     began: float = 0.0  # when the epoch would have begun, had it not been interrupted
     whole: bool = True  # no update has begun that has not ended
+    agreed: bool = False  # all processes stop here
 
     @classmethod
     def started(cls, job: _Job, ranks: Ranks) -> "_Loop":
@@ -295,7 +297,7 @@ class _Loop:
             averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options["ema"]), use_buffers=True)  # type: ignore[no-untyped-call]
         data = data.to(ranks.device)
         example, _ = data.batch(torch.arange(min(16, len(data)), device=ranks.device))
-        oracle = Oracle.fast(model, example, options["precision"])
+        oracle = ShardedOracle(model, example) if ranks.sharded else Oracle.fast(model, example, options["precision"])
         kept = None
         if getattr(options["strategy"], "warm_start", False):
             kept = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=ranks.device)
@@ -338,8 +340,10 @@ class _Loop:
             left = self.clock.left(done, self.totals.get("gradients", 0.0) / max(done, 1))
             show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None, left)
             if interrupted():
+                self.agreed = True
                 raise KeyboardInterrupt
-            if self.folder is not None and self.due() and self.batch < len(batches):
+            due = self.folder is not None and self.due()
+            if self.ranks.any(due and self.ranks.first) and self.batch < len(batches):
                 self.save()
         return self._row(attack)
 
@@ -359,6 +363,7 @@ class _Loop:
                 start = x + self._moved(self.kept[mine].to(x.dtype), mine)
             asked = time.perf_counter()
             found = attack(self.oracle, x, y, seed=seed, index=mine, start=start, final="none")
+            self.oracle.settle()
             x_adv = found.x_adv
             cost["gradients"] = float(found.gradient_calls.sum())
             attacking = time.perf_counter() - asked
@@ -435,9 +440,9 @@ class _Loop:
         """The gradient's norm, which is clipped where that is asked for."""
         limit = self.options["clip"]
         if limit is None:
-            return float(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+            return number(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         fabric = self.ranks.fabric
-        return float(fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
+        return number(fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
 
     def _not_finite(self, what: str, value: float) -> FloatingPointError:
         return FloatingPointError(f"{what} is {value} in epoch {self.epoch + 1}, batch {self.batch + 1}; lower lr")
@@ -481,6 +486,7 @@ class _Loop:
             found = FGSM(attack.threat, attack.loss)(self.oracle, x, y, final="none")
             gradient = self._gradient(attack, found.x_adv, y)
             total += float(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nansum())
+        self.oracle.settle()
         return {"fgsm_gauge": self.ranks.sums({"total": total})["total"] / len(chosen)}
 
     def picture(self, strategy: Strategy) -> Picture | None:
@@ -507,16 +513,24 @@ class _Loop:
 
     def save_models(self) -> None:
         """Writes the last model, and the best so far where a validation split says which that is."""
-        if self.folder is None or not self.ranks.first:
+        if self.folder is None:
             return
-        save_model(self.folder, self.evaluated)
+        model: Any = Whole(self.network, self.network).gathered() if self.ranks.sharded else self.evaluated
+        if not self.ranks.first:
+            return
+        save_model(self.folder, model)
         scores = [float(row.get("validation_accuracy", -1.0)) for row in self.history]
         if scores[-1] > max(scores[:-1], default=-1.0):
-            save_model(self.folder, self.evaluated, "best.safetensors")
+            save_model(self.folder, model, "best.safetensors")
 
     def save(self) -> None:
         """Writes all that a resumed run needs, whatever the number of its processes."""
-        if self.folder is None or not self.ranks.first:
+        if self.folder is None:
+            return
+        networks, optimizer = self._states()
+        if self.ranks.sharded:
+            networks, optimizer = {name: net.gathered() for name, net in networks.items()}, optimizer.gathered()
+        if not self.ranks.first:
             return
         names = ("epoch", "batch", "totals", "gauged", "history")
         position = {name: getattr(self, name) for name in names} | {
@@ -524,14 +538,14 @@ class _Loop:
             "attack_network": self.oracle.plan,
             "micro_batch": self.oracle.micro_batch,
         }
-        save_state(self.folder, self._networks(), self.optimizer, position, self.kept, self.options["keep_checkpoints"])
+        save_state(self.folder, networks, optimizer, position, self.kept, self.options["keep_checkpoints"])
 
     def resume(self) -> None:
         """Takes over the state that the run folder holds; where it holds none yet, writes the one to start from.
 
         ValueError where the processes do not find the same one.
         """
-        position = {} if self.folder is None else load_state(self.folder, self._networks(), self.optimizer, self.kept)
+        position = {} if self.folder is None else load_state(self.folder, *self._states(), self.kept)
         found = self.ranks.gathered((position.get("epoch"), position.get("batch")))
         if len(set(found)) > 1:
             raise ValueError(f"run_dir {self.folder} must be one folder for all processes: they found {found}")
@@ -547,8 +561,12 @@ class _Loop:
                 told = f"the attack network was {plan!r} when the run was interrupted and is {self.oracle.plan!r} now"
                 warnings.warn(f"{told}: results may differ from an uninterrupted run's", stacklevel=3)
 
-    def _networks(self) -> dict[str, nn.Module]:
-        return {"model": self.network} | ({} if self.averaged is None else {"ema": self.averaged})
+    def _states(self) -> tuple[dict[str, Any], Any]:
+        """The networks and the optimiser, as what saves and loads them takes them."""
+        if self.ranks.sharded:
+            return {"model": Whole(self.network, self.network)}, Whole(self.optimizer, self.network)
+        networks = {"model": self.network} | ({} if self.averaged is None else {"ema": self.averaged})
+        return networks, self.optimizer
 
     def _gradient(self, attack: PGD, x_adv: Tensor, y: Tensor) -> Tensor:
         """The gradient of the attack's loss at x_adv."""
