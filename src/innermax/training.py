@@ -16,13 +16,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from innermax import randomness, runs
 from innermax.attacks.gradient import FGSM, PGD
 from innermax.attacks.search import measure
-from innermax.checkpoints import load_tensors, save_model, save_tensors
+from innermax.checkpoints import load_tensors, save_tensors, write_model
 from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set, augment
 from innermax.distribution import Parallel, Plan, Ranks, check_parallel, joined, planned, prepared
@@ -518,10 +519,11 @@ class _Loop:
         model: Any = Whole(self.network, self.network).gathered() if self.ranks.sharded else self.evaluated
         if not self.ranks.first:
             return
-        save_model(self.folder, model)
+        tensors, config = model.state_dict(), getattr(model, "config", None)
+        write_model(self.folder, tensors, config)
         scores = [float(row.get("validation_accuracy", -1.0)) for row in self.history]
         if scores[-1] > max(scores[:-1], default=-1.0):
-            save_model(self.folder, model, "best.safetensors")
+            write_model(self.folder, tensors, config, "best.safetensors")
 
     def save(self) -> None:
         """Writes all that a resumed run needs, whatever the number of its processes."""
@@ -655,10 +657,13 @@ def _precision(precision: Precision, device: torch.device) -> str:
 
 
 def _optimizer(model: nn.Module, options: Mapping[str, Any]) -> torch.optim.Optimizer:
+    fused = not any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )  # torch has no fused step of parameters in parts
+    lr, decay = options["lr"], options["weight_decay"]
     if options["optimizer"] == "adamw":
-        return torch.optim.AdamW(model.parameters(), options["lr"], weight_decay=options["weight_decay"], fused=True)
-    momentum, decay = options["momentum"], options["weight_decay"]
-    return torch.optim.SGD(model.parameters(), options["lr"], momentum, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)
+    return torch.optim.SGD(model.parameters(), lr, options["momentum"], weight_decay=decay, fused=fused)
 
 
 def _validated(
