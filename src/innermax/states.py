@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ _PACE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)?")
 _NAME = re.compile(r"epoch-(\d+)-batch-(\d+)\.safetensors")
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """A network or an optimiser: its state as a dictionary, and back."""
 
