@@ -69,10 +69,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def save_model(folder: str | Path, model: nn.Module, name: str = "model.safetensors") -> None:
     """Writes a model's weights and, where innermax built it, the config.json that `load_model` rebuilds it from."""
-    folder, model = Path(folder), unwrapped(model)
+    model = unwrapped(model)
+    write_model(Path(folder), model.state_dict(), getattr(model, "config", None), name)
+
+
+def write_model(folder: Path, tensors: Mapping[str, Tensor], config: object, name: str = "model.safetensors") -> None:
+    """Writes a model's tensors, and its config.json where it is one that innermax builds."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / name, model.state_dict())
-    config = getattr(model, "config", None)
+    save_tensors(folder / name, tensors)
     if isinstance(config, Mapping) and "model" in config:
         write_json(folder / "config.json", config)
 

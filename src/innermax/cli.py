@@ -118,6 +118,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     import innermax as im
     from innermax.attacks.named import named_attacks
     from innermax.checkpoints import write_bytes
+    from innermax.distribution import is_first, launched_count
     from innermax.progress import show_evaluation
     from innermax.settings import build_strategy
     from innermax.tables import format_audit, format_table
@@ -142,12 +143,18 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
         settings={name: stated[name] for name in ("data", "validation", "model", "init", "threat", "attack")},
         **options | {"run_dir": folder, "logger": chosen.logger},
     )
+    processes = launched_count()
+    if processes == 1 and not is_first():  # of several machines another one goes on
+        return
     which = "the last epoch"
     if run.best is not None:
         im.load_model(folder / "best.safetensors", run.model)
         which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
-    with show_evaluation(attacks, audit=True, speak=chosen.progress) as show:
-        evaluation = im.evaluate(run.model, data.test, attacks, seed=chosen.seed, device=device, progress=show)
+    options = {"seed": chosen.seed, "device": device, "devices": processes if processes > 1 else chosen.devices or 1}
+    with show_evaluation(attacks, audit=True, speak=chosen.progress and is_first()) as show:
+        evaluation = im.evaluate(run.model, data.test, attacks, **options, progress=show)
+    if not is_first():
+        return
     write_bytes(folder / "evaluation.json", (evaluation.to_json() + "\n").encode())
     names = data.class_names
     shown = im.gallery(run.model, data.test, attacks, evaluation, class_names=names, device=device) if attacks else None
@@ -273,6 +280,7 @@ def _run_evaluation(source: str, chosen: Any) -> None:
 
     import innermax as im
     from innermax.attacks.named import named_attacks
+    from innermax.distribution import is_first, launched_count
     from innermax.progress import show_evaluation
     from innermax.runs import told_settings
     from innermax.tables import format_audit, format_table
@@ -299,9 +307,12 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     rows_dir = chosen.rows_dir
     if rows_dir is None and (path / "config.yaml").is_file() and os.access(path, os.W_OK):
         rows_dir = _own_rows(path, model, name, attacks, {**options, "limit": chosen.limit})
-    options |= {"devices": chosen.devices, "rows_dir": rows_dir, "surrogates": surrogates}
-    with show_evaluation(attacks, audit=True) as show:
+    devices = launched_count() if chosen.devices is None else chosen.devices
+    options |= {"devices": devices, "rows_dir": rows_dir, "surrogates": surrogates}
+    with show_evaluation(attacks, audit=True, speak=is_first()) as show:
         evaluation = im.evaluate(model, test, attacks, **options, progress=show)
+    if not is_first():
+        return
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
     if chosen.html is not None:

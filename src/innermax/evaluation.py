@@ -5,8 +5,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +22,9 @@ from innermax.attacks.base import looks_like_probabilities
 from innermax.attacks.search import AttackResult
 from innermax.audit import Audit
 from innermax.checkpoints import write_bytes
-from innermax.checks import unknown
+from innermax.checks import check_count, unknown
 from innermax.data import as_image_set
+from innermax.distribution import Ranks, members
 from innermax.intake import misgivings
 from innermax.losses import cross_entropy
 from innermax.oracle import Oracle, Precision
@@ -272,7 +273,8 @@ def evaluate(
         device: where to compute; where the model is unless told. On another device a copy of the model is evaluated.
         devices: processes that share the batches, each with as many threads as this one; on GPUs one a GPU, the first
             so many. They start anew, so a script needs its `if __name__ == "__main__"`, and model and attacks must
-            pickle. The rows are the same, to the bit.
+            pickle. Where so many are there already, started by torchrun, SLURM or a training, and all make the same
+            call, these share the batches, and all return the same. The rows are the same, to the bit.
         rows_dir: folder that keeps each batch's rows as soon as they are there, and rows.parquet, the table of
             `Evaluation.examples`, in the end. The same call goes on from what the folder holds, to the same table.
         progress: called as progress(name, examples done, examples in all) after each batch, "clean" first; now and
@@ -294,28 +296,36 @@ def evaluate(
             raise ValueError("surrogates are what the audit tries: they need audit=True and at least one attack")
     images = as_image_set(test_set)
     model, device = on_device(model, images, device)
-    check_devices(devices, device)
-    bench = Bench(images, device, batch_size, seed, quantize, progress)
+    check_count(devices, "devices")
+    ranks = members(devices, device)
+    if ranks.count == 1:
+        check_devices(devices, device)
+    model, device = on_device(model, images, ranks.device)
+    bench = Bench(images, device, batch_size, seed, quantize, progress if ranks.first else None)
     exact = Oracle(model)
     folder = None if rows_dir is None else Path(rows_dir)
     parts = Parts((CLEAN, *attacks), len(images), batch_size, folder)
-    with bench.in_float32(exact):
+    with bench.in_float32(exact), ranks.named(), ranks.heard():
         oracle = bench.attack_oracle(model, exact, precision) if attacks else exact
         others = _surrogate_oracles(bench, exact, surrogates or {})
-        settings = bench.settings(attacks, precision, oracle.plan)
+        settings = ranks.same(bench.settings(attacks, precision, oracle.plan))
         if folder is not None:
-            open_rows(folder, _configuration(bench, model, exact, attacks, settings))
+            configuration = _configuration(bench, model, exact, attacks, settings)
+            ranks.first_alone(lambda: open_rows(folder, configuration))
             parts.read()
+            ranks.gathered(None)  # nobody writes before all have read
         with kept_rows(folder), warnings.catch_warnings():
-            _clean(bench, exact, attacks, parts)
+            with _exchanged(parts, ranks):
+                _clean(bench, exact, attacks, parts, ranks.rank, ranks.count)
             for sentence in misgivings(exact, images, device, batch_size):
                 warnings.warn(sentence, stacklevel=2)
             if parts.joined(CLEAN).columns["probable"].all():
                 message = f"{_PROBABLE}; attacks and gauges need logits (leave the softmax out)"
                 warnings.warn(message, stacklevel=2)
                 warnings.filterwarnings("ignore", message=_PROBABLE)  # each attack would say so on each batch
-            if devices == 1:
-                _attacked(bench, attacks, oracle, exact, parts)
+            if devices == ranks.count:
+                with _exchanged(parts, ranks):
+                    _attacked(bench, attacks, oracle, exact, parts, ranks.rank, ranks.count)
             else:
                 _attacked_together(_Task(bench, model, attacks, precision, parts), devices)
             found = {name: parts.joined(name) for name in attacks}
@@ -327,7 +337,7 @@ def evaluate(
                 seconds={name: part.seconds for name, part in found.items()},
             )
             if folder is not None:
-                write_table(folder, evaluation.columns())
+                ranks.first_alone(lambda: write_table(folder, evaluation.columns()))
             if audit and attacks:
                 evaluation = replace(evaluation, audit=_audit(bench, model, exact, oracle, others, attacks, evaluation))
     return evaluation
@@ -346,9 +356,29 @@ def _surrogate_oracles(bench: Bench, exact: Oracle, surrogates: Mapping[str, nn.
     return found
 
 
-def _clean(bench: Bench, exact: Oracle, attacks: Mapping[str, Attack], parts: Parts) -> None:
-    """Adds the clean images' missing parts; labels, bounds and grid are known to fit before the first long search."""
-    for index, x, y in bench.batches(CLEAN, parts.missing(CLEAN)):
+@contextmanager
+def _exchanged(parts: Parts, ranks: Ranks) -> Iterator[None]:
+    """Inside, each process adds its share of the parts; afterwards all have them all."""
+    before = {name: set(held) for name, held in parts.held.items()}
+    with ranks.together(ValueError, TypeError, ArithmeticError, OSError):
+        yield
+    if ranks.count == 1:
+        return
+    own = {name: [start for start in held if start not in before[name]] for name, held in parts.held.items()}
+    for told in ranks.gathered({name: [(start, parts.part(name, start)) for start in own[name]] for name in own}):
+        for name, found in told.items():
+            for start, part in found:
+                parts.keep(name, start, part)
+
+
+def _clean(
+    bench: Bench, exact: Oracle, attacks: Mapping[str, Attack], parts: Parts, rank: int = 0, processes: int = 1
+) -> None:
+    """Adds the clean images' missing parts, or one's share of them.
+
+    Labels, bounds and grid are known to fit before the first long search.
+    """
+    for index, x, y in bench.batches(CLEAN, parts.missing(CLEAN)[rank::processes]):
         check_images(x, attacks, bench.quantize)
         began = time.perf_counter()
         logits = scoring_logits(exact, x, y)

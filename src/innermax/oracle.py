@@ -124,6 +124,9 @@ class Oracle:
         """The same network in float32, for what bf16 is too coarse for: itself, where it is not in bf16."""
         return self if self._precise is None else self._precise
 
+    def settle(self) -> None:
+        """To be called at the end of a search: a network that several processes share waits for the others' ends."""
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes over what the model has learned since."""

@@ -107,7 +107,7 @@ class Parts:
             path.parent.mkdir(parents=True, exist_ok=True)
             index = np.arange(start, start + self._length(start))
             write_bytes(path, _parquet({"index": index, **part.columns}, {"attack": name, "seconds": part.seconds}))
-        self._keep(name, start, part)
+        self.keep(name, start, part)
 
     def read(self) -> None:
         """Takes over what the folder holds; a damaged file is named in a warning, and its part is missing."""
@@ -119,7 +119,7 @@ class Parts:
                 if not path.exists():
                     continue
                 try:
-                    self._keep(name, start, self._part(path.read_bytes(), name, start))
+                    self.keep(name, start, self._read(path.read_bytes(), name, start))
                 except ValueError as error:
                     warnings.warn(f"{path} is damaged ({error}): its rows are computed again", stacklevel=4)
 
@@ -131,7 +131,13 @@ class Parts:
         """All parts as one."""
         return Part(self.columns[name], sum(self.held[name][start] for start in self.starts))
 
-    def _keep(self, name: str, start: int, part: Part) -> None:
+    def part(self, name: str, start: int) -> Part:
+        """A part that is there."""
+        stop = start + self._length(start)
+        columns = {key: column[start:stop] for key, column in self.columns[name].items()}
+        return Part(columns, self.held[name][start])
+
+    def keep(self, name: str, start: int, part: Part) -> None:
         """Takes a part over into the columns."""
         whole = self.columns[name]
         for key, column in part.columns.items():
@@ -149,7 +155,7 @@ class Parts:
         readable = re.sub(r"[^A-Za-z0-9.-]", "_", name)[:60]
         return folder / "parts" / f"{sorted(self.names).index(name)}-{readable}" / f"{start:09d}.parquet"
 
-    def _part(self, content: bytes, name: str, start: int) -> Part:
+    def _read(self, content: bytes, name: str, start: int) -> Part:
         """A part from its file's bytes. Raises ValueError where they are not what `add` wrote."""
         import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.parquet as pq  # type: ignore[import-untyped]

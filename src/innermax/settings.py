@@ -141,7 +141,8 @@ class EvaluateSettings:
         batch_size: images at a time.
         seed: decides the random starts.
         device: auto, cpu, cuda or cuda:N.
-        devices: processes that share the images, on GPUs one a GPU.
+        devices: processes that share the images, on GPUs one a GPU; empty: as many as torchrun or SLURM started, else
+            one.
         rows_dir: folder that keeps each example's rows as they come, where the same command goes on if it was stopped;
             empty for one inside the run folder.
         best: evaluate a run's best epoch on its validation split instead of its last.
@@ -161,7 +162,7 @@ class EvaluateSettings:
     batch_size: int = 250
     seed: int = 0
     device: str = "auto"
-    devices: int = 1
+    devices: int | None = None
     rows_dir: str | None = None
     best: bool = False
     normalize: list[list[float]] | Literal["imagenet"] | None = None

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +28,17 @@ _ERRORS: dict[str, type[Exception]] = {
 _LOOK_EVERY = 0.5  # seconds
 
 
-def shared(work: Work, arguments: Any, processes: int, device: str, watch: Callable[[], None]) -> None:
-    """Runs work(arguments, rank, processes, device) in so many new processes, each on a device of its own.
+def shared(
+    work: Work,
+    arguments: Any,
+    processes: int,
+    device: str,
+    watch: Callable[[], None],
+    *,
+    nodes: int = 1,
+    backend: str | None = "gloo",
+) -> None:
+    """Runs work(arguments, rank, processes in all, device) in so many new processes, each on a device of its own.
 
     They start from nothing ("spawn"), so that threads and CUDA contexts of this process do no harm; a script must guard
     its main part with `if __name__ == "__main__"`. Each computes with as many threads as this one.
@@ -38,11 +48,14 @@ def shared(work: Work, arguments: Any, processes: int, device: str, watch: Calla
         arguments: anything that pickles.
         device: "cpu" or "cuda".
         watch: called now and then from another thread while they work, and once at the end.
+        nodes: machines on which the same is called, so that their processes are connected.
+        backend: of torch.distributed; gloo on GPUs too where nothing is ever sent, since NCCL would hold memory; None:
+            the device's own.
 
     Raises:
         TypeError: the arguments do not pickle.
-        ValueError, TypeError, ArithmeticError, OSError: what the first failing process raised.
-        ChildProcessError: a process ended without an answer.
+        ValueError, TypeError, ArithmeticError, OSError: what the first failing process raised, with its notes.
+        ChildProcessError: a process ended without an answer; the others are ended.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
@@ -51,18 +64,26 @@ def shared(work: Work, arguments: Any, processes: int, device: str, watch: Calla
 
     with TemporaryDirectory(prefix="innermax-") as folder, _quiet(), _no_orphans(), _watched(watch):
         payload = _pickled((work, arguments), Path(folder), processes)
-        # gloo on GPUs too: nothing is ever sent, and NCCL would hold memory.
-        strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
-        fabric = Fabric(accelerator=device, devices=processes, strategy=strategy, plugins=[LightningEnvironment()])
+        strategy = DDPStrategy(start_method="spawn", process_group_backend=backend)
+        fabric = Fabric(
+            accelerator=device,
+            devices=processes,
+            num_nodes=nodes,
+            strategy=strategy,
+            plugins=[LightningEnvironment()],
+        )
         try:
             fabric.launch(_worker, _Handed(payload, Path(folder)))
         except ProcessException as error:
             for told in sorted(Path(folder).glob("*.json")):
-                name, message = json.loads(told.read_text())
-                raise _ERRORS[name](message) from None
-            raise ChildProcessError(
-                f"one of {processes} processes ended early: {str(error).strip().splitlines()[-1]}"
-            ) from error
+                name, message, notes = json.loads(told.read_text())
+                known = _ERRORS[name](message)
+                for note in notes:
+                    known.add_note(note)
+                raise known from None
+            reason = re.sub(r"^process (\d+)", r"rank \1", str(error).strip().splitlines()[-1])
+            hint = ", as the system does where memory runs out" if "SIGKILL" in reason else ""
+            raise ChildProcessError(f"one of {processes} processes ended early: {reason}{hint}") from error
 
 
 def _pickled(value: object, folder: Path, processes: int) -> bytes:
@@ -125,7 +146,8 @@ def _worker(fabric: Any, *arguments: _Handed) -> None:
         work(task, fabric.global_rank, fabric.world_size, fabric.device)
     except tuple(_ERRORS.values()) as error:
         name = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _ERRORS)
-        write_json(handed.folder / f"{fabric.global_rank}.json", [name, str(error)])
+        notes = getattr(error, "__notes__", [])
+        write_json(handed.folder / f"{fabric.global_rank}.json", [name, str(error), notes])
         raise
 
 

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from innermax.checkpoints import fill, load_tensors, no_link, save_tensors, write_bytes
 from innermax.reading import is_number, is_row
@@ -33,14 +32,22 @@ _OF_A_PARAMETER: dict[type[torch.optim.Optimizer], set[str]] = {
 }
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """A network or an optimiser: its state as a dictionary, and back."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
 class Held(ValueError):
     """Another process has the lock; the message says which."""
 
 
 def save_state(
     folder: Path,
-    networks: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    networks: Mapping[str, Stateful],
+    optimizer: Stateful,
     position: Mapping[str, Any],
     kept: Tensor | None = None,
     keep: int = 2,
@@ -63,7 +70,7 @@ def save_state(
 
 
 def load_state(
-    folder: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, kept: Tensor | None = None
+    folder: Path, networks: Mapping[str, Stateful], optimizer: Stateful, kept: Tensor | None = None
 ) -> dict[str, Any]:
     """Fills networks, optimiser and kept perturbations from the newest state that is whole, with a warning where that
     is not the newest; its position, empty where there is none.
@@ -189,8 +196,8 @@ def _digest(tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> str:
 def _fill(
     path: Path,
     tensors: Mapping[str, Tensor],
-    networks: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    networks: Mapping[str, Stateful],
+    optimizer: Stateful,
     kept: Tensor | None,
 ) -> None:
     try:

@@ -1,28 +1,32 @@
 """Algorithm 1's outer loop: attack a batch as the strategy says, descend on the objective, repeat."""
 
 import contextlib
+import copy
 import json
-import logging
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from innermax import randomness, runs
 from innermax.attacks.gradient import PGD
 from innermax.attacks.search import measure
-from innermax.checkpoints import no_link, save_model
+from innermax.checkpoints import load_tensors, no_link, save_tensors, write_model
 from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set, augment
+from innermax.distribution import Parallel, Plan, Ranks, check_parallel, joined, planned, prepared
 from innermax.evaluation import evaluate
 from innermax.intake import normalisation_known
 from innermax.loggers import Logger, LoggerName, Picture, epoch_logger, picture
@@ -30,6 +34,8 @@ from innermax.objectives import Objective, find_objective
 from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import Progress, held_interrupts, show_progress
 from innermax.remaining import FORWARD, TrainingClock, search_cost
+from innermax.sharded import ShardedOracle, Whole, number
+from innermax.sharing import shared
 from innermax.states import alone, due_every, load_state, save_state, states
 from innermax.strategies import Strategy, halfway
 
@@ -82,6 +88,10 @@ def train(
     precision: Precision = "auto",
     seed: int = 0,
     device: str = "auto",
+    devices: int | None = None,
+    nodes: int | None = None,
+    parallel: Parallel = "ddp",
+    sync_batch_norm: bool = False,
     on_nan: OnNaN = "stop",
     run_dir: str | Path | None = None,
     overwrite: bool = False,
@@ -119,6 +129,13 @@ def train(
         precision: "auto" attacks and updates in bf16 where the device computes in it, else "float32".
         seed: decides order, augmentation, random starts and the model's own draws.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        devices: processes on each machine that share every batch, on GPUs one a GPU; None: as many as torchrun or SLURM
+            started, else one. They start anew, so a script needs its `if __name__ == "__main__"`, and what is trained
+            must pickle. The objective must be a mean over examples.
+        nodes: machines, each of which runs the same; None: as torchrun or SLURM say, else one.
+        parallel: "ddp", the whole network in each process, or "fsdp", a part of every layer, for networks that do not
+            fit; what that cannot do is refused.
+        sync_batch_norm: BatchNorm over the whole batch instead of each process's share; on GPUs.
         on_nan: what a loss, gradient or FOSC that is no finite number does: "stop" ends the run, "skip" leaves that
             batch out and counts it. Either way run_dir/nonfinite.jsonl names epoch, batch and examples.
         run_dir: folder of the run; None writes nothing.
@@ -134,56 +151,110 @@ def train(
     Raises:
         ValueError, TypeError: an argument does not fit, or run_dir belongs to another configuration or process.
         FloatingPointError: a loss, gradient or FOSC is not a finite number.
+        ChildProcessError: one of several processes has ended; the others are ended, too.
         OSError: run_dir cannot be written; the states in it stay whole.
         KeyboardInterrupt: after saving; the same call continues.
     """
     options = dict(locals())
     _check(options)
-    objective = find_objective(objective)
-    train_set = as_image_set(train_set)
-    validation_set = None if validation_set is None else as_image_set(validation_set)
-    validation_attack = validation_attack or getattr(strategy, "attack", None)
-    _check_sets(model, train_set, validation_set, options)
-    configuration = _configuration(options, model, train_set, validation_set)
-    folder = None if run_dir is None else Path(run_dir)
+    plan = planned(devices, nodes, chosen_device(device))
+    job = _Job.of(options)
+    check_parallel(options, plan, chosen_device(device), len(job.train_set))
+    if plan.starts:
+        return _trained_elsewhere(job, plan)
+    return _trained(job, plan)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What `train` was told, checked; configuration: what of it identifies the run."""
+
+    options: Mapping[str, Any]
+    objective: Objective
+    train_set: ImageSet
+    validation_set: ImageSet | None
+    validation_attack: PGD | None
+    configuration: Mapping[str, Any]
+    folder: Path | None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "_Job":
+        objective = find_objective(options["objective"])
+        train_set, validation_set = as_image_set(options["train_set"]), options["validation_set"]
+        validation_set = None if validation_set is None else as_image_set(validation_set)
+        _check_sets(options["model"], train_set, validation_set, options)
+        return cls(
+            {**options, "train_set": None, "validation_set": None},
+            objective,
+            train_set,
+            validation_set,
+            options["validation_attack"] or getattr(options["strategy"], "attack", None),
+            _configuration(options, options["model"], train_set, validation_set),
+            None if options["run_dir"] is None else Path(options["run_dir"]),
+        )
+
+    def open_folder(self, stack: contextlib.ExitStack) -> None:
+        """Makes or finds the run folder, which is this process's alone until the stack is closed."""
+        if self.folder is None:
+            return
+        overwrite = self.options["overwrite"]
+        runs.check_folder(self.folder, self.configuration, overwrite)
+        stack.enter_context(alone(self.folder / runs.LOCK, f"run_dir {self.folder}"))
+        runs.open_folder(self.folder, self.configuration, overwrite)
+
+
+def _trained(job: _Job, plan: Plan, stopped: Callable[[], bool] = lambda: False) -> Run:
+    """The training, by this process and those it is connected with; stopped: whether an interrupt came elsewhere."""
+    options, folder, strategy = job.options, job.folder, job.options["strategy"]
     with contextlib.ExitStack() as stack:
-        if folder is not None:
-            runs.check_folder(folder, configuration, overwrite)
-            stack.enter_context(alone(folder / runs.LOCK, f"run_dir {folder}"))
-            runs.open_folder(folder, configuration, overwrite)
+        device = chosen_device(options["device"])
+        ranks = joined(plan, device, _precision(options["precision"], device), options["parallel"])
+        for context in (_said_where(folder), ranks.named(), ranks.heard()):
+            stack.enter_context(context)
+        ranks.first_alone(lambda: job.open_folder(stack))
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
-        loop = _Loop.started(model, train_set, options, folder)
-        loop.clock.validation = _validation_cost(validation_set, validation_attack)
+        loop = _Loop.started(job, ranks)
+        loop.clock.validation = _validation_cost(job.validation_set, job.validation_attack)
         loop.resume()
-        with _said_where(folder):
-            show = stack.enter_context(show_progress(epochs, progress))
-            write = stack.enter_context(epoch_logger(logger, folder, configuration))
-            interrupted = stack.enter_context(held_interrupts())
-            while loop.epoch < epochs:
-                began = time.perf_counter()
-                loop.began = began - loop.seconds
-                try:
-                    row = loop.run_epoch(strategy, objective, show, interrupted)
-                except KeyboardInterrupt:
-                    if folder is not None and loop.whole:
-                        loop.save()
-                        show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
-                    raise
-                row |= loop.measures(strategy)
-                shown = None if logger is None else loop.picture(strategy)
-                if validation_set is not None:
-                    row |= _validated(loop.evaluated, validation_set, validation_attack, loop.device, precision)
-                loop.finish_epoch(row)
-                if folder is not None:
-                    _save_models(folder, loop)  # first: once the state is written, this epoch does not come again
+        show = stack.enter_context(show_progress(options["epochs"], options["progress"] and ranks.first))
+        logger = options["logger"] if ranks.first else None
+        write = stack.enter_context(epoch_logger(logger, folder, job.configuration))
+        asked = stack.enter_context(held_interrupts())
+
+        def interrupted() -> bool:
+            return ranks.any(asked() or stopped())
+
+        while loop.epoch < options["epochs"]:
+            began = time.perf_counter()
+            loop.began = began - loop.seconds
+            try:
+                row = loop.run_epoch(strategy, job.objective, show, interrupted)
+            except KeyboardInterrupt:
+                if folder is not None and loop.whole and (loop.agreed or not ranks.sharded):
                     loop.save()
-                loop.clock.end(time.perf_counter() - began)
-                show.epoch(row, loop.clock.left(len(train_set), row["gradients"]))
-                write(row, shown)
-                if interrupted():
-                    raise KeyboardInterrupt
-    unwrapped(loop.model).eval()
-    return Run(unwrapped(loop.evaluated).eval(), tuple(loop.history), folder)
+                    show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
+                raise
+            row |= loop.measures(strategy)
+            shown = None if logger is None or ranks.sharded else loop.picture(strategy)
+            if job.validation_set is not None:
+                row |= _validated(
+                    loop.evaluated,
+                    job.validation_set,
+                    job.validation_attack,
+                    loop.device,
+                    options["precision"],
+                    ranks.count,
+                )
+            row = loop.finish_epoch(row)
+            loop.save_models()  # first: once the state is written, this epoch does not come again
+            loop.save()
+            loop.clock.end(time.perf_counter() - began)
+            show.epoch(row, loop.clock.left(len(job.train_set), row["gradients"]))
+            write(row, shown)
+            if interrupted():
+                raise KeyboardInterrupt
+    loop.network.eval()
+    return Run(loop.evaluated.eval(), tuple(loop.history), folder)
 
 
 @dataclass
@@ -192,7 +263,8 @@ class _Loop:
 
     options: Mapping[str, Any]
     data: ImageSet
-    fabric: Any
+    ranks: Ranks
+    network: nn.Module  # the user's own
     model: nn.Module  # as Fabric wraps it
     optimizer: torch.optim.Optimizer
     averaged: AveragedModel | None
@@ -209,38 +281,30 @@ class _Loop:
     seconds: float = 0.0  # spent on the epoch before it was interrupted
     began: float = 0.0  # when the epoch would have begun, had it not been interrupted
     whole: bool = True  # no update has begun that has not ended
+    agreed: bool = False  # all processes stop here
 
     @classmethod
-    def started(cls, model: nn.Module, data: ImageSet, options: Mapping[str, Any], folder: Path | None) -> "_Loop":
-        from lightning_fabric import Fabric
-
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision it was given
-        device = chosen_device(options["device"])
-        lower = options["precision"] == "bf16" or (options["precision"] == "auto" and has_fast_bf16(device))
-        fabric = Fabric(
-            accelerator=device.type,
-            devices=[device.index or 0] if device.type == "cuda" else 1,
-            precision="bf16-mixed" if lower else "32-true",
-        )
-        model = unwrapped(model)
+    def started(cls, job: _Job, ranks: Ranks) -> "_Loop":
+        options, data = job.options, job.train_set
+        model = unwrapped(options["model"])
         if not model.training:
             model.train()
         if len(data.shape) == 3:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        wrapped, optimizer = fabric.setup(model, _optimizer(model, options))
+        wrapped, optimizer = prepared(ranks, model, partial(_optimizer, options=options), options["sync_batch_norm"])
         optimizer.zero_grad()  # the model may come with gradients of its past
         averaged = None
         if options["ema"] is not None:
             averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options["ema"]), use_buffers=True)  # type: ignore[no-untyped-call]
-        data = data.to(device)
-        example, _ = data.batch(torch.arange(min(16, len(data)), device=device))
-        oracle = Oracle.fast(model, example, options["precision"])
+        data = data.to(ranks.device)
+        example, _ = data.batch(torch.arange(min(16, len(data)), device=ranks.device))
+        oracle = ShardedOracle(model, example) if ranks.sharded else Oracle.fast(model, example, options["precision"])
         kept = None
         if getattr(options["strategy"], "warm_start", False):
-            kept = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=device)
+            kept = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=ranks.device)
         clock = TrainingClock(options["strategy"], options["epochs"], len(data))
         due = due_every(options["checkpoint_every"])
-        return cls(options, data, fabric, wrapped, optimizer, averaged, oracle, kept, clock, folder, due)
+        return cls(options, data, ranks, model, wrapped, optimizer, averaged, oracle, kept, clock, job.folder, due)
 
     @property
     def device(self) -> torch.device:
@@ -249,7 +313,7 @@ class _Loop:
     @property
     def evaluated(self) -> nn.Module:
         """The network that is scored and saved."""
-        return unwrapped(self.model) if self.averaged is None else self.averaged.module
+        return self.network if self.averaged is None else self.averaged.module
 
     def run_epoch(
         self, strategy: Strategy, objective: Objective, show: Progress, interrupted: Callable[[], bool]
@@ -277,44 +341,52 @@ class _Loop:
             left = self.clock.left(done, self.totals.get("gradients", 0.0) / max(done, 1))
             show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None, left)
             if interrupted():
+                self.agreed = True
                 raise KeyboardInterrupt
-            if self.folder is not None and self.due() and self.batch < len(batches):
+            due = self.folder is not None and self.due()
+            if self.ranks.any(due and self.ranks.first) and self.batch < len(batches):
                 self.save()
         return self._row(attack)
 
     def update(
         self, index: Tensor, attack: PGD | None, objective: Objective, moment: float, gauge: bool
     ) -> dict[str, float]:
-        """One attack and one descent step; sums over the batch's examples."""
+        """One attack and one descent step; sums over the batch's examples, of which this process does its share."""
         began, attacking = time.perf_counter(), 0.0
-        x, y = self.data.batch(index)
-        x = self._moved(x, index)
-        x_adv, measured = x, {}
+        mine = self.ranks.share(index)
+        x, y = self.data.batch(mine)
+        x = self._moved(x, mine)
+        x_adv, cost = x, {}
         if attack is not None:
             seed = randomness.number(self.options["seed"], _ATTACK, self.epoch)
             start = None
             if self.kept is not None and self.epoch > 0:
-                start = x + self._moved(self.kept[index].to(x.dtype), index)
+                start = x + self._moved(self.kept[mine].to(x.dtype), mine)
             asked = time.perf_counter()
-            found = attack(self.oracle, x, y, seed=seed, index=index, start=start, final="none")
+            found = attack(self.oracle, x, y, seed=seed, index=mine, start=start, final="none")
+            self.oracle.settle()
             x_adv = found.x_adv
-            measured["gradients"] = float(found.gradient_calls.sum())
+            cost["gradients"] = float(found.gradient_calls.sum())
             attacking = time.perf_counter() - asked
             if self.kept is not None:
-                self.kept[index] = self._moved(x_adv - x, index, back=True).half()
+                found_here = self._moved(x_adv - x, mine, back=True).half()
+                self.kept[index] = self.ranks.gathered_rows(found_here, len(index))
+        cost = self.ranks.sums(cost)
         try:
-            gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
+            with self.ranks.together(FloatingPointError):
+                gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
             self.whole = False
-            measured |= self._descend(objective, x, y, x_adv, moment)
+            measured = cost | self._descend(objective, x, y, x_adv, moment, len(index))
         except FloatingPointError as error:
             self._note(error, index)
             if self.options["on_nan"] == "stop":
                 raise
-            return measured | {"skipped": 1.0}
-        for name, values in gauges.items():
-            self.gauged.setdefault(name, []).extend(values)
+            return cost | {"skipped": 1.0}
+        for told in self.ranks.gathered(gauges) if gauge else ():
+            for name, values in told.items():
+                self.gauged.setdefault(name, []).extend(values)
         updating = time.perf_counter() - began - attacking
-        self.clock.batch(len(y), measured.get("gradients", 0.0), attacking, updating)
+        self.clock.batch(len(index), measured.get("gradients", 0.0), attacking, updating)
         return measured
 
     def _moved(self, images: Tensor, index: Tensor, back: bool = False) -> Tensor:
@@ -325,10 +397,16 @@ class _Loop:
         keys = randomness.keys(self.options["seed"], index, _AUGMENT, self.epoch)
         return augment(images, keys, shift=shift, flip=flip, back=back)
 
-    def _descend(self, objective: Objective, x: Tensor, y: Tensor, x_adv: Tensor, moment: float) -> dict[str, float]:
-        """One update of the weights, and of all that follows them; FloatingPointError leaves them as they were."""
-        # The model's own draws (dropout) belong to the batch, so that a resumed run repeats them.
-        torch.manual_seed(randomness.number(self.options["seed"], _MODEL, self.epoch, self.batch))
+    def _descend(
+        self, objective: Objective, x: Tensor, y: Tensor, x_adv: Tensor, moment: float, batch: int
+    ) -> dict[str, float]:
+        """One update of the weights, and of all that follows them; FloatingPointError leaves them as they were.
+
+        batch: examples of all processes.
+        """
+        # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
+        own = (self.ranks.rank,) if self.ranks.rank > 0 else ()
+        torch.manual_seed(randomness.number(self.options["seed"], _MODEL, self.epoch, self.batch, *own))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(moment, self.options)
         skips = self.options["on_nan"] == "skip"
@@ -337,10 +415,12 @@ class _Loop:
         )  # a forward pass changes BatchNorm's
         try:
             loss, logits = objective(self.model, x, y, x_adv, self.epoch)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise self._not_finite("the loss", value)
-            self.fabric.backward(loss)
+            told = {"loss": float(loss.detach()) * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
+            measured = {"examples": float(batch)} | self.ranks.sums(told)
+            if not math.isfinite(measured["loss"]):
+                raise self._not_finite("the loss", measured["loss"] / batch)
+            weight = self.ranks.weight(len(y), batch)
+            self.ranks.fabric.backward(loss if weight == 1 else weight * loss)
             length = self._clipped()
             if not math.isfinite(length):
                 raise self._not_finite("the gradient's norm", length)
@@ -351,18 +431,19 @@ class _Loop:
             raise
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.ranks.share_buffers(self.model)
         if self.averaged is not None:
-            self.averaged.update_parameters(unwrapped(self.model))
+            self.averaged.update_parameters(self.network)
         self.oracle.refresh()
-        correct = float((logits.detach().argmax(1) == y).sum())
-        return {"examples": float(len(y)), "loss": value * len(y), "correct": correct}
+        return measured
 
     def _clipped(self) -> float:
         """The gradient's norm, which is clipped where that is asked for."""
         limit = self.options["clip"]
         if limit is None:
-            return float(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
-        return float(self.fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
+            return number(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+        fabric = self.ranks.fabric
+        return number(fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
 
     def _not_finite(self, what: str, value: float) -> FloatingPointError:
         return FloatingPointError(f"{what} is {value} in epoch {self.epoch + 1}, batch {self.batch + 1}; lower lr")
@@ -371,7 +452,7 @@ class _Loop:
         """Names the batch's examples in the error, and writes them down."""
         examples = index.tolist()
         error.add_note(f"The batch holds examples {', '.join(map(str, examples[:8]))}{', …' * (len(examples) > 8)}.")
-        if self.folder is not None:
+        if self.folder is not None and self.ranks.first:
             path = self.folder / "nonfinite.jsonl"
             told = {"epoch": self.epoch, "batch": self.batch, "error": str(error), "examples": examples}
             with open(path, "a", encoding="utf-8", opener=no_link) as file:
@@ -397,13 +478,18 @@ class _Loop:
             return {}
         attack, seed = halfway(strategy.attack), self.options["seed"]  # type: ignore[attr-defined]
         chosen = randomness.permutation(seed, len(self.data), _ORDER)[:_SAMPLE].to(self.device)
-        gauges = []
+        gauges: list[float] = []
         for index in chosen.tensor_split(math.ceil(len(chosen) / self.options["batch_size"])):
-            x, y = self.data.batch(index)
-            found = attack(self.oracle, x, y, seed=seed, index=index, final="none")
+            mine = self.ranks.share(index)
+            if len(mine) == 0:
+                continue
+            x, y = self.data.batch(mine)
+            found = attack(self.oracle, x, y, seed=seed, index=mine, final="none")
             gradient = self._gradient(attack, found.x_adv, y)
-            gauges.append(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge))
-        return {"halfway_gauge": float(torch.cat(gauges).nan_to_num(0.0).median())}
+            gauges += measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nan_to_num(0.0).tolist()
+        self.oracle.settle()
+        everyones = [value for own in self.ranks.gathered(gauges) for value in own]
+        return {"halfway_gauge": float(torch.tensor(everyones).median())}
 
     def picture(self, strategy: Strategy) -> Picture | None:
         """Some training images under the epoch's attack."""
@@ -414,20 +500,40 @@ class _Loop:
         x, y = self.data.batch(index)
         return picture(x, attack(self.oracle, x, y, seed=self.options["seed"], index=index, final="none").x_adv)
 
-    def finish_epoch(self, row: dict[str, Any]) -> None:
-        """Puts the epoch into the history and stands at the start of the next."""
+    def finish_epoch(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Puts the epoch's row, the first process's for all, into the history; stands at the start of the next."""
         seconds = time.perf_counter() - self.began
         row |= {"seconds": round(seconds, 3), "images_per_second": round(len(self.data) / seconds, 1)}
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[name] = None  # nothing was measured: JSON has no NaN
+        row = self.ranks.same(row)
         _warn_of_fosc(row, self.history)
         self.history.append(row)
         self.epoch, self.batch, self.totals, self.gauged, self.seconds = self.epoch + 1, 0, {}, {}, 0.0
+        return row
+
+    def save_models(self) -> None:
+        """Writes the last model, and the best so far where a validation split says which that is."""
+        if self.folder is None:
+            return
+        model: Any = Whole(self.network, self.network).gathered() if self.ranks.sharded else self.evaluated
+        if not self.ranks.first:
+            return
+        tensors, config = model.state_dict(), getattr(model, "config", None)
+        write_model(self.folder, tensors, config)
+        scores = [float(row.get("validation_accuracy", -1.0)) for row in self.history]
+        if scores[-1] > max(scores[:-1], default=-1.0):
+            write_model(self.folder, tensors, config, "best.safetensors")
 
     def save(self) -> None:
-        """Writes all that a resumed run needs."""
+        """Writes all that a resumed run needs, whatever the number of its processes."""
         if self.folder is None:
+            return
+        networks, optimizer = self._states()
+        if self.ranks.sharded:
+            networks, optimizer = {name: net.gathered() for name, net in networks.items()}, optimizer.gathered()
+        if not self.ranks.first:
             return
         names = ("epoch", "batch", "totals", "gauged", "history")
         position = {name: getattr(self, name) for name in names} | {
@@ -435,11 +541,17 @@ class _Loop:
             "attack_network": self.oracle.plan,
             "micro_batch": self.oracle.micro_batch,
         }
-        save_state(self.folder, self._networks(), self.optimizer, position, self.kept, self.options["keep_checkpoints"])
+        save_state(self.folder, networks, optimizer, position, self.kept, self.options["keep_checkpoints"])
 
     def resume(self) -> None:
-        """Takes over the state that the run folder holds; where it holds none yet, writes the one to start from."""
-        position = {} if self.folder is None else load_state(self.folder, self._networks(), self.optimizer, self.kept)
+        """Takes over the state that the run folder holds; where it holds none yet, writes the one to start from.
+
+        ValueError where the processes do not find the same one.
+        """
+        position = {} if self.folder is None else load_state(self.folder, *self._states(), self.kept)
+        found = self.ranks.gathered((position.get("epoch"), position.get("batch")))
+        if len(set(found)) > 1:
+            raise ValueError(f"run_dir {self.folder} must be one folder for all processes: they found {found}")
         plan, self.oracle.micro_batch = position.pop("attack_network", ""), position.pop("micro_batch", None)
         for name, value in position.items():
             setattr(self, name, value)
@@ -452,8 +564,12 @@ class _Loop:
                 told = f"the attack network was {plan!r} when the run was interrupted and is {self.oracle.plan!r} now"
                 warnings.warn(f"{told}: results may differ from an uninterrupted run's", stacklevel=3)
 
-    def _networks(self) -> dict[str, nn.Module]:
-        return {"model": unwrapped(self.model)} | ({} if self.averaged is None else {"ema": self.averaged})
+    def _states(self) -> tuple[dict[str, Any], Any]:
+        """The networks and the optimiser, as what saves and loads them takes them."""
+        if self.ranks.sharded:
+            return {"model": Whole(self.network, self.network)}, Whole(self.optimizer, self.network)
+        networks = {"model": self.network} | ({} if self.averaged is None else {"ema": self.averaged})
+        return networks, self.optimizer
 
     def _gradient(self, attack: PGD, x_adv: Tensor, y: Tensor) -> Tensor:
         """The gradient of the attack's loss at x_adv."""
@@ -495,7 +611,9 @@ def _said_where(folder: Path | None) -> Iterator[None]:
     except OSError as error:
         kept = [] if folder is None else states(folder)
         if kept:
-            error.add_note(f"The run's last state is whole: the same command goes on from {kept[0]}.")
+            note = f"The run's last state is whole: the same command goes on from {kept[0]}."
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
         raise
 
 
@@ -533,20 +651,36 @@ def chosen_device(device: str) -> torch.device:
     return chosen
 
 
+def _precision(precision: Precision, device: torch.device) -> str:
+    """What Fabric calls it."""
+    lower = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    return "bf16-mixed" if lower else "32-true"
+
+
 def _optimizer(model: nn.Module, options: Mapping[str, Any]) -> torch.optim.Optimizer:
+    fused = not any(
+        isinstance(p, DTensor) for p in model.parameters()
+    )  # torch has no fused step of parameters in parts
+    lr, decay = options["lr"], options["weight_decay"]
     if options["optimizer"] == "adamw":
-        return torch.optim.AdamW(model.parameters(), options["lr"], weight_decay=options["weight_decay"], fused=True)
-    momentum, decay = options["momentum"], options["weight_decay"]
-    return torch.optim.SGD(model.parameters(), options["lr"], momentum, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)
+    return torch.optim.SGD(model.parameters(), lr, options["momentum"], weight_decay=decay, fused=fused)
 
 
 def _validated(
-    model: nn.Module, validation_set: ImageSet, attack: PGD | None, device: torch.device, precision: Precision
+    model: nn.Module,
+    validation_set: ImageSet,
+    attack: PGD | None,
+    device: torch.device,
+    precision: Precision,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Clean accuracy, and accuracy and convergence under the attack, on the validation split."""
     attacks = {} if attack is None else {"attack": attack}
     with normalisation_known():
-        scored = evaluate(model, validation_set, attacks, precision=precision, device=device, audit=False)
+        scored = evaluate(
+            model, validation_set, attacks, precision=precision, device=device, devices=processes, audit=False
+        )
     row: dict[str, Any] = {"validation_clean": scored.accuracy["clean"].value}
     if attack is not None:
         row["validation_robust"] = scored.accuracy["attack"].value
@@ -561,12 +695,46 @@ def _validation_cost(validation_set: ImageSet | None, attack: PGD | None) -> flo
     return len(validation_set) * (FORWARD if attack is None else FORWARD + search_cost(attack))
 
 
-def _save_models(folder: Path, loop: _Loop) -> None:
-    """The last model, and the best so far where a validation split says which that is."""
-    save_model(folder, loop.evaluated)
-    scores = [float(row.get("validation_accuracy", -1.0)) for row in loop.history]
-    if scores[-1] > max(scores[:-1], default=-1.0):
-        save_model(folder, loop.evaluated, "best.safetensors")
+def _trained_elsewhere(job: _Job, plan: Plan) -> Run:
+    """The training by processes that are started for it; the model learns as if it had been here."""
+    with TemporaryDirectory(prefix="innermax-") as place, _said_where(job.folder), held_interrupts() as interrupted:
+        stop, folder = Path(place) / "stop", Path(place)
+
+        def watch() -> None:
+            if interrupted():
+                stop.touch()
+
+        model = unwrapped(job.options["model"])
+        elsewhere = replace(job, options={**job.options, "model": model})
+        kind = chosen_device(job.options["device"]).type
+        shared(_train_share, (elsewhere, plan, folder), plan.devices, kind, watch, nodes=plan.nodes, backend=None)
+        if (folder / "interrupted").exists():
+            raise KeyboardInterrupt
+        tensors, told = load_tensors(folder / "run.safetensors")
+        networks = {"model": model, "evaluated": model}
+        if job.options["ema"] is not None:
+            networks["evaluated"] = copy.deepcopy(model)
+        for name, network in networks.items():
+            own = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
+            network.load_state_dict(own)
+            network.eval()
+        return Run(networks["evaluated"], tuple(told["history"]), job.folder)
+
+
+def _train_share(task: tuple[_Job, Plan, Path], rank: int, processes: int, device: torch.device) -> None:
+    """What one of the processes does; the first of each machine leaves what came out."""
+    job, plan, folder = task
+    torch.set_num_threads(max(1, torch.get_num_threads() // plan.devices))
+    local = rank % plan.devices == 0
+    try:
+        run = _trained(job, replace(plan, starts=False), (folder / "stop").exists)
+    except KeyboardInterrupt:
+        (folder / "interrupted").touch()
+        return
+    if local:
+        networks = {"model": unwrapped(job.options["model"]), "evaluated": run.model}
+        tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+        save_tensors(folder / "run.safetensors", tensors, {"history": list(run.history)})
 
 
 def _configuration(
@@ -584,8 +752,11 @@ def _configuration(
         "logger",
         "progress",
         "device",
+        "devices",
+        "nodes",
+        "parallel",
         "settings",
-    }
+    } | (set() if options["sync_batch_norm"] else {"sync_batch_norm"})
     described = {name: runs.describe(value) for name, value in options.items() if name not in left_out}
     return {
         "training": described,
@@ -623,6 +794,7 @@ def _check(options: Mapping[str, Any]) -> None:
         ("lr_schedule", LearningRate),
         ("precision", Precision),
         ("on_nan", OnNaN),
+        ("parallel", Parallel),
     ):
         if options[name] not in get_args(kind):
             raise unknown(name, options[name], get_args(kind))

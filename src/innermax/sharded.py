@@ -1,0 +1,153 @@
+"""Networks of which each process holds a part of every layer (FSDP2), attacked and saved as if they were whole.
+
+Every pass through such a network is one of all processes together. Their searches end at different steps, so before
+each pass they tell each other who still asks; who does not sends an example along that nobody looks at.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from innermax.losses import Loss
+from innermax.oracle import Answer, Oracle
+
+T = TypeVar("T")
+_NOTHING, _LOGITS, _GRADIENT = range(3)  # what a process asks of a pass
+
+
+def shard(model: nn.Module, mesh: Any) -> nn.Module:
+    """The model with its parameters in parts, one a process; what is gathered at a time is one element of a container.
+
+    mesh: torch's, of Fabric's making.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    elements = [child for module in model.modules() if isinstance(module, containers) for child in module.children()]
+    for element in dict.fromkeys(reversed(elements)):
+        if next(element.parameters(), None) is not None and not isinstance(element, nn.ModuleList | nn.ModuleDict):
+            fully_shard(element, mesh=mesh["data_parallel"], reshard_after_forward=True)
+    fully_shard(model, mesh=mesh["data_parallel"], reshard_after_forward=True)
+    return model
+
+
+class ShardedOracle(Oracle):
+    """The oracle of a network in parts: the network itself, in evaluation mode while it is asked.
+
+    Args:
+        model: what `shard` made.
+        example: (B, *features) inputs; the first one is sent along where a process has nothing to ask.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self._source = self._network = model
+        self._precise = self._folded = self._replayed = self._workers = self._compiled_for = None
+        self._memory_format = torch.preserve_format
+        self._dtype = next(p.dtype for p in model.parameters())
+        self._threads, self.doubt, self.micro_batch = 1, 0.0, None
+        self._padding = example[:1]
+        self.plan = f"in {dist.get_world_size()} parts, float32"
+
+    def refresh(self) -> None:
+        """Nothing: it is the model itself."""
+
+    def settle(self) -> None:
+        """Goes along with the others' passes until nobody asks any more."""
+        while asked := self._agreed(_NOTHING):
+            self._passed(self._padding, asked)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, classes) float32 logits."""
+        return self._passed(x, self._agreed(_LOGITS))
+
+    def gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Answer:
+        """As of any oracle."""
+        self._agreed(_GRADIENT)
+        return self._gradient(x, label, loss)
+
+    def _passed(self, x: Tensor, asked: int) -> Tensor:
+        """The logits, by a pass such as the others make."""
+        if asked == _GRADIENT:
+            return self._gradient(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), _sum).logits
+        with torch.no_grad():
+            return self._forward(self._placed(x), len(x))
+
+    def _agreed(self, wish: int) -> int:
+        """The most that any process asks of the next pass."""
+        told = torch.tensor(wish, device=self._padding.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return int(told)
+
+    def _forward(self, x: Tensor, batch: int) -> Tensor:
+        with _evaluating(self._network):
+            return super()._forward(x, batch)
+
+
+class Whole:
+    """A network or an optimiser in parts, as what saves and loads whole ones takes it; all processes do so at once."""
+
+    def __init__(self, parted: Any, model: nn.Module) -> None:
+        self.parted, self.model, self.config = parted, model, getattr(parted, "config", None)
+        self._state: dict[str, Any] | None = None
+
+    def gathered(self) -> "Whole":
+        """Itself, once it holds the whole state, on the processor."""
+        self._state = _mapped(self.parted.state_dict(), _gathered)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state where it was gathered, else this process's part."""
+        state: dict[str, Any] = self.parted.state_dict() if self._state is None else self._state
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over each process's part of a whole state."""
+        parameters = list(self.model.parameters())
+        if isinstance(self.parted, nn.Module):
+            names = dict(self.model.named_parameters())
+            self.parted.load_state_dict({k: _scattered(v, names.get(k)) for k, v in state.items()})
+            return
+        own = {n: {k: _scattered(v, parameters[n]) for k, v in of.items()} for n, of in state["state"].items()}
+        self.parted.load_state_dict({**state, "state": own})
+
+
+def number(value: Any) -> float:
+    """A number that may be a tensor in parts."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def _gathered(value: T) -> T | Tensor:
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def _scattered(value: Tensor, like: Tensor | None) -> Tensor:
+    if not isinstance(like, DTensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    return change(value)
+
+
+def _sum(logits: Tensor, label: Tensor) -> Tensor:
+    return logits.sum(1)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in evaluation mode; afterwards each of its modules is in its own again."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
