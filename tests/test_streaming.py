@@ -238,7 +238,7 @@ LARGE = """
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 def test_a_set_larger_than_the_memory_allowed(tmp_path):
-    """2,500 images of 224 × 224 are 376 MB as bytes, 1.5 GB as numbers; the process may take 250 MB more than it has."""
+    """2,500 images of 224 × 224 are 376 MB as bytes, 1.5 GB as numbers; the process may take 250 MB more."""
     size, count = (224, 224), 2500
     pictures = [picture(number, "RGB", size, "JPEG") for number in range(50)]
     rows = {"image": [pictures[number % 50] for number in range(count)], "label": [n % 3 for n in range(count)]}
