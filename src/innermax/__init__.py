@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from innermax.sources import load_model
     from innermax.straight_through import StraightThrough
     from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured, WarmStart
+    from innermax.streaming import ImageStream
     from innermax.threat import L1, L2, Linf
     from innermax.training import Run, train
     from innermax.transferability import Transfer, transfer
@@ -54,6 +55,7 @@ _HOMES = {
     "innermax.sources": ("load_model",),
     "innermax.straight_through": ("StraightThrough",),
     "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured", "WarmStart"),
+    "innermax.streaming": ("ImageStream",),
     "innermax.threat": ("L1", "L2", "Linf"),
     "innermax.training": ("Run", "train"),
     "innermax.transferability": ("Transfer", "transfer"),
@@ -79,6 +81,7 @@ __all__ = [
     "Gallery",
     "GuidedPGD",
     "ImageSet",
+    "ImageStream",
     "Linf",
     "Normalize",
     "Oracle",

@@ -87,6 +87,11 @@ class ImageSet:
         """The shape of one image."""
         return tuple(self.images.shape[1:])
 
+    @property
+    def head(self) -> "ImageSet":
+        """The examples that can be looked at in any order: all."""
+        return self
+
     def batch(self, index: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b *features"], Int[Tensor, " b"]]:
         """The chosen examples as float32 in [0, 1] and labels, on the set's device."""
         x = self.images[index]
@@ -369,7 +374,7 @@ def _shard(file: Path) -> Iterator[Row]:
     """The rows of a parquet file; no more of them are in memory than one of its row groups."""
     start = 0
     with _parquet(file) as opened:
-        columns = _columns(opened.schema_arrow.names, str(file))
+        columns = find_columns(opened.schema_arrow.names, str(file))
         for batch in opened.iter_batches(_ROWS, columns=columns):
             yield from _rows(batch, str(file), start)
             start += batch.num_rows
@@ -388,7 +393,7 @@ def _from_hugging_face(dataset: Any, count: int, where: str, *, follow_paths: bo
     return ImageSet(*decoded(rows, count))
 
 
-def _columns(names: Sequence[str], where: str) -> list[str]:
+def find_columns(names: Sequence[str], where: str) -> list[str]:
     """The image and the label column among the names."""
     found = []
     for known in (_IMAGE_COLUMNS, _LABEL_COLUMNS):
@@ -406,7 +411,7 @@ def _rows(table: Any, where: str, start: int, *, follow_paths: bool = False) -> 
     import pyarrow as pa
     import pyarrow.compute as pc  # type: ignore[import-untyped]
 
-    image, label = _columns(table.schema.names, where)
+    image, label = find_columns(table.schema.names, where)
     if not pa.types.is_integer(table[label].type) or table[label].null_count:
         raise ValueError(f"column {label} of {where} must hold integers, none missing, came {table[label].type}")
     kind = table[image].type
@@ -424,7 +429,7 @@ def _class_names(schema: Any) -> tuple[str, ...] | None:
     """The label column's class names, as Hugging Face writes them into an Arrow schema, where they are there."""
     try:
         features = parsed_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[_columns(list(features), "")[1]]["names"]
+        names = features[find_columns(list(features), "")[1]]["names"]
         return tuple(map(str, names)) if isinstance(names, list) else None
     except (KeyError, TypeError, ValueError):
         return None

@@ -15,7 +15,7 @@ from functools import partial
 from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,8 @@ _MOST_PIXELS = 4096 * 4096  # of one image; checked on its header, before anythi
 _THREADED_PIXELS = 128 * 128  # measured: below this, threads waiting for Python's lock cost more than they bring
 
 Array = npt.NDArray[Any]
+Task = TypeVar("Task")
+Made = TypeVar("Made")
 
 
 class Row(NamedTuple):
@@ -174,19 +176,17 @@ def _decoded(reading: Iterator[Row], count: int, size: tuple[int, int], mode: st
             labels.extend(row.label for row in batch)
             yield batch
 
-    work = partial(_pixels, size=size, mode=mode)
+    work = partial(pixels, size=size, mode=mode)
     threads = min(os.cpu_count() or 1, 8) if width * height >= _THREADED_PIXELS else 1
     with ThreadPoolExecutor(threads) as pool:
-        parts = map(work, batches()) if threads == 1 else _ahead(pool, work, batches(), 2 * threads)
+        parts = map(work, batches()) if threads == 1 else ahead(pool, work, batches(), 2 * threads)
         images = gathered(parts, (count, len(mode), height, width), np.dtype(np.uint8))
     return None if images is None else (images, torch.tensor(labels))
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[list[Row]], Array | None], batches: Iterator[list[Row]], most: int
-) -> Iterator[Array | None]:
+def ahead(pool: ThreadPoolExecutor, work: Callable[[Task], Made], batches: Iterator[Task], most: int) -> Iterator[Made]:
     """What `work` makes of the batches, in their order, with at most so many of them under way."""
-    pending: deque[Future[Array | None]] = deque()
+    pending: deque[Future[Made]] = deque()
     for batch in batches:
         pending.append(pool.submit(work, batch))
         if len(pending) == most:
@@ -195,7 +195,7 @@ def _ahead(
         yield pending.popleft().result()
 
 
-def _pixels(rows: list[Row], size: tuple[int, int], mode: str) -> Array | None:
+def pixels(rows: list[Row], size: tuple[int, int], mode: str) -> Array | None:
     """The rows' pixels (n, C, H, W); None where mode is "L" and one has colour."""
     width, height = size
     pixels = np.empty((len(rows), height, width, len(mode)), np.uint8)

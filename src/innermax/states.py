@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from innermax.checkpoints import fill, load_tensors, no_link, save_tensors, write_bytes
 from innermax.reading import is_number, is_row
@@ -200,13 +201,18 @@ def _fill(
     optimizer: Stateful,
     kept: Tensor | None,
 ) -> None:
+    whole: Any = getattr(optimizer, "parted", optimizer)
     try:
-        state = _optimizer_state(tensors, optimizer)
+        state = _optimizer_state(tensors, whole)
         for prefix, network in networks.items():
             own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
-            fill(network, own)
+            if isinstance(network, nn.Module):
+                fill(network, own)
+            else:
+                network.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        _lay_out(optimizer)
+        if whole is optimizer:
+            _lay_out(whole)
         if kept is not None:
             _check_like("kept", tensors["kept"], kept)
             kept.copy_(tensors["kept"])

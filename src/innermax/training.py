@@ -38,6 +38,7 @@ from innermax.sharded import ShardedOracle, Whole, number
 from innermax.sharing import shared
 from innermax.states import alone, due_every, load_state, save_state, states
 from innermax.strategies import Strategy, halfway
+from innermax.streaming import ORDER, Batch, ImageStream, as_training_set, batch_count, batches
 
 Optimizer = Literal["sgd", "adamw"]
 LearningRate = Literal["drops", "cosine", "constant"]
@@ -47,7 +48,7 @@ _GAUGED_BATCHES = 20  # how many batches an epoch also compute the gauge of thei
 _SHOWN = 8  # examples in a logger's picture
 _SAMPLE = 1000  # examples on which an automatic c_max is measured
 # Streams of the run's seed, so that no two draws share a number.
-_ORDER, _AUGMENT, _ATTACK, _MODEL = range(4)
+_AUGMENT, _ATTACK, _MODEL = range(1, 4)  # streams of random numbers; the first is the order's
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def train(
 
     Args:
         model: any nn.Module with logits.
-        train_set: (images, labels), an ImageSet, a torch Dataset or a Hugging Face Dataset.
+        train_set: (images, labels), an ImageSet, a torch Dataset, a Hugging Face Dataset, or an ImageStream.
         strategy: which attack to train against at which moment.
         objective: "cross_entropy", "loss_weighted" (the released code's) or a function, see innermax.objectives.
         validation_set: examples held out of training, on which the best epoch is chosen. Never the test set.
@@ -171,7 +172,7 @@ class _Job:
 
     options: Mapping[str, Any]
     objective: Objective
-    train_set: ImageSet
+    train_set: ImageSet | ImageStream
     validation_set: ImageSet | None
     validation_attack: PGD | None
     configuration: Mapping[str, Any]
@@ -180,9 +181,11 @@ class _Job:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "_Job":
         objective = find_objective(options["objective"])
-        train_set, validation_set = as_image_set(options["train_set"]), options["validation_set"]
+        train_set, validation_set = as_training_set(options["train_set"]), options["validation_set"]
         validation_set = None if validation_set is None else as_image_set(validation_set)
-        _check_sets(options["model"], train_set, validation_set, options)
+        classes = _check_sets(options["model"], train_set, validation_set, options)
+        if isinstance(train_set, ImageStream):
+            train_set = train_set.bounded(classes)
         return cls(
             {**options, "train_set": None, "validation_set": None},
             objective,
@@ -262,7 +265,7 @@ class _Loop:
     """Everything that training changes, and the constants its steps need."""
 
     options: Mapping[str, Any]
-    data: ImageSet
+    data: ImageSet | ImageStream
     ranks: Ranks
     network: nn.Module  # the user's own
     model: nn.Module  # as Fabric wraps it
@@ -297,7 +300,7 @@ class _Loop:
         if options["ema"] is not None:
             averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options["ema"]), use_buffers=True)  # type: ignore[no-untyped-call]
         data = data.to(ranks.device)
-        example, _ = data.batch(torch.arange(min(16, len(data)), device=ranks.device))
+        example, _ = data.head.batch(torch.arange(min(16, len(data.head)), device=ranks.device))
         oracle = ShardedOracle(model, example) if ranks.sharded else Oracle.fast(model, example, options["precision"])
         kept = None
         if getattr(options["strategy"], "warm_start", False):
@@ -308,7 +311,7 @@ class _Loop:
 
     @property
     def device(self) -> torch.device:
-        return self.data.labels.device
+        return self.data.head.labels.device
 
     @property
     def evaluated(self) -> nn.Module:
@@ -323,38 +326,38 @@ class _Loop:
         if self.batch == 0:
             self.oracle = self.oracle.rechecked()
         attack = strategy.attack_at(self.epoch / epochs, self.history)
-        order = randomness.permutation(seed, len(self.data), _ORDER, self.epoch).to(self.device)
-        batches = order.tensor_split(math.ceil(len(order) / self.options["batch_size"]))
-        stride = max(1, len(batches) // _GAUGED_BATCHES)
+        size = self.options["batch_size"]
+        count = batch_count(self.data, size)
+        stride = max(1, count // _GAUGED_BATCHES)
         if attack is not None and (not self.history or self.history[-1].get("attack_network") != self.oracle.plan):
             show.say(f"attack network: {self.oracle.plan}")
-        show.start(self.epoch, len(batches), getattr(attack, "stop_at", None))
+        show.start(self.epoch, count, getattr(attack, "stop_at", None))
         self.clock.start(self.epoch, self.history)
-        while self.batch < len(batches):
-            moment = (self.epoch + self.batch / len(batches)) / epochs
-            measured = self.update(batches[self.batch], attack, objective, moment, self.batch % stride == 0)
-            for name, value in measured.items():
-                self.totals[name] = self.totals.get(name, 0.0) + value
-            self.batch += 1
-            self.whole = True
-            done = int(self.totals.get("examples", 0))
-            left = self.clock.left(done, self.totals.get("gradients", 0.0) / max(done, 1))
-            show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None, left)
-            if interrupted():
-                self.agreed = True
-                raise KeyboardInterrupt
-            due = self.folder is not None and self.due()
-            if self.ranks.any(due and self.ranks.first) and self.batch < len(batches):
-                self.save()
+        with contextlib.closing(batches(self.data, size, seed, self.epoch, self.batch, self.ranks.share)) as coming:
+            for batch in coming:
+                moment = (self.epoch + self.batch / count) / epochs
+                measured = self.update(batch, attack, objective, moment, self.batch % stride == 0)
+                for name, value in measured.items():
+                    self.totals[name] = self.totals.get(name, 0.0) + value
+                self.batch += 1
+                self.whole = True
+                done = int(self.totals.get("examples", 0))
+                left = self.clock.left(done, self.totals.get("gradients", 0.0) / max(done, 1))
+                show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None, left)
+                if interrupted():
+                    self.agreed = True
+                    raise KeyboardInterrupt
+                due = self.folder is not None and self.due()
+                if self.ranks.any(due and self.ranks.first) and self.batch < count:
+                    self.save()
         return self._row(attack)
 
     def update(
-        self, index: Tensor, attack: PGD | None, objective: Objective, moment: float, gauge: bool
+        self, batch: Batch, attack: PGD | None, objective: Objective, moment: float, gauge: bool
     ) -> dict[str, float]:
         """One attack and one descent step; sums over the batch's examples, of which this process does its share."""
         began, attacking = time.perf_counter(), 0.0
-        mine = self.ranks.share(index)
-        x, y = self.data.batch(mine)
+        index, mine, x, y = batch
         x = self._moved(x, mine)
         x_adv, cost = x, {}
         if attack is not None:
@@ -476,14 +479,14 @@ class _Loop:
         """What the strategy wants to find in the history, beside what every epoch records."""
         if "halfway_gauge" not in getattr(strategy, "measures", ()) or self.history:
             return {}
-        attack, seed = halfway(strategy.attack), self.options["seed"]  # type: ignore[attr-defined]
-        chosen = randomness.permutation(seed, len(self.data), _ORDER)[:_SAMPLE].to(self.device)
+        attack, seed, data = halfway(strategy.attack), self.options["seed"], self.data.head  # type: ignore[attr-defined]
+        chosen = randomness.permutation(seed, len(data), ORDER)[:_SAMPLE].to(self.device)
         gauges: list[float] = []
         for index in chosen.tensor_split(math.ceil(len(chosen) / self.options["batch_size"])):
             mine = self.ranks.share(index)
             if len(mine) == 0:
                 continue
-            x, y = self.data.batch(mine)
+            x, y = data.batch(mine)
             found = attack(self.oracle, x, y, seed=seed, index=mine, final="none")
             gradient = self._gradient(attack, found.x_adv, y)
             gauges += measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nan_to_num(0.0).tolist()
@@ -496,8 +499,9 @@ class _Loop:
         attack = strategy.attack_at(self.epoch / self.options["epochs"], self.history)
         if attack is None:
             return None
-        index = torch.arange(min(_SHOWN, len(self.data)), device=self.device)
-        x, y = self.data.batch(index)
+        data = self.data.head
+        index = torch.arange(min(_SHOWN, len(data)), device=self.device)
+        x, y = data.batch(index)
         return picture(x, attack(self.oracle, x, y, seed=self.options["seed"], index=index, final="none").x_adv)
 
     def finish_epoch(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -738,7 +742,7 @@ def _train_share(task: tuple[_Job, Plan, Path], rank: int, processes: int, devic
 
 
 def _configuration(
-    options: Mapping[str, Any], model: nn.Module, data: ImageSet, validation: ImageSet | None
+    options: Mapping[str, Any], model: nn.Module, data: ImageSet | ImageStream, validation: ImageSet | None
 ) -> dict[str, Any]:
     """What identifies a run: a folder is resumed by the same configuration alone."""
     left_out = {
@@ -767,12 +771,14 @@ def _configuration(
 
 
 def _check_sets(
-    model: nn.Module, train_set: ImageSet, validation_set: ImageSet | None, options: Mapping[str, Any]
-) -> None:
-    """Raises, before anything is written, where the model does not take the images or lacks a class."""
-    oracle = Oracle(model)
+    model: nn.Module, train_set: ImageSet | ImageStream, validation_set: ImageSet | None, options: Mapping[str, Any]
+) -> int:
+    """The model's classes; raises, before anything is written, where it does not take the images or lacks a class."""
+    if isinstance(train_set, ImageStream) and getattr(options["strategy"], "warm_start", False):
+        raise ValueError("strategy WarmStart keeps every example's perturbation, which a stream has no place for")
+    oracle, classes = Oracle(model), 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for name, images in (("train_set", train_set), ("validation_set", validation_set)):
+    for name, images in (("train_set", train_set.head), ("validation_set", validation_set)):
         if images is None:
             continue
         example = torch.arange(min(2, len(images)), device=images.labels.device)
@@ -782,6 +788,7 @@ def _check_sets(
         with oracle.private_randomness(0):
             classes = oracle.logits(x.to(device)).shape[1]
         check_labels(images.labels, len(images), classes, f"{name} labels")
+    return classes
 
 
 def _check(options: Mapping[str, Any]) -> None:
