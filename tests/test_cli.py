@@ -71,7 +71,7 @@ def test_a_recipe_is_complete(name):
     flat = {f"{key}.{inner}" for key, value in stated.items() if isinstance(value, dict) for inner in value}
     flat |= {key for key, value in stated.items() if not isinstance(value, dict)}
     of_the_run = {"seed", "device", "run_dir", "overwrite", "logger", "progress", "init", "attacks"}
-    of_the_run |= {"checkpoint_every", "keep_checkpoints", "on_nan"}
+    of_the_run |= {"checkpoint_every", "keep_checkpoints", "on_nan", "devices", "nodes", "parallel", "sync_batch_norm"}
     options = {a.dest for a in _train_parser({})._actions} - {
         "help",
         "threat",

@@ -211,7 +211,7 @@ def _fill(
             else:
                 network.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if whole is optimizer:
+        if not hasattr(optimizer, "parted"):
             _lay_out(whole)
         if kept is not None:
             _check_like("kept", tensors["kept"], kept)
