@@ -25,7 +25,7 @@ from innermax.distribution import Plan, Ranks, launched, members, planned
 from innermax.states import states
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:the attack network was:UserWarning")
+pytestmark = pytest.mark.timeout(900)  # processes start slowly on a machine that is busy otherwise
 
 
 def weights(folder):
@@ -100,7 +100,7 @@ def together(tmp_path_factory, alone, stopped):
     copied(place / "standard", folder / "standard-of-one-fsdp", "epoch-000002-batch-00000004")
     shutil.copytree(stopped[0], folder / "slow-of-two")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, ranks.__file__, folder], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*launch, ranks.__file__, folder], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -109,7 +109,7 @@ def together(tmp_path_factory, alone, stopped):
 def test_two_processes_train_as_one_does(alone, together, name):
     one = alone[1][name]
     found, told = load_tensors(together / f"{name}.safetensors")
-    assert sum(len(run) for run in (one.history,)) == EPOCHS
+    assert len(one.history) == EPOCHS
     assert EPOCHS * -(-COUNT // BATCH) > 20, "updates"
     assert distance(found, one.model.state_dict()) < 1e-4
     for row, other in zip(told["history"], one.history, strict=True):
@@ -240,7 +240,6 @@ def test_the_processes_of_torchrun_and_slurm_are_found(monkeypatch):
         ({"nodes": 2}, "nodes=2 needs .*MASTER_ADDR and MASTER_PORT.*NODE_RANK"),
         ({"devices": 2, "batch_size": 1}, "batch_size must leave each of 2 processes an example, came batches of 1"),
         ({"devices": 2, "sync_batch_norm": True}, "sync_batch_norm needs several GPUs, came 2 processes on cpu"),
-        ({"parallel": "dp"}, "unknown parallel 'dp'"),
         ({"parallel": "fsdp"}, 'parallel="fsdp" needs several processes, came one'),
         ({"devices": 2, "parallel": "fsdp", "ema": 0.9}, 'parallel="fsdp" does not support ema: leave it out'),
         (
@@ -258,7 +257,7 @@ def test_what_does_not_go_is_refused(tmp_path, options, words):
 def test_what_does_not_pickle_is_said():
     model = network()
     model.hidden = lambda x: x
-    with pytest.raises(TypeError, match=r"devices=2 needs .* that pickle.*lambda"):
+    with pytest.raises(TypeError, match=r"devices=2 needs a model and attacks that pickle, and these do not: .*lambda"):
         im.train(model, ranks.examples(), im.Unsecured(), devices=2, progress=False)
 
 

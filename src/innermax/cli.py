@@ -146,18 +146,19 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     processes = launched_count()
     if processes == 1 and not is_first():  # of several machines another one goes on
         return
+    model = im.load_model(folder) if processes > 1 and chosen.parallel == "fsdp" else run.model
     which = "the last epoch"
     if run.best is not None:
-        im.load_model(folder / "best.safetensors", run.model)
+        im.load_model(folder / "best.safetensors", model)
         which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
     options = {"seed": chosen.seed, "device": device, "devices": processes if processes > 1 else chosen.devices or 1}
     with show_evaluation(attacks, audit=True, speak=chosen.progress and is_first()) as show:
-        evaluation = im.evaluate(run.model, data.test, attacks, **options, progress=show)
+        evaluation = im.evaluate(model, data.test, attacks, **options, progress=show)
     if not is_first():
         return
     write_bytes(folder / "evaluation.json", (evaluation.to_json() + "\n").encode())
     names = data.class_names
-    shown = im.gallery(run.model, data.test, attacks, evaluation, class_names=names, device=device) if attacks else None
+    shown = im.gallery(model, data.test, attacks, evaluation, class_names=names, device=device) if attacks else None
     page = im.report({folder.name: im.Exhibit(evaluation, run, shown)}, folder / "report.html")
     console = Console()
     console.print(format_table(evaluation))

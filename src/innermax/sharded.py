@@ -116,6 +116,11 @@ class Whole:
         self.parted.load_state_dict({**state, "state": own})
 
 
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """A network's state; of one in parts all of it, on the processor: all processes ask at once."""
+    return Whole(model, model).gathered().state_dict()
+
+
 def number(value: Any) -> float:
     """A number that may be a tensor in parts."""
     return float(value.full_tensor() if isinstance(value, DTensor) else value)

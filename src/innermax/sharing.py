@@ -83,7 +83,7 @@ def shared(
                 raise known from None
             reason = re.sub(r"^process (\d+)", r"rank \1", str(error).strip().splitlines()[-1])
             hint = ", as the system does where memory runs out" if "SIGKILL" in reason else ""
-            raise ChildProcessError(f"one of {processes} processes ended early: {reason}{hint}") from error
+            raise ChildProcessError(f"one of {processes} processes ended early: {reason}{hint}.") from error
 
 
 def _pickled(value: object, folder: Path, processes: int) -> bytes:
@@ -153,14 +153,17 @@ def _worker(fabric: Any, *arguments: _Handed) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, Fabric announces nothing; the port that it puts into the environment is taken out again."""
-    logger, port = logging.getLogger("lightning_fabric"), os.environ.get("MASTER_PORT")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    """Inside, Fabric and torch announce nothing; the port that is put into the environment is taken out again."""
+    levels = {"lightning_fabric": logging.WARNING, "torch.multiprocessing.spawn": logging.ERROR}
+    loggers, port = {name: logging.getLogger(name) for name in levels}, os.environ.get("MASTER_PORT")
+    before = {name: logger.level for name, logger in loggers.items()}
+    for name, level in levels.items():
+        loggers[name].setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for name, level in before.items():
+            loggers[name].setLevel(level)
         os.environ.pop("MASTER_PORT", None)
         if port is not None:
             os.environ["MASTER_PORT"] = port

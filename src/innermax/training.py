@@ -1,7 +1,6 @@
 """Algorithm 1's outer loop: attack a batch as the strategy says, descend on the objective, repeat."""
 
 import contextlib
-import copy
 import json
 import math
 import time
@@ -11,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,10 +21,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from innermax import randomness, runs
 from innermax.attacks.gradient import PGD
 from innermax.attacks.search import measure
-from innermax.checkpoints import load_tensors, no_link, save_tensors, write_model
+from innermax.checkpoints import no_link, write_model
 from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set, augment
 from innermax.distribution import Parallel, Plan, Ranks, check_parallel, joined, planned, prepared
+from innermax.elsewhere import trained_elsewhere
 from innermax.evaluation import evaluate
 from innermax.intake import normalisation_known
 from innermax.loggers import Logger, LoggerName, Picture, epoch_logger, picture
@@ -35,7 +34,6 @@ from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import Progress, held_interrupts, show_progress
 from innermax.remaining import FORWARD, TrainingClock, search_cost
 from innermax.sharded import ShardedOracle, Whole, number
-from innermax.sharing import shared
 from innermax.states import alone, due_every, load_state, save_state, states
 from innermax.strategies import Strategy, halfway
 from innermax.streaming import ORDER, Batch, ImageStream, as_training_set, batch_count, batches
@@ -161,9 +159,15 @@ def train(
     plan = planned(devices, nodes, chosen_device(device))
     job = _Job.of(options)
     check_parallel(options, plan, chosen_device(device), len(job.train_set))
-    if plan.starts:
-        return _trained_elsewhere(job, plan)
-    return _trained(job, plan)
+    if not plan.starts:
+        return _trained(job, plan)
+    with _said_where(job.folder):
+        network = unwrapped(model)
+        kind = chosen_device(device).type
+        evaluated, history = trained_elsewhere(
+            _trained, replace(job, options={**job.options, "model": network}), plan, kind
+        )
+    return Run(evaluated, history, job.folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -697,48 +701,6 @@ def _validation_cost(validation_set: ImageSet | None, attack: PGD | None) -> flo
     if validation_set is None:
         return 0.0
     return len(validation_set) * (FORWARD if attack is None else FORWARD + search_cost(attack))
-
-
-def _trained_elsewhere(job: _Job, plan: Plan) -> Run:
-    """The training by processes that are started for it; the model learns as if it had been here."""
-    with TemporaryDirectory(prefix="innermax-") as place, _said_where(job.folder), held_interrupts() as interrupted:
-        stop, folder = Path(place) / "stop", Path(place)
-
-        def watch() -> None:
-            if interrupted():
-                stop.touch()
-
-        model = unwrapped(job.options["model"])
-        elsewhere = replace(job, options={**job.options, "model": model})
-        kind = chosen_device(job.options["device"]).type
-        shared(_train_share, (elsewhere, plan, folder), plan.devices, kind, watch, nodes=plan.nodes, backend=None)
-        if (folder / "interrupted").exists():
-            raise KeyboardInterrupt
-        tensors, told = load_tensors(folder / "run.safetensors")
-        networks = {"model": model, "evaluated": model}
-        if job.options["ema"] is not None:
-            networks["evaluated"] = copy.deepcopy(model)
-        for name, network in networks.items():
-            own = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
-            network.load_state_dict(own)
-            network.eval()
-        return Run(networks["evaluated"], tuple(told["history"]), job.folder)
-
-
-def _train_share(task: tuple[_Job, Plan, Path], rank: int, processes: int, device: torch.device) -> None:
-    """What one of the processes does; the first of each machine leaves what came out."""
-    job, plan, folder = task
-    torch.set_num_threads(max(1, torch.get_num_threads() // plan.devices))
-    local = rank % plan.devices == 0
-    try:
-        run = _trained(job, replace(plan, starts=False), (folder / "stop").exists)
-    except KeyboardInterrupt:
-        (folder / "interrupted").touch()
-        return
-    if local:
-        networks = {"model": unwrapped(job.options["model"]), "evaluated": run.model}
-        tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
-        save_tensors(folder / "run.safetensors", tensors, {"history": list(run.history)})
 
 
 def _configuration(
