@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from steps import started, whole
 from timing import machine, matrix_peak, timed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import innermax as im
-from innermax.data import ImageSet
 from innermax.objectives import cross_entropy
-from innermax.training import _Loop
 
 STEPS, EPS = 10, 8 / 255
 NETWORKS = {"8-layer CNN": ("cifar-cnn", {}), "WideResNet-34-10": ("wideresnet", {"depth": 34, "width": 10})}
@@ -38,19 +37,15 @@ class Case:
         torch.manual_seed(0)
         model = im.build_model(network, input_shape=(3, 32, 32), **options)
         images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8)
-        training = {
-            "device": device, "precision": "auto", "ema": None, "optimizer": "sgd", "lr": 0.01, "momentum": 0.9,
-            "weight_decay": 1e-4, "seed": 0, "epochs": 1, "batch_size": batch, "shift": 4, "flip": True,
-            "clip": None, "lr_schedule": "constant", "lr_drops": (),
-        }  # fmt: skip
-        self.loop = _Loop.started(model, ImageSet(images, torch.randint(0, 10, (batch,))), training)
-        self.index = torch.arange(batch, device=self.loop.device)
-        self.x, self.y = self.loop.data.batch(self.index)
+        labels = torch.randint(0, 10, (batch,))
+        self.loop = started(model, images, labels, "auto", device, shift=4, flip=True)
+        self.batch = whole(self.loop)
+        self.x, self.y = self.batch.x, self.batch.y
         self.pgd = im.PGD(im.Linf(EPS), steps=STEPS)
 
     def step(self) -> None:
         """Data, augmentation, attack, update."""
-        self.loop.update(self.index, self.pgd, cross_entropy, 0.0, gauge=False)
+        self.loop.update(self.batch, self.pgd, cross_entropy, 0.0, gauge=False)
 
     def attack(self) -> Tensor:
         return self.pgd(self.loop.oracle, self.x, self.y, final="none").x_adv
@@ -61,7 +56,7 @@ class Case:
             self.loop.oracle.gradient(self.x, self.y, im.losses.cross_entropy)
 
     def update(self) -> None:
-        self.loop._descend(cross_entropy, self.x, self.y, self.x, 0.0)
+        self.loop._descend(cross_entropy, self.x, self.y, self.x, 0.0, len(self.x))
 
     def operations(self) -> float:
         """Multiplications and additions of one step, as torch counts them."""

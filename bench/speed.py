@@ -23,16 +23,15 @@ import memory
 import peers
 import torch
 import torch.nn.functional as F
+from steps import started, whole
 from timing import machine, matrix_peak, ratio, shown, timed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import innermax as im
-from innermax.data import ImageSet
 from innermax.objectives import cross_entropy
 from innermax.oracle import Oracle
 from innermax.strategies import Strategy
-from innermax.training import _Loop
 
 STEPS = 10
 
@@ -102,25 +101,19 @@ class Ours:
         strategy: Callable[[im.PGD], Strategy] = im.Standard,
     ) -> None:
         self.strategy = strategy(im.PGD(im.Linf(setting.eps), steps=STEPS))
-        options = {
-            "device": "auto", "precision": precision, "ema": None, "optimizer": "sgd", "lr": 0.01, "momentum": 0.9,
-            "weight_decay": 1e-4, "seed": 0, "epochs": 1, "batch_size": len(x), "shift": 0, "flip": False,
-            "clip": None, "lr_schedule": "constant", "lr_drops": (),
-            "strategy": self.strategy,
-        }  # fmt: skip
-        self.loop = _Loop.started(setting.model(), ImageSet(x, y), options)
-        self.x, self.y = x, y
+        self.loop = started(setting.model(), x, y, precision, strategy=self.strategy)
+        self.x, self.y, self.batch = x, y, whole(self.loop)
         self.loop.epoch = 1  # where a warm start has something to start from
         self.pgd = self.strategy.attack_at(0.5)
 
     def __call__(self) -> None:
-        self.loop.update(torch.arange(len(self.x)), self.pgd, cross_entropy, 0.0, gauge=False)
+        self.loop.update(self.batch, self.pgd, cross_entropy, 0.0, gauge=False)
 
     def attack(self) -> Tensor:
         return self.pgd(self.loop.oracle, self.x, self.y, final="none").x_adv
 
     def descend(self) -> None:
-        self.loop._descend(cross_entropy, self.x, self.y, self.x, 0.0)
+        self.loop._descend(cross_entropy, self.x, self.y, self.x, 0.0, len(self.x))
 
 
 class Plain:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import innermax as im
-from innermax import training
-from innermax.progress import clock_time, show_evaluation
+from innermax import loop, training
+from innermax.progress import Progress, clock_time, show_evaluation
 from innermax.remaining import EvaluationClock, TrainingClock, audit_cost, expected_gradients, search_cost
 
 ATTACK = im.PGD(im.Linf(0.1), steps=10)
@@ -155,7 +155,8 @@ class Time:
 def test_a_whole_training_on_a_fake_clock(name, monkeypatch, capsys):
     """Every gradient takes half a second an example, every update one, every validation and saving twenty."""
     time = Time()
-    monkeypatch.setattr(training, "time", time)
+    for module in (training, loop):
+        monkeypatch.setattr(module, "time", time)
     called = im.PGD.__call__
     told = []
 
@@ -173,7 +174,7 @@ def test_a_whole_training_on_a_fake_clock(name, monkeypatch, capsys):
         time.now += 20
         return {"validation_clean": 0.5, "validation_robust": 0.5, "validation_accuracy": 0.5}
 
-    class Shown(training.Progress):
+    class Shown(Progress):
         def batch(self, done, totals, fosc, left):
             told.append((time.now, left))
 

@@ -19,12 +19,13 @@ import yaml
 from torch import nn
 
 import innermax as im
-from innermax import randomness, runs, training
+from innermax import loop, randomness, runs, training
 from innermax.checkpoints import load_tensors
 from innermax.data import augment
 from innermax.objectives import cross_entropy
 from innermax.oracle import Oracle
 from innermax.states import states
+from innermax.streaming import ORDER
 
 LINF = im.Linf(0.2)
 ATTACK = im.PGD(LINF, steps=4)
@@ -134,10 +135,10 @@ def reference(model, thresholds, *, steps, eps, gauge, batch_size, lr, drops, mo
     velocity, rows = [torch.zeros_like(p) for p in parameters], []
     for epoch, threshold in enumerate(thresholds):
         row, measured = {"gradients": 0.0, "loss": 0.0, "accuracy": 0.0, "fosc": 0.0}, []
-        order = randomness.permutation(seed, len(labels), training._ORDER, epoch)
+        order = randomness.permutation(seed, len(labels), ORDER, epoch)
         for index in order.split(batch_size):
             x, y = images[index], labels[index]
-            draws = randomness.number(seed, training._ATTACK, epoch)
+            draws = randomness.number(seed, loop._ATTACK, epoch)
             start = LINF.around(x).sample(randomness.keys(draws, index, 0))  # of the first and only restart
             model.eval()
             x_adv, calls, gauges = controlled_pgd(model, x, y, start, threshold, steps, eps / 4, eps, gauge)
@@ -210,12 +211,12 @@ def test_a_warm_start_goes_on_where_the_epoch_before_ended(floor, moved):
     optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=1e-4)
     for number, (x, y, x_adv) in enumerate(shown):
         epoch, batch = divmod(number, 3)
-        index = randomness.permutation(0, 24, training._ORDER, epoch).split(8)[batch]
-        keys = randomness.keys(0, index, training._AUGMENT, epoch)
+        index = randomness.permutation(0, 24, ORDER, epoch).split(8)[batch]
+        keys = randomness.keys(0, index, loop._AUGMENT, epoch)
         start = None
         if epoch > 0:
             start = x + augment(kept[index], keys, **moved)
-        seed = randomness.number(0, training._ATTACK, epoch)
+        seed = randomness.number(0, loop._ATTACK, epoch)
         found = strategy.attack_at(0.0)(model.eval(), x, y, seed=seed, index=index, start=start)
         calls += (found.gradient_calls - (found.steps == 2).long()).tolist()  # the test's last gradient is not paid for
         torch.testing.assert_close(x_adv, found.x_adv, rtol=0, atol=1e-3)
@@ -224,7 +225,7 @@ def test_a_warm_start_goes_on_where_the_epoch_before_ended(floor, moved):
         F.cross_entropy(model.train()(x_adv), y).backward()
         optimizer.step()
         for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate((number + 1) / 9, schedule)
+            group["lr"] = loop.learning_rate((number + 1) / 9, schedule)
     costs = [row["gradients"] for row in run.history]
     assert costs == pytest.approx([sum(calls[24 * epoch : 24 * epoch + 24]) / 24 for epoch in range(3)], abs=0.05)
     assert (costs == [2, 2, 2]) == (floor is None)
@@ -709,7 +710,7 @@ def counted(monkeypatch):
     ],
 )
 def test_gradients_are_counted_honestly(monkeypatch, strategy, gradients):
-    monkeypatch.setattr(training, "_GAUGED_BATCHES", 1)
+    monkeypatch.setattr(loop, "_GAUGED_BATCHES", 1)
     asked = counted(monkeypatch)
     run = train(strategy=strategy, epochs=1)
     row = run.history[0]
@@ -916,7 +917,7 @@ def test_learning_rates_at_every_update(options, share):
 
 def test_the_papers_learning_rates():
     told = {"lr": 0.01, "lr_schedule": "drops", "lr_drops": (20 / 50, 40 / 50)}
-    rates = [training.learning_rate(epoch / 50, told) for epoch in range(50)]
+    rates = [loop.learning_rate(epoch / 50, told) for epoch in range(50)]
     assert rates == pytest.approx([0.01] * 20 + [0.001] * 20 + [0.0001] * 10)
 
 
@@ -931,7 +932,7 @@ def test_optimizers(name):
         else torch.optim.SGD(model.parameters(), lr=0.02, weight_decay=0.1, momentum=0.9)
     )
     for epoch in range(2):
-        for index in randomness.permutation(0, 24, training._ORDER, epoch).split(8):
+        for index in randomness.permutation(0, 24, ORDER, epoch).split(8):
             optimizer.zero_grad()
             F.cross_entropy(model(DATA[0][index] / 255), DATA[1][index]).backward()
             optimizer.step()
@@ -1050,14 +1051,14 @@ def test_where_every_batch_is_left_out_the_run_ends():
 def test_an_exploding_fosc_is_warned_of():
     quiet = {"epoch": 0, "loss": 1.0, "fosc": 0.2}
     with pytest.warns(UserWarning, match=r"FOSC is 20.1 on average in epoch 2, more than 10 times the loss"):
-        training._warn_of_fosc({"epoch": 1, "loss": 2.0, "fosc": 20.1}, [quiet])
+        loop._warn_of_fosc({"epoch": 1, "loss": 2.0, "fosc": 20.1}, [quiet])
     for row in (
         {"epoch": 1, "loss": 2.1, "fosc": 20.1},
         {"epoch": 1, "loss": 0.1, "fosc": 1.9},
         {"epoch": 1, "loss": 1},
     ):
-        training._warn_of_fosc(row, [quiet])
-    training._warn_of_fosc({"epoch": 0, "loss": 1.0, "fosc": 100.0}, [])
+        loop._warn_of_fosc(row, [quiet])
+    loop._warn_of_fosc({"epoch": 0, "loss": 1.0, "fosc": 100.0}, [])
 
 
 @pytest.mark.parametrize("strategy", [im.Unsecured(), im.Standard(ATTACK)])

@@ -7,9 +7,9 @@ from typing import Any
 from innermax.attacks.gradient import PGD
 from innermax.attacks.guided import GuidedPGD
 from innermax.checks import unknown
+from innermax.loop import LearningRate
 from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Strategy, Unsecured
 from innermax.threat import Linf
-from innermax.training import LearningRate
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""A training step, apart from a training."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innermax.data import ImageSet
+from innermax.distribution import joined, planned
+from innermax.loop import Loop
+from innermax.streaming import Batch
+from innermax.training import _precision, chosen_device
+
+
+def started(
+    model: nn.Module, images: Tensor, labels: Tensor, precision: str, device: str = "auto", **more: Any
+) -> Loop:
+    """The loop before its first update, as `im.train` starts it; more: of its options."""
+    options = {
+        "model": model, "precision": precision, "ema": None, "optimizer": "sgd", "lr": 0.01, "momentum": 0.9,
+        "weight_decay": 1e-4, "seed": 0, "epochs": 1, "batch_size": len(images), "shift": 0, "flip": False,
+        "clip": None, "lr_schedule": "constant", "lr_drops": (), "strategy": None, "checkpoint_every": None,
+        "sync_batch_norm": False, "on_nan": "stop", "keep_checkpoints": 1, **more,
+    }  # fmt: skip
+    chosen = chosen_device(device)
+    return Loop.started(
+        options, ImageSet(images, labels), joined(planned(1, 1, chosen), chosen, _precision(precision, chosen))
+    )
+
+
+def whole(loop: Loop) -> Batch:
+    """All of its images as one batch."""
+    index = torch.arange(len(loop.data), device=loop.device)
+    return Batch(index, index, *loop.data.batch(index))
