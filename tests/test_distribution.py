@@ -199,7 +199,14 @@ def as_torchrun(monkeypatch, devices=2, count=4):
 
 
 def as_slurm(monkeypatch, **changed):
-    told = {"SLURM_NTASKS": 4, "SLURM_NNODES": 2, "SLURM_NTASKS_PER_NODE": 2, "SLURM_PROCID": 1, "SLURM_JOB_NAME": "a"}
+    told = {
+        "SLURM_NTASKS": 4,
+        "SLURM_STEP_ID": 0,
+        "SLURM_NNODES": 2,
+        "SLURM_NTASKS_PER_NODE": 2,
+        "SLURM_PROCID": 1,
+        "SLURM_JOB_NAME": "a",
+    }
     for name, value in (told | changed).items():
         if value is not None:
             monkeypatch.setenv(name, str(value))
@@ -229,6 +236,9 @@ def test_the_processes_of_torchrun_and_slurm_are_found(monkeypatch):
             launched()
     with monkeypatch.context() as patch:
         as_slurm(patch, SLURM_JOB_NAME="bash")
+        assert launched() is None
+    with monkeypatch.context() as patch:
+        as_slurm(patch, SLURM_STEP_ID=None)  # the batch script itself, which is one process
         assert launched() is None
     assert distribution.is_first()
 

@@ -83,7 +83,7 @@ def launched() -> Plan | None:
     if dist.is_available() and dist.is_torchelastic_launched():
         devices, count = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
         return Plan(devices, count // devices, launcher="torchrun")
-    if "SLURM_NTASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
+    if not {"SLURM_NTASKS", "SLURM_STEP_ID"} <= os.environ.keys():  # srun sets both, a batch script has the first
         return None
     from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
@@ -202,9 +202,11 @@ class Ranks:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Inside, of the processes' warnings only the first one's are heard."""
+        if self.first:
+            yield
+            return
         with warnings.catch_warnings():
-            if not self.first:
-                warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")
             yield
 
     @contextmanager

@@ -58,7 +58,12 @@ def trained_elsewhere(
             if interrupted():
                 task.stop.touch()
 
-        shared(_share, task, plan.devices, device, watch, nodes=plan.nodes, backend=None)
+        try:
+            shared(_share, task, plan.devices, device, watch, nodes=plan.nodes, backend=None)
+        except ChildProcessError:
+            if interrupted():  # while they were starting
+                raise KeyboardInterrupt from None
+            raise
         if task.interrupted.exists():
             raise KeyboardInterrupt
         tensors, told = load_tensors(task.result)
