@@ -43,7 +43,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     **{f"attacks/{name}": _SEARCHES for name in ("search", "gradient", "apgd", "fab", "square", "guided", "base")},
     **{f"attacks/{name}": _SEARCHES for name in ("ensemble", "named", "trace")},
     "strategies": ("strategies",),
-    "checkpoints": ("checkpoints",),
+    "checkpoints": ("checkpoints", "states"),
     "states": ("states", "checkpoints"),
 }
 _PATIENCE = 60.0  # seconds beside ten times what the tests take: then the mutant hangs

@@ -165,7 +165,7 @@ def test_pickles_are_refused_whatever_their_name(tmp_path):
         lambda path, value: path.write_bytes(pickle.dumps(value)),
         lambda path, value: torch.save(value, path),
     ):
-        for name in ("model.pt", "model.bin", "pytorch_model.pkl", "weights"):
+        for name in ("model.pt", "model.bin", "pytorch_model.pkl", "weights", "weights.zip"):
             write(tmp_path / name, Bomb(tmp_path / "fallen"))
             with pytest.raises(ValueError) as error:
                 load_model(tmp_path / name)
