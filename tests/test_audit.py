@@ -50,7 +50,9 @@ def trained():
     torch.manual_seed(0)
     model = im.build_model("digits-cnn", input_shape=data.train.shape)
     attack = im.PGD(LINF, steps=5, step_size=0.05)
-    return im.train(model, data.train, im.Standard(attack), epochs=4, lr=0.05, progress=False).model.eval()
+    return im.train(
+        model, data.train, im.Standard(attack), epochs=4, lr=0.05, precision="float32", progress=False
+    ).model.eval()
 
 
 BROKEN = {
@@ -87,7 +89,7 @@ def test_probabilities_are_found(trained, images):
 
 
 def test_an_honest_evaluation_is_left_alone_and_costs_what_is_counted(trained, images):
-    strong = {"apgd": im.APGD(LINF, steps=60, loss="margin", targets=9)}
+    strong = {"apgd": im.APGD(LINF, steps=100, loss="margin", targets=9)}
     evaluation = im.evaluate(trained, images, strong)
     audit, found = evaluation.audit, evaluation.audit.evidence
     assert (audit.verdict, audit.causes, audit.advice) == ("no failure found", (), "")

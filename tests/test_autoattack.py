@@ -425,6 +425,7 @@ def test_square_uses_the_whole_ball(norm):
 
 def test_square_draws_of_its_own_for_each_example():
     x, y = images(1, shape=(1, 9, 9))
+    torch.manual_seed(0)
     model = Logged(nn.Sequential(nn.Flatten(), nn.Linear(81, 3)))
     Square(Linf(0.01), queries=3)(model, x.expand(4, -1, -1, -1), y.expand(4))
     assert all(len(torch.unique(points, dim=0)) == 4 for points in model.log.inputs[1:])
