@@ -92,7 +92,7 @@ def tried(kind: str, count: int, folder: Path) -> Counter[str]:
                     child.wait()
                     crashes["FAILURE hang"] += 1
                     current.rename(folder / f"hang-{started}.bad")
-        if child.returncode < 0 and child.returncode != -9:
+        if child.returncode < 0 and current.exists():  # what hung has been taken away
             crashes[f"FAILURE signal {-child.returncode}"] += 1
             current.rename(folder / f"signal-{started}.bad")
         elif child.returncode > 0:
