@@ -82,7 +82,10 @@ def main(folder):
             save_tensors(folder / f"{name}.safetensors", run.model.state_dict(), {"history": list(run.history)})
 
     for name in ("dynamic", "weighted", "frozen", "norm", "spoiled"):
-        keep(name, trained(name))
+        run = trained(name)
+        keep(name, run)
+        if name == "norm":
+            save_tensors(folder / f"norm-of-{os.environ['RANK']}.safetensors", run.model.state_dict())
     for name, parallel in (("standard", "ddp"), ("warm", "ddp"), ("warm", "fsdp"), ("standard", "fsdp")):
         run = trained(
             name, parallel=parallel, run_dir=folder / f"{name}-{parallel}", keep_checkpoints=99, checkpoint_every=2

@@ -115,8 +115,10 @@ def test_two_processes_train_as_one_does(alone, together, name):
     assert distance(found, one.model.state_dict()) < 1e-4
     for row, other in zip(told["history"], one.history, strict=True):
         assert row.keys() == other.keys()
-        for key in ("loss", "accuracy", "gradients", "fosc", "fgsm_gauge", "threshold", "skipped_batches"):
-            assert row.get(key) == pytest.approx(other.get(key), abs=1e-4), key
+        for key in ("loss", "fosc", "fgsm_gauge", "threshold", "skipped_batches"):
+            assert row.get(key) == pytest.approx(other.get(key), rel=1e-4), key
+        for key in ("accuracy", "gradients"):  # which a rounding may turn for a single example
+            assert row[key] == pytest.approx(other[key], abs=0.01), key
 
 
 def test_what_was_compared_is_more_than_a_start(alone):
@@ -133,6 +135,8 @@ def test_batch_norm_of_each_share_is_the_documented_difference(alone, together):
     one, (found, told) = alone[1]["norm"], load_tensors(together / "norm.safetensors")
     assert 1e-4 < distance(found, one.model.state_dict()) < 0.1
     assert [row["loss"] for row in told["history"]] == pytest.approx([row["loss"] for row in one.history], abs=0.05)
+    (mine, _), (theirs, _) = (load_tensors(together / f"norm-of-{rank}.safetensors") for rank in (0, 1))
+    assert distance(mine, theirs) == 0, "statistics that attacks and files share"
 
 
 @pytest.mark.parametrize("name", ["standard", "warm"])
@@ -147,6 +151,7 @@ def test_two_processes_go_on_with_what_one_began(alone, together, name):
     assert distance(weights(together / name), alone[1][name.partition("-")[0]].model.state_dict()) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:the attack network was:UserWarning")  # in parts, and is whole now
 @pytest.mark.parametrize("name", ["standard-ddp", "warm-ddp", "standard-fsdp", "warm-fsdp"])
 def test_one_process_goes_on_with_what_two_began(alone, together, tmp_path, name):
     folder = copied(together / name, tmp_path / "run", "epoch-000002-batch-00000004")
