@@ -20,7 +20,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 unit: $(VENV)/installed browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs -p no:randomly --numprocesses auto
 
 # Lines and branches that no test passes through; what runs in processes of its own is not seen.
 coverage: $(VENV)/installed
