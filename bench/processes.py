@@ -20,6 +20,7 @@ import innermax as im
 from innermax.checkpoints import load_tensors
 from innermax.objectives import cross_entropy
 from innermax.states import states
+from innermax.strategies import Strategy
 
 PGD = im.PGD(im.Linf(0.1), steps=5)
 UPDATES = 20
@@ -37,7 +38,7 @@ def network(norm: bool, frozen: bool = False) -> nn.Module:
     return model
 
 
-def losses(model: nn.Module, strategy: im.Strategy, **options) -> list[float]:
+def losses(model: nn.Module, strategy: Strategy, **options) -> list[float]:
     """The loss of each of the updates, each an epoch of a single batch."""
     with tempfile.TemporaryDirectory() as folder:
         data = im.load_data("digits").train[:COUNT]

@@ -29,8 +29,8 @@ def network(norm=False, frozen=False):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = nn.BatchNorm2d(4) if norm else nn.Identity()
-        head = nn.Sequential(nn.Flatten(), nn.Linear(144, 16), nn.ReLU(), nn.Linear(16, 10))
-        model = nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.ReLU(), head)
+        head = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), head)
     if frozen:
         layer.running_mean.fill_(0.1)
         layer.eval()

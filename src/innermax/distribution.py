@@ -224,7 +224,7 @@ class Ranks:
             time.sleep(_PATIENCE)
             raise ChildProcessError(
                 f"rank {self.rank} of {self.count} has lost the others: one of them has ended, or cannot be reached "
-                f"({in_short(error)[:200]})"
+                f"({in_short(error)[:200]})."
             ) from error
 
 

@@ -77,8 +77,9 @@ class Loop:
         model = unwrapped(options["model"])
         if not model.training:
             model.train()
-        if len(data.shape) == 3:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if len(data.shape) == 3:  # FSDP takes no other memory format than the usual
+            memory_format = torch.contiguous_format if ranks.sharded else torch.channels_last
+            model.to(memory_format=memory_format)  # type: ignore[call-overload]
         wrapped, optimizer = prepared(ranks, model, partial(_optimizer, options=options), options["sync_batch_norm"])
         optimizer.zero_grad()  # the model may come with gradients of its past
         averaged = None
