@@ -1,5 +1,6 @@
 """Runs that are killed, short of disk, damaged, and asked for twice: what goes on ends as if nothing had happened."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -320,6 +321,25 @@ def test_a_folder_that_cannot_be_written():
 def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none/a cannot be written: No such file or directory"):
         write_bytes(tmp_path / "none" / "a", b"")
+
+
+def test_where_the_system_has_no_locks(tmp_path, monkeypatch):
+    """Some network file systems: a warning, and no lock; any other error is one."""
+
+    def refusing(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        refusing(number)
+        warned = pytest.warns(UserWarning, match=r"lock cannot be locked here \(.*\): see that nothing else uses it")
+        with warned, alone(tmp_path / "lock", "it"):
+            assert f"process {os.getpid()}" in (tmp_path / "lock").read_text()
+    refusing(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"), alone(tmp_path / "lock", "it"):
+        raise AssertionError
 
 
 # How often
