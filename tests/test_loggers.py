@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -125,8 +126,11 @@ def test_wandb_offline(tmp_path, monkeypatch):
     (written,) = folder.glob("wandb/offline-run-*")
     assert written.name.endswith(name)
     (log,) = written.glob("run-*.wandb")
-    content = log.read_bytes()
-    assert all(word in content for word in (b"fosc distribution", b"attacked", b"images_per_second"))
+    words = (b"fosc distribution", b"attacked", b"images_per_second")
+    until = time.monotonic() + 20  # another process writes it
+    while not all(word in log.read_bytes() for word in words) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert all(word in log.read_bytes() for word in words)
     assert list(written.glob("files/media/images/attacked_*.png"))
     # A training that goes on logs to the same run.
     with epoch_logger("wandb", folder, {}) as write:

@@ -540,7 +540,7 @@ def test_a_run_folder(tmp_path):
     folder = tmp_path / "run"
     names = ("config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json")
     kept = {f"checkpoints/epoch-00000{epoch}-batch-00000000.safetensors" for epoch in (4, 5)}
-    assert set(contents(folder)) == {*names, "lock", *kept}
+    assert set(contents(folder)) == {*names, *kept}
     assert run.run_dir == folder
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(run.history)
