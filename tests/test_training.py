@@ -534,6 +534,7 @@ BARE = {"lr": 0.3, "momentum": 0.0, "lr_schedule": "constant"}
 @pytest.mark.filterwarnings("ignore:FOSC is")  # it turns away from a minimum: the loss has none
 def test_a_run_folder(tmp_path):
     options = BARE | {"validation_set": VALIDATION, "validation_attack": ATTACK, "objective": turning}
+    torch.manual_seed(0)  # from other weights it may turn away as far as numbers go
     model = im.build_model("digits-cnn", num_classes=3, input_shape=(1, 6, 6))
     start = weights(model)
     run = train(model, strategy=im.Standard(ATTACK), epochs=5, run_dir=str(tmp_path / "run"), **options)
