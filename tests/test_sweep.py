@@ -254,7 +254,7 @@ def test_a_sweep_that_is_interrupted_and_killed_goes_on_to_the_same_end(tmp_path
         (["digits", "--overwrite"], "sweep takes no overwrite"),
         (["digits", "--seed", "0", "0"], "give each value once"),
         (["digits", "--run-dir", "full"], "holds no sweep of innermax"),
-        (["digits", "--run-dir", "damaged"], "sweep.json is not readable"),
+        (["digits", "--run-dir", "damaged"], "sweep.json: not readable as JSON"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(words, expected, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,5 @@
 """One table of a sweep: a row a setting, its measures as means over seeds with Student's intervals."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from innermax.checkpoints import write_bytes, write_json
+from innermax.reading import parsed_json
 from innermax.statistics import student
 from innermax.sweeping import is_finished, known_runs
 
@@ -60,8 +60,8 @@ def sweep_rows(folder: Path) -> list[Row]:
 def run_measures(run: Path) -> dict[str, float]:
     """A finished run's measures, by the names of `Row.measures`. Raises ValueError where its files are damaged."""
     try:
-        scored = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
-        history = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        scored = parsed_json((run / "evaluation.json").read_bytes())
+        history = [parsed_json(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
         return {
             **{name: float(value["value"]) for name, value in scored["accuracy"].items()},
             "worst_case": float(scored["worst_case"]["value"]),

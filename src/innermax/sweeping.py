@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from innermax.checkpoints import write_json
 from innermax.checks import check_count
+from innermax.reading import parsed_json
 from innermax.runs import LOCK, differences
 from innermax.states import Held, alone
 
@@ -322,9 +323,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not what a sweep writes")
     return found
