@@ -46,9 +46,8 @@ def main() -> None:
             began = time.process_time()
             read = sum(1 for _ in stream.shuffle(seed=0, buffer_size=500))
             reading.append(read / (time.process_time() - began))
-    print(
-        f"{np.mean([len(data) for data in encoded]) / 1e3:.0f} kB an image, images a second of one core, best of {ROUNDS}:"
-    )
+    size = np.mean([len(data) for data in encoded]) / 1e3
+    print(f"{size:.0f} kB an image; images a second of one core, best of {ROUNDS}:")
     print(f"decoded {max(decoding):,.0f}, read {max(reading):,.0f}")
 
 
