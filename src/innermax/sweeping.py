@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -160,8 +160,8 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(folder: Path, plans: Iterable[Plan], start: Start, workers: int, say: Callable[[str], None]) -> dict[str, str]:
-    """Keeps `workers` runs going until all have ended; run → what its log ends with, of those that failed."""
+def _run(folder: Path, plans: Sequence[Plan], start: Start, workers: int, say: Callable[[str], None]) -> dict[str, str]:
+    """Keeps `workers` runs going until all have ended; run → what its log ends with, of those that failed, in order."""
     waiting, running, failed = list(plans), dict[str, Running](), dict[str, str]()
     try:
         while waiting or running:
@@ -185,7 +185,7 @@ def _run(folder: Path, plans: Iterable[Plan], start: Start, workers: int, say: C
         for run in running.values():
             run.interrupt()
         raise KeyboardInterrupt(f"Interrupted: the same command continues {folder} where it stopped.") from None
-    return failed
+    return {plan.name: failed[plan.name] for plan in plans if plan.name in failed}
 
 
 def _command(folder: Path, plan: Plan) -> list[str]:
