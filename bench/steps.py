@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from innermax.data import ImageSet
-from innermax.distribution import joined, planned
+from innermax.distribution import planned
 from innermax.loop import Loop
+from innermax.ranks import joined
 from innermax.streaming import Batch
 from innermax.training import _precision, chosen_device
 

@@ -1,5 +1,6 @@
 """Trainings and an evaluation that one process or several do: `torchrun … ranks.py FOLDER` does them all in turn."""
 
+import io
 import json
 import os
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Pictures
 from torch import nn
 
 import innermax as im
@@ -23,6 +26,18 @@ def examples(count=COUNT):
     images, labels = data.images[:count].clone(), data.labels[:count]
     images[MARKED] = 255
     return images, labels
+
+
+def stream():
+    """Examples that are read anew in every epoch."""
+    images, labels = examples()
+    rows = {"image": [], "label": labels.tolist()}
+    for image in images:
+        file = io.BytesIO()
+        Pictures.fromarray(image[0].numpy()).save(file, "PNG")
+        rows["image"].append({"bytes": file.getvalue(), "path": None})
+    held = Dataset.from_dict(rows, Features({"image": Image(), "label": Value("int64")}))
+    return im.ImageStream(held.to_iterable_dataset(4), COUNT, buffer=50)
 
 
 def network(norm=False, frozen=False):
@@ -61,9 +76,11 @@ def trained(name, **options):
         "norm": (network(norm=True), im.Standard(PGD), {}),
         "spoiled": (network(), im.Standard(PGD), {"objective": spoiled, "on_nan": "skip"}),
         "slow": (network(), im.WarmStart(PGD), {"objective": slow}),
+        "streamed": (network(), dynamic, {"shift": 1}),
     }[name]
+    data = stream() if name == "streamed" else examples()
     defaults = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 0.02, "precision": "float32", "progress": False}
-    return im.train(model, examples(), strategy, **defaults | more | options)
+    return im.train(model, data, strategy, **defaults | more | options)
 
 
 def evaluated(**options):
@@ -81,7 +98,7 @@ def main(folder):
         if first:
             save_tensors(folder / f"{name}.safetensors", run.model.state_dict(), {"history": list(run.history)})
 
-    for name in ("dynamic", "weighted", "frozen", "norm", "spoiled"):
+    for name in ("dynamic", "weighted", "frozen", "norm", "spoiled", "streamed"):
         run = trained(name)
         keep(name, run)
         if name == "norm":

@@ -22,7 +22,8 @@ from torch import nn
 import innermax as im
 from innermax import distribution
 from innermax.checkpoints import load_tensors
-from innermax.distribution import Plan, Ranks, launched, members, planned
+from innermax.distribution import Plan, launched, planned
+from innermax.ranks import Ranks, members, synchronised
 from innermax.states import states
 
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def stopped(tmp_path_factory):
 def alone(tmp_path_factory):
     """What one process makes of each training, and the folders of some."""
     place = tmp_path_factory.mktemp("alone")
-    names = ("standard", "dynamic", "warm", "weighted", "frozen", "norm", "spoiled", "slow")
+    names = ("standard", "dynamic", "warm", "weighted", "frozen", "norm", "spoiled", "slow", "streamed")
     kept = {"keep_checkpoints": 99, "checkpoint_every": 2}
     return place, {name: trained(name, run_dir=place / name, **kept) for name in names}
 
@@ -106,7 +107,7 @@ def together(tmp_path_factory, alone, stopped):
     return folder
 
 
-@pytest.mark.parametrize("name", ["standard", "dynamic", "warm", "weighted", "frozen", "spoiled"])
+@pytest.mark.parametrize("name", ["standard", "dynamic", "warm", "weighted", "frozen", "spoiled", "streamed"])
 def test_two_processes_train_as_one_does(alone, together, name):
     one = alone[1][name]
     found, told = load_tensors(together / f"{name}.safetensors")
@@ -282,7 +283,7 @@ def test_what_does_not_pickle_is_said():
 
 def test_synchronised_batch_norm_learns_in_the_models_own_tensors():
     model = network(norm=True, frozen=True)
-    twin = distribution.synchronised(model)
+    twin = synchronised(model)
     assert isinstance(twin[1], nn.SyncBatchNorm)
     assert isinstance(model[1], nn.BatchNorm2d)
     assert [p.data_ptr() for p in twin.state_dict().values()] == [p.data_ptr() for p in model.state_dict().values()]

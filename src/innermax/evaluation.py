@@ -24,11 +24,11 @@ from innermax.audit import Audit
 from innermax.checkpoints import write_bytes
 from innermax.checks import check_count, unknown
 from innermax.data import as_image_set
-from innermax.distribution import Ranks, members
 from innermax.intake import misgivings
 from innermax.losses import cross_entropy
 from innermax.oracle import Oracle, Precision
 from innermax.probes import Subject, audited
+from innermax.ranks import Ranks, members
 from innermax.reading import parsed_json, value_as
 from innermax.rows import (
     CLEAN,

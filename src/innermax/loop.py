@@ -23,11 +23,11 @@ from innermax.attacks.gradient import PGD
 from innermax.attacks.search import measure
 from innermax.checkpoints import no_link, write_model
 from innermax.data import ImageSet, augment
-from innermax.distribution import Ranks, prepared
 from innermax.loggers import Picture, picture
 from innermax.objectives import Objective
 from innermax.oracle import Oracle, unwrapped
 from innermax.progress import Progress
+from innermax.ranks import Ranks, prepared
 from innermax.remaining import TrainingClock
 from innermax.sharded import ShardedOracle, Whole, number
 from innermax.states import due_every, load_state, save_state

@@ -15,7 +15,7 @@ from innermax import runs
 from innermax.attacks.gradient import PGD
 from innermax.checks import check_labels, unknown
 from innermax.data import ImageSet, as_image_set, augment
-from innermax.distribution import Parallel, Plan, check_parallel, joined, planned
+from innermax.distribution import Parallel, Plan, check_parallel, planned
 from innermax.elsewhere import trained_elsewhere
 from innermax.evaluation import evaluate
 from innermax.intake import normalisation_known
@@ -24,6 +24,7 @@ from innermax.loop import LearningRate, Loop, Optimizer
 from innermax.objectives import Objective, find_objective
 from innermax.oracle import Oracle, Precision, has_fast_bf16, unwrapped
 from innermax.progress import held_interrupts, show_progress
+from innermax.ranks import joined
 from innermax.remaining import FORWARD, search_cost
 from innermax.states import alone, due_every, states
 from innermax.strategies import Strategy
