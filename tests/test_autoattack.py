@@ -30,12 +30,12 @@ from torch import nn
 
 import innermax as im
 from innermax import randomness
-from innermax.attacks.apgd import APGD, _checkpoints
+from innermax.attacks.apgd import APGD, _checkpoints, _direction
 from innermax.attacks.ensemble import AutoAttack
 from innermax.attacks.fab import FAB, shortest_way
 from innermax.attacks.named import named_attack
 from innermax.attacks.search import AttackResult
-from innermax.attacks.square import _HALVINGS, Square, _patterns
+from innermax.attacks.square import _HALVINGS, Square, _begun, _patterns, _repainted
 from innermax.losses import cross_entropy, difference, dlr, likeliest_others, margin, targeted_dlr
 from innermax.oracle import Oracle
 from innermax.threat import L1, L2, Linf
@@ -345,6 +345,15 @@ def test_a_label_to_reach():
     assert torch.equal(nowhere.misclassified, logits_of(problem.model, nowhere.x_adv).argmax(1) != y)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_apgd_stands_still_where_the_gradient_is_zero(norm):
+    around = NORMS[norm][0](0.5).around(torch.full((2, 6), 0.5))
+    gradient = torch.stack([torch.zeros(6), torch.arange(6) - 2.0])
+    direction = _direction(around, gradient, torch.tensor([3, 3]))
+    assert (direction[0] == 0).all()
+    assert float(around.threat.norm(direction[1:])) == pytest.approx(1)
+
+
 # Square
 
 
@@ -421,6 +430,52 @@ def test_square_uses_the_whole_ball(norm):
     assert not result.misclassified.any()
     for point in model.log.inputs[1:]:
         torch.testing.assert_close(threat.norm((point - x).flatten(1)), torch.full((3,), 0.01).double())
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_square_begins_with_a_grid_of_patterns(norm):
+    """Tiles of a fifth of the shorter edge, as many as there is room for, in the middle; each ± one of two patterns."""
+    threat = NORMS[norm][0](1000.0, bounds=None)
+    around = threat.around(torch.zeros(8, 2, 17, 20).double())
+    tiles = _begun(around, torch.arange(8))
+    edge = torch.ones(17, 20, dtype=torch.bool)
+    edge[1:16, 1:19] = False
+    assert (tiles[:, :, edge] == 0).all()
+    patterns, seen = _patterns(norm == "l1", 3), set()
+    for row, column in itertools.product(range(1, 16, 3), range(1, 19, 3)):
+        for image in tiles[:, :, row : row + 3, column : column + 3]:
+            image = image / threat.norm(image.flatten(1))[:, None, None]
+            found = [
+                next((t, s) for t in (0, 1) for s in (1, -1) if torch.allclose(one, s * patterns[t])) for one in image
+            ]
+            assert found[0][0] == found[1][0], "one pattern in all channels"
+            seen.add(((row, column), *found))
+    assert len(seen) > 100, "turned and signed by chance"
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_square_replaces_one_square_and_empties_another_anywhere(norm):
+    """In one square the pattern, on what was there, and nothing in the other; both at every place, without relation."""
+    count, side, threat = 3000, 3, NORMS[norm][0](10.0, bounds=None)
+    around, flat = threat.around(torch.zeros(count, 1, 9, 7).double()), torch.full((count, 1, 9, 7), 0.01).double()
+    changed = _repainted(around, flat, torch.arange(count), side)[:, 0]
+    changed = changed / changed.flatten(1).median(1).values[:, None, None]  # most lies outside of both
+    patterns, third = _patterns(norm == "l1", side), 1 / (side if norm == "l2" else side**2)
+    new = torch.stack([sign * pattern + third for sign in (1, -1) for pattern in patterns])
+    places, kinds = set(), set()
+    for image in changed:
+        empty, here = image == 0, (image - 1).abs() > 1e-6
+        here &= ~empty
+        (down, across), (low, right) = here.nonzero().amin(0).tolist(), here.nonzero().amax(0).tolist()
+        assert (low - down, right - across) == (side - 1, side - 1)
+        square = image[down : down + side, across : across + side]
+        kinds.add(next(k for k, one in enumerate(new) if torch.allclose(square / square[1, 1], one / one[1, 1])))
+        if int(empty.sum()) == side**2:
+            places.add((down, across, *empty.nonzero().amin(0).tolist()))
+    assert kinds == {0, 1, 2, 3}
+    for one, other in itertools.combinations(range(4), 2):
+        pairs = {(place[one], place[other]) for place in places}
+        assert pairs == set(itertools.product(*(range((7, 5, 7, 5)[axis]) for axis in (one, other))))
 
 
 def test_square_draws_of_its_own_for_each_example():
