@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import signal
+
 import hypothesis
 import pytest
 
@@ -8,6 +10,8 @@ import innermax.evaluation
 # The same examples in every run, in whatever order, and on a busy machine.
 hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("reproducible")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,11 @@
 """The paper made again: settings, workshop, comparisons, and every piece at the smallest scale."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -331,6 +332,25 @@ def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypa
     first = reached()
     assert time.perf_counter() - began < 60
     assert (0, 0) < first < reached() < (400, 0)
+
+
+@dataclass(frozen=True)
+class _Endless:
+    """A question that nobody answers."""
+
+    def answer(self, workshop):
+        while True:
+            time.sleep(0.01)
+
+
+def test_time_that_is_up_interrupts_a_scripts_background_job(tmp_path, monkeypatch):
+    """Which ignores Ctrl-C."""
+    monkeypatch.setitem(PIECES, "theorem1", replace(PIECES["theorem1"], questions=lambda scale: [_Endless()]))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    began = time.perf_counter()
+    reproduce(["theorem1"], scale="smoke", out=tmp_path, cache=tmp_path / "models", minutes=0.02)
+    assert signal.signal(signal.SIGINT, before) == signal.SIG_IGN
+    assert time.perf_counter() - began < 60
 
 
 def test_time_that_is_up_while_another_process_works(tmp_path):

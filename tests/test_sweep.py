@@ -239,6 +239,20 @@ def test_a_sweep_that_is_interrupted_and_killed_goes_on_to_the_same_end(tmp_path
     assert run_measures(alike)["clean"] == run_measures(runs[1])["clean"]
 
 
+def test_a_run_ends_with_the_sweep_of_a_scripts_background_job():
+    """Which ignores Ctrl-C, and so do the processes that it starts."""
+    words = [
+        sys.executable,
+        "-c",
+        "from innermax.sweeping import end_with_parent as e; e(); import time; time.sleep(99)",
+    ]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
+    _, told = process.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in told
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -150,13 +150,14 @@ def is_finished(run: Path) -> bool:
 
 
 def end_with_parent() -> None:
-    """From here on, the end of standard input, which the parent holds, is a Ctrl-C."""
+    """From here on, the end of standard input, which the parent holds, is a Ctrl-C; for the main thread."""
 
     def watch() -> None:
         while os.read(0, 1):
             pass
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, and its children
     threading.Thread(target=watch, daemon=True).start()
 
 

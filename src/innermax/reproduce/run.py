@@ -1,6 +1,7 @@
 """Makes pieces: measures what is missing, as time allows, and writes the pages."""
 
 import _thread
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,6 +103,9 @@ def _until(minutes: float | None) -> Iterator[Callable[[], bool]]:
 
     if minutes == 0:
         over.set()
+    before = signal.getsignal(signal.SIGINT)
+    if minutes and before == signal.SIG_IGN:  # as a script's background job has it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer((minutes or 0) * 60, stop)
     timer.daemon = True
     if minutes:
@@ -110,6 +114,8 @@ def _until(minutes: float | None) -> Iterator[Callable[[], bool]]:
         yield lambda: not over.is_set()
     finally:
         timer.cancel()
+        if minutes and before == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before)
 
 
 def _written(piece: Piece, scale: Scale, workshop: Workshop, out: Path) -> Path:
