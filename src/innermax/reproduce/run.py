@@ -10,12 +10,12 @@ from typing import Any
 
 from innermax.checkpoints import write_bytes, write_json
 from innermax.checks import in_short, unknown
-from innermax.reproduce import cheaper, evidence, figures, tables, theorem
+from innermax.reproduce import best, cheaper, evidence, figures, tables, theorem
 from innermax.reproduce.piece import Piece
 from innermax.reproduce.settings import Scale, find_scale
 from innermax.reproduce.workshop import Answer, Busy, Question, Workshop
 
-_ALL = (*tables.PIECES, *figures.PIECES, *theorem.PIECES, *evidence.PIECES, *cheaper.PIECES)
+_ALL = (*tables.PIECES, *figures.PIECES, *theorem.PIECES, *evidence.PIECES, *cheaper.PIECES, *best.PIECES)
 PIECES: dict[str, Piece] = {piece.name: piece for piece in _ALL}
 
 

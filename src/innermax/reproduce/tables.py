@@ -8,7 +8,7 @@ from innermax.reproduce.piece import Known, Numbers, Piece
 from innermax.reproduce.settings import Scale, Training
 from innermax.reproduce.workshop import Question
 
-_TITLES = {"mnist": "MNIST", "cifar": "CIFAR-10", "wide": "CIFAR-10, WideResNet"}
+TITLES = {"mnist": "MNIST", "cifar": "CIFAR-10", "wide": "CIFAR-10, WideResNet"}
 _DEFENCES = {
     "unsecured": "Unsecured",
     "standard": "Standard",
@@ -42,6 +42,11 @@ _TABLE_3 = {
 _SURROGATE_SEED = 1000  # far from the seeds of the defences it attacks
 
 Rows = dict[str, list[Row]]
+
+
+def printed(data: str, defence: str) -> dict[str, float]:
+    """A row of the paper's Table 1, in per cent by attack."""
+    return dict(zip(("clean", *TABLE), _TABLE_1[data, defence], strict=True))
 
 
 def _white_box(scale: Scale, paper: Mapping[tuple[str, str], Sequence[float]], attacks: Sequence[str]) -> Rows:
@@ -85,7 +90,7 @@ def _piece(name: str, title: str, rows_of: Any, attacks: Sequence[str], note: st
         return {data: [row.numbers(known) for row in rows] for data, rows in rows_of(scale).items()}
 
     def markdown(found: Numbers) -> str:
-        parts = [f"## {_TITLES[data]}\n\n{table(rows, attacks)}" for data, rows in found.items()]
+        parts = [f"## {TITLES[data]}\n\n{table(rows, attacks)}" for data, rows in found.items()]
         return "\n\n".join([note, *parts])
 
     return Piece(name, title, questions, numbers, markdown)
