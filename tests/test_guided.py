@@ -84,6 +84,11 @@ def test_a_step_is_halved_where_the_gauge_stalls_and_goes_on_from_the_best_point
     sizes = [float(one.step_size) for one in seen if one.number == 0]
     assert sizes == sorted(sizes, reverse=True)
     assert {size / 0.25 for size in sizes} == {2.0**-k for k in range(8)}
+    stalled = 0
+    for one, other in itertools.pairwise([one for one in seen if one.number == 0]):
+        stalled = 0 if other.gauge <= 0.98 * one.gauge else stalled + 1
+        assert bool(other.step_size < one.step_size) == (stalled == 5)
+        stalled %= 5
     for one, other in itertools.pairwise(seen):
         assert other.number > one.number or other.best_loss >= one.best_loss
         if other.step_size < one.step_size:
