@@ -90,6 +90,22 @@ def test_an_answer_is_measured_once(shop, monkeypatch):
     assert shop.answered(question) == shop.known(question) == first
 
 
+@pytest.mark.parametrize("largest", [10**6, 100])
+def test_a_network_is_laid_down_for_others(tmp_path, monkeypatch, largest):
+    monkeypatch.setattr(workshop, "_LARGEST", largest)
+    shop = Workshop(tmp_path / "answers", tmp_path / "models", shelf=tmp_path / "shelf")
+    run = shop.run(tiny())
+    (folder,) = shop.shelf.iterdir()
+    assert folder.name == fingerprint(tiny())
+    weights, _ = load_tensors(folder / "model.safetensors")
+    lowered = {value.dtype for value in weights.values() if value.ndim > 1} == {torch.bfloat16}
+    assert lowered == (largest < 1000)
+    assert all(value.dtype != torch.bfloat16 for value in weights.values() if value.ndim < 2)
+    found = im.load_model(folder).state_dict()
+    for name, value in run.model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=2**-8 if lowered else 0, atol=0)
+
+
 def test_a_question_is_known_again_in_another_process():
     question = Scored(tiny("dynamic"), attacks_of(0.15), 20)
     code = (

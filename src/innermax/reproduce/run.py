@@ -37,7 +37,7 @@ def reproduce(
     Args:
         names: of PIECES.
         scale: "smoke", "cpu" or "full", the paper's.
-        out: folder of the pages, and of the answers in out/answers.
+        out: folder of the pages, of the answers in out/answers, and at scale "full" of the networks in out/models.
         cache: folder of the trained models.
         minutes: begin nothing new after so many and interrupt what is running; None: until all is done. 0 shows what
             is known.
@@ -55,7 +55,8 @@ def reproduce(
     chosen, pieces = find_scale(scale), [PIECES[name] for name in names]
     if any(piece.draw is not None for piece in pieces):
         _require_matplotlib()
-    workshop = Workshop(Path(out) / "answers", Path(cache), device, say)
+    shelf = Path(out) / "models" if scale == "full" else None
+    workshop = Workshop(Path(out) / "answers", Path(cache), device, say, shelf)
     asked = list(dict.fromkeys(question for piece in pieces for question in piece.questions(chosen)))
     with _until(minutes) as time_left:
         if not _answer(asked, workshop, time_left):

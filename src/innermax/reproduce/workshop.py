@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import innermax as im
-from innermax.checkpoints import write_json
+from innermax.checkpoints import write_json, write_model
 from innermax.data import Data
 from innermax.reproduce.settings import Setting, Training
 from innermax.runs import describe, environment
@@ -23,6 +23,7 @@ from innermax.states import Held, alone
 from innermax.training import chosen_device
 
 Answer = dict[str, Any]
+_LARGEST = 16_000_000  # bytes of a file that is laid down in float32
 
 
 @runtime_checkable
@@ -47,12 +48,14 @@ class Workshop:
         models: folder of one run folder a training.
         device: as for `im.train`.
         say: takes a line of progress.
+        shelf: folder of a copy of each network that is trained here, for others; None: there is none.
     """
 
     answers: Path
     models: Path
     device: str = "auto"
     say: Callable[[str], None] = lambda line: None
+    shelf: Path | None = None
 
     def known(self, question: Question) -> Answer | None:
         """The answer that is kept, with the "environment" and "seconds" of when it was measured."""
@@ -91,7 +94,7 @@ class Workshop:
             if done is not None:
                 return done
             data = load(setting)
-            return im.train(
+            run = im.train(
                 network(setting, data, training.seed),
                 data.train[: setting.train],
                 training.strategy,
@@ -112,6 +115,9 @@ class Workshop:
                 run_dir=folder,
                 progress=False,
             )
+            if self.shelf is not None:
+                lay_down(run.model, self.shelf / folder.name)
+            return run
 
     def model(self, training: Training, best: bool = False) -> nn.Module:
         """The trained network of the last epoch, or of the best on the validation split."""
@@ -131,6 +137,14 @@ class Workshop:
             except Held:
                 raise Busy(name) from None
             yield
+
+
+def lay_down(model: nn.Module, folder: Path) -> None:
+    """Writes a network for `load_model`; where its file would pass 16 MB, matrices and filters in bf16."""
+    weights: Mapping[str, Tensor] = model.state_dict()
+    if sum(value.numel() * value.element_size() for value in weights.values()) > _LARGEST:
+        weights = {name: value.bfloat16() if value.ndim > 1 else value for name, value in weights.items()}
+    write_model(folder, weights, model.config)
 
 
 def seed_of(question: Question) -> int:
