@@ -27,12 +27,13 @@ def figure_1(numbers: Mapping[str, Any], figure: "Figure") -> None:
             middles,
             [[100 * row["accuracy"] for row in numbers["bins"]]],
             [[row["loss"] for row in numbers["bins"]]],
+            weights=[row["examples"] for row in numbers["bins"]],
         )
-        left.set(xlabel="FOSC", title="(a) FOSC against accuracy and loss")
+        left.set(xlabel="FOSC", title="(a) by FOSC; area: number of examples")
         left.set_ylabel("accuracy (%)", color=COLOURS[0])
     if numbers["steps"]:
         fosc, loss = np.array(numbers["steps"]["fosc"]).T, np.array(numbers["steps"]["loss"]).T
-        _two_scales(right, range(fosc.shape[1]), fosc, loss, faint=True)
+        _two_scales(right, range(fosc.shape[1]), fosc, loss)
         right.set(xlabel="step", title=f"(b) {len(fosc)} examples, step by step")
         right.set_ylabel("FOSC", color=COLOURS[0])
         right.xaxis.get_major_locator().set_params(integer=True)
@@ -55,7 +56,7 @@ def figure_2(numbers: Mapping[str, Any], figure: "Figure") -> None:
             axes[row, column].set_xlabel({"fosc": "FOSC", "loss": "loss"}[quantity])
     for axis in axes.flat:
         axis.set_title(f"({next(letters)})", loc="left")
-        _legend(axis)
+        _finished(axis)
 
 
 def figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
@@ -82,7 +83,7 @@ def figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
     first.set(xlabel="FOSC (ball)", title="(a) PGD-ε/4 and PGD-ε/8")
     third.set(xlabel="FOSC (ball)", title="(c) FGSM first, then PGD")
     for axis in (first, second, third):
-        _legend(axis)
+        _finished(axis)
 
 
 def figure_4(numbers: Mapping[str, Any], figure: "Figure") -> None:
@@ -93,7 +94,7 @@ def figure_4(numbers: Mapping[str, Any], figure: "Figure") -> None:
             own = {float(key.split()[1]): v for key, v in row.items() if key.startswith(moment) and v is not None}
             _line(axis, [255 * size for size in own], [100 * value for value in own.values()], name, number, marks=True)
         axis.set(xlabel=f"{said} ε · 255", ylabel="accuracy (%)", title=f"({'ab'[said == 'training']}) {said} ε")
-        _legend(axis)
+        _finished(axis)
 
 
 def figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
@@ -102,7 +103,7 @@ def figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
     for letter, axis, (name, moments) in zip("abc", figure.subplots(1, 3), numbers.items(), strict=True):
         densities(axis, moments or {})
         axis.set(xlabel="FOSC (ball)", title=f"({letter}) {name}")
-        _legend(axis)
+        _finished(axis)
 
 
 def frontier(found: Sequence[tuple[str, float, tuple[float, float, float]]], figure: "Figure") -> None:
@@ -119,7 +120,7 @@ def frontier(found: Sequence[tuple[str, float, tuple[float, float, float]]], fig
         axis.errorbar([spent], [mean], [[mean - low], [high - mean]], linestyle="", label=name, **look)
     axis.set(xlabel="input gradients a training image, whole training", ylabel="robust accuracy (%)")
     axis.set_xlim(left=0)
-    _legend(axis)
+    _finished(axis)
 
 
 def densities(axis: "Axes", groups: Mapping[str, Sequence[float]]) -> None:
@@ -143,22 +144,30 @@ def _line(axis: "Axes", x: Any, y: Any, label: str, number: int, marks: bool = F
     axis.plot(list(x), list(y), label=label, marker=MARKS[number % 7] if marks else None, markersize=5, **style)
 
 
-def _legend(axis: "Axes") -> None:
-    """A light grid, no box above and right, and a legend where there is something to name."""
+def _finished(axis: "Axes") -> None:
+    """A light grid, no box above and right, and a legend where there is something to name; or that nothing was run."""
     axis.spines[["top", "right"]].set_visible(False)
+    if not axis.has_data():
+        axis.text(0.5, 0.5, "not run", transform=axis.transAxes, horizontalalignment="center", color="0.4")
+        axis.set(xticks=[], yticks=[])
+        return
     axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=8)
 
 
-def _two_scales(axis: "Axes", x: Any, left: Any, right: Any, faint: bool = False) -> None:
-    """Lines measured on the left scale, and dashed ones on the right, which measures the loss."""
+def _two_scales(axis: "Axes", x: Any, left: Any, right: Any, weights: Sequence[float] | None = None) -> None:
+    """Lines measured on the left scale, and dashed ones on the right, which measures the loss.
+
+    weights: how much each place says, as the area of a mark.
+    """
     other = axis.twinx()
-    look: dict[str, Any] = {"alpha": 0.55} if faint else {"marker": "o", "markersize": 4}
-    for values in left:
-        axis.plot(list(x), list(values), color=COLOURS[0], linewidth=1.2, **look)
-    for values in right:
-        other.plot(list(x), list(values), color=COLOURS[1], linewidth=1.2, linestyle="--", **look)
+    for scale, lines, color, dash in ((axis, left, COLOURS[0], "-"), (other, right, COLOURS[1], "--")):
+        for values in lines:
+            scale.plot(list(x), list(values), color=color, linewidth=1.2, linestyle=dash, alpha=0.55)
+            if weights is not None:
+                areas = [150 * weight / max(weights) for weight in weights]
+                scale.scatter(list(x), list(values), areas, color=color, alpha=0.8)
     other.set_ylabel("loss (dashed)", color=COLOURS[1])
     axis.spines["top"].set_visible(False)
     other.spines["top"].set_visible(False)
