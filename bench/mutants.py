@@ -41,7 +41,8 @@ _SEARCHES = ("attacks", "autoattack", "guided")
 MODULES: dict[str, tuple[str, ...]] = {
     "threat": ("threat",),
     **{f"attacks/{name}": _SEARCHES for name in ("search", "gradient", "apgd", "fab", "square", "guided", "base")},
-    **{f"attacks/{name}": _SEARCHES for name in ("ensemble", "named", "trace")},
+    **{f"attacks/{name}": _SEARCHES for name in ("ensemble", "named")},
+    "attacks/trace": ("report", "audit"),
     "strategies": ("strategies",),
     "checkpoints": ("checkpoints", "states"),
     "states": ("states", "checkpoints"),

@@ -66,21 +66,25 @@ def _numbers(scale: Scale, known: Known) -> dict[str, Any]:
 
 
 def _text(numbers: Numbers) -> str:
-    lines = [f"| minus Standard, points | {' | '.join(map(title, _SHOWN))} |", f"| --- |{' --- |' * len(_SHOWN)}"]
-    for name, row in numbers["differences"].items():
-        if any(value is not None for value in row.values()):
-            lines.append(f"| {name} | {' | '.join(points(row[attack]) for attack in _SHOWN)} |")
-    return "\n\n".join(
-        [
-            "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training. The last "
-            f"two columns are on the first {FEW:,} test images: PGD-100 with step ε/10 and three restarts, and the "
-            "guided attack, the strongest at hand.",
-            table(numbers["rows"], _SHOWN),
+    parts = [
+        "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training. The last two "
+        f"columns are on the first {FEW:,} test images: PGD-100 with step ε/10 and three restarts, and the guided "
+        "attack, the strongest at hand.",
+        table(numbers["rows"], _SHOWN),
+    ]
+    lines = [
+        f"| {name} | {' | '.join(points(row[attack]) for attack in _SHOWN)} |"
+        for name, row in numbers["differences"].items()
+        if any(value is not None for value in row.values())
+    ]
+    if lines:
+        head = [f"| minus Standard, points | {' | '.join(map(title, _SHOWN))} |", f"| --- |{' --- |' * len(_SHOWN)}"]
+        parts += [
             "Differences on the same images and seeds; in brackets Student's 95 % interval over seeds, or, with fewer "
             "than three, the interval over images of each.",
-            "\n".join(lines),
+            "\n".join([*head, *lines]),
         ]
-    )
+    return "\n\n".join(parts)
 
 
 def _draw(numbers: Numbers, figure: "Figure") -> None:
