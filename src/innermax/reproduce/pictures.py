@@ -65,8 +65,9 @@ def figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
     first, second, third = figure.subplots(1, 3)
     known = {name: row for name, row in numbers.items() if row is not None}
     plain = {n: row for n, row in known.items() if n != "FGSM-PGD"}
-    densities(first, {f"{name}, {moment}": v for name, row in plain.items() for moment, v in row["fosc"].items()})
-    densities(third, known.get("FGSM-PGD", {}).get("fosc", {}))
+    by_epoch = {f"{name}, {moment}": v for name, row in plain.items() for moment, v in row["fosc"].items()}
+    densities(first, _inner(by_epoch))
+    densities(third, _inner(known.get("FGSM-PGD", {}).get("fosc", {})))
     attacks = next(iter(known.values()))["accuracy"] if known else {}
     width = 0.8 / max(len(known), 1)
     for number, (name, row) in enumerate(known.items()):
@@ -101,7 +102,7 @@ def figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
     """FOSC in three epochs of each strategy."""
     figure.set_size_inches(12, 4)
     for letter, axis, (name, moments) in zip("abc", figure.subplots(1, 3), numbers.items(), strict=True):
-        densities(axis, moments or {})
+        densities(axis, _inner(moments or {}))
         axis.set(xlabel="FOSC (ball)", title=f"({letter}) {name}")
         _finished(axis)
 
@@ -121,6 +122,11 @@ def frontier(found: Sequence[tuple[str, float, tuple[float, float, float]]], fig
     axis.set(xlabel="input gradients a training image, whole training", ylabel="robust accuracy (%)")
     axis.set_xlim(left=0)
     _finished(axis)
+
+
+def _inner(percentiles: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """Percentiles without the first and the last, which stand for one example each and not for a hundredth of them."""
+    return {name: values[1:-1] for name, values in percentiles.items()}
 
 
 def densities(axis: "Axes", groups: Mapping[str, Sequence[float]]) -> None:
