@@ -31,6 +31,7 @@ from torch import nn
 import innermax as im
 from innermax import randomness
 from innermax.attacks.apgd import APGD, _checkpoints, _direction
+from innermax.attacks.base import Problem, looks_like_probabilities
 from innermax.attacks.ensemble import AutoAttack
 from innermax.attacks.fab import FAB, shortest_way
 from innermax.attacks.named import named_attack
@@ -451,6 +452,9 @@ def test_square_begins_with_a_grid_of_patterns(norm):
             assert found[0][0] == found[1][0], "one pattern in all channels"
             seen.add(((row, column), *found))
     assert len(seen) > 100, "turned and signed by chance"
+    assert len({first for _, first, _ in seen}) == 4, "one without relation to the other"
+    tiny = threat.around(torch.zeros(1, 1, 4, 3).double())
+    assert (_begun(tiny, torch.arange(1)) != 0).all(), "tiles of a single pixel"
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
@@ -760,6 +764,9 @@ def test_no_example_falls_on_the_word_of_bf16(short, norm):
     assert oracle.lowered
     assert (oracle.logits(x).argmax(1) != y).sum() >= 3
     assert torch.equal(oracle.precise.logits(x), model(x).detach())
+    for row in (oracle.logits(x).argmax(1) != y).nonzero():  # each of them by itself
+        one = Problem.of(RADII[norm], oracle, x[row], y[row], target=None, seed=0, index=None, final="none")
+        assert not one.won(x[row], oracle.logits(x)[row]).any()
     for radius in (1e-3, 0.3):
         threat = replace(RADII[norm], eps=radius * {"linf": 1, "l2": 50**0.5, "l1": 50}[norm])
         fast = im.evaluate(model, (x, y), {"aa": AutoAttack(threat)}, precision="bf16")
@@ -784,6 +791,12 @@ def test_survivors_too_near_a_boundary_for_bf16_are_searched_again(short):
     assert not exact.misclassified.any()
     assert (fast.gradient_calls[:8] > exact.gradient_calls[:8]).all()
     assert (fast.gradient_calls[8:] == exact.gradient_calls[8:]).all()
+
+
+def test_what_looks_like_probabilities():
+    assert looks_like_probabilities(torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
+    assert not looks_like_probabilities(torch.tensor([[0.25, 0.75], [1.5, -0.5]]))
+    assert not looks_like_probabilities(torch.tensor([[0.25, 0.75], [0.5, 0.6]]))
 
 
 def test_names():
