@@ -93,7 +93,9 @@ def figure_4(numbers: Mapping[str, Any], figure: "Figure") -> None:
     for axis, moment, said in zip(figure.subplots(1, 2), ("test", "train"), ("testing", "training"), strict=True):
         for number, (name, row) in enumerate(numbers.items()):
             own = {float(key.split()[1]): v for key, v in row.items() if key.startswith(moment) and v is not None}
-            _line(axis, [255 * size for size in own], [100 * value for value in own.values()], name, number, marks=True)
+            if own:
+                sizes, values = [255 * size for size in own], [100 * value for value in own.values()]
+                _line(axis, sizes, values, name, number, marks=True)
         axis.set(xlabel=f"{said} ε · 255", ylabel="accuracy (%)", title=f"({'ab'[said == 'training']}) {said} ε")
         _finished(axis)
 
