@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import platform
 import signal
 import subprocess
 import sys
@@ -140,6 +141,18 @@ def test_a_new_folder(tmp_path):
     before = contents(folder)
     assert runs.open_folder(folder, configuration(note="ε"), False) == folder
     assert contents(folder) == before
+
+
+def test_the_processor_is_named(monkeypatch):
+    capability = torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setattr(runs.Path, "read_text", lambda path, encoding: "flags\t: fpu\nmodel name\t: A: 1\n" * 2)
+    assert runs._processor() == f"A: 1 ({capability})"
+
+    def absent(path, encoding):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(runs.Path, "read_text", absent)
+    assert runs._processor() == f"{platform.processor() or platform.machine()} ({capability})"
 
 
 def test_another_configuration_is_refused(tmp_path):

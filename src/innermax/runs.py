@@ -120,16 +120,26 @@ def environment(seed: int) -> dict[str, Any]:
     from importlib.metadata import version
 
     packages = ("innermax", "torch", "lightning-fabric", "numpy")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "device": gpu or platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "seed": seed,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _processor() -> str:
+    """The processor's name, and the vector instructions torch uses on it: they decide how fast bf16 is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = next(iter(names), platform.processor() or platform.machine())
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def describe(value: object) -> Any:

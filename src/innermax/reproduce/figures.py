@@ -252,14 +252,14 @@ def _figure_4_numbers(scale: Scale, known: Known) -> dict[str, Any]:
 
 
 def _figure_4_text(numbers: Numbers) -> str:
-    names = list(next(iter(numbers.values())))
+    names = [f"{moment} {255 * float(size):.3g}" for moment, size in map(str.split, next(iter(numbers.values())))]
     lines = [f"| strategy | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
     for name, row in numbers.items():
         cells = ["not run" if value is None else f"{100 * value:.1f}" for value in row.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return (
-        "Accuracy in % under PGD-10. *test ε*: trained at the largest ε, attacked at this one; *train ε*: trained and "
-        "attacked at this one.\n\n" + "\n".join(lines)
+        "Accuracy in % under PGD-10, by ε · 255. *test*: trained at the largest ε, attacked at this one; *train*: "
+        "trained and attacked at this one.\n\n" + "\n".join(lines)
     )
 
 
