@@ -51,6 +51,7 @@ def figure_2(numbers: Mapping[str, Any], figure: "Figure") -> None:
             _line(axes[0, column], range(len(known)), values, f"attacked with {attack}", number, marks=True)
         axes[0, column].set_xticks(range(len(known)), list(known))
         axes[0, column].set(xlabel=f"trained with ({group})", ylabel="accuracy (%)")
+        _span_five_points(axes[0, column])
         for row, quantity in enumerate(("fosc", "loss"), 1):
             densities(axes[row, column], {name: values[quantity] for name, values in known.items()})
             axes[row, column].set_xlabel({"fosc": "FOSC", "loss": "loss"}[quantity])
@@ -97,6 +98,7 @@ def figure_4(numbers: Mapping[str, Any], figure: "Figure") -> None:
                 sizes, values = [255 * size for size in own], [100 * value for value in own.values()]
                 _line(axis, sizes, values, name, number, marks=True)
         axis.set(xlabel=f"{said} ε · 255", ylabel="accuracy (%)", title=f"({'ab'[said == 'training']}) {said} ε")
+        _span_five_points(axis)
         _finished(axis)
 
 
@@ -150,6 +152,13 @@ def densities(axis: "Axes", groups: Mapping[str, Sequence[float]]) -> None:
 def _line(axis: "Axes", x: Any, y: Any, label: str, number: int, marks: bool = False) -> None:
     style: dict[str, Any] = {"color": COLOURS[number % 7], "linestyle": DASHES[number % 7], "linewidth": 1.8}
     axis.plot(list(x), list(y), label=label, marker=MARKS[number % 7] if marks else None, markersize=5, **style)
+
+
+def _span_five_points(axis: "Axes") -> None:
+    """An accuracy's axis spans five points at least: what differs by less is chance on a thousand images."""
+    low, high = axis.get_ylim()
+    missing = max(0.0, 5.0 - (high - low)) / 2
+    axis.set_ylim(low - missing, high + missing)
 
 
 def _finished(axis: "Axes") -> None:
