@@ -19,6 +19,9 @@ _TRIALS: Mapping[str, Mapping[str, Any]] = {
     "cosine schedule": {"lr_schedule": "cosine"},
     "learning rate doubled": {"lr": 0.02},
     "batches of 64": {"batch_size": 64},
+    "cosine schedule, learning rate doubled": {"lr_schedule": "cosine", "lr": 0.02},
+    "cosine schedule, learning rate 0.05": {"lr_schedule": "cosine", "lr": 0.05},
+    "cosine schedule, learning rate 0.1": {"lr_schedule": "cosine", "lr": 0.1},
 }
 _JUDGES = ("pgd-20", "cw-30")
 
