@@ -76,7 +76,7 @@ def _text(numbers: Numbers) -> str:
     if numbers["trials"]:
         parts += [
             "## Trials",
-            "MNIST, accuracy in % on the validation split, one seed, 0.6 of the epochs; `WarmStart` but for the last two.",
+            "MNIST, accuracy in % on the validation split, one seed, 0.6 of the epochs; `WarmStart` unless it says.",
             table(numbers["trials"], ("clean", *_JUDGES)),
         ]
     return "\n\n".join(parts)
