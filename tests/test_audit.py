@@ -98,7 +98,8 @@ def test_an_honest_evaluation_is_left_alone_and_costs_what_is_counted(trained, i
     assert found.foretold > 0.9
     assert found.float64_agreement > 0.99
     assert (found.repeat_difference, found.zero_gradient, found.passed, found.large_eps) == (0, 0, (), 0)
-    assert found.gradients + found.forwards / 2 <= 0.1 * 4400 * found.survivors
+    # A tenth of AutoAttack's 4,400 on every survivor, but for the odd one that rounding adds to the sampled half.
+    assert found.gradients + found.forwards / 2 <= 0.1 * 4400 * 2 * found.sampled
     assert found.gradients >= 50 * found.sampled
     for name, search in found.searches.items():
         left = evaluation.rows[name].correct
