@@ -111,11 +111,11 @@ def figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
         _finished(axis)
 
 
-def frontier(found: Sequence[tuple[str, float, tuple[float, float, float]]], figure: "Figure") -> None:
-    """Robust accuracy with its interval against gradients spent: a name, gradients, (mean, low, high) each."""
+def frontier(found: Sequence[tuple[int, str, float, tuple[float, float, float]]], figure: "Figure") -> None:
+    """Robust accuracy with its interval against gradients spent: a look, name, gradients, (mean, low, high) each."""
     figure.set_size_inches(8, 5)
     axis = figure.subplots()
-    for number, (name, spent, (mean, low, high)) in enumerate(found):
+    for number, name, spent, (mean, low, high) in found:
         look: dict[str, Any] = {
             "color": COLOURS[number % 7],
             "marker": MARKS[number % 7],
@@ -123,7 +123,7 @@ def frontier(found: Sequence[tuple[str, float, tuple[float, float, float]]], fig
             "markersize": 8,
         }
         axis.errorbar([spent], [mean], [[mean - low], [high - mean]], linestyle="", label=name, **look)
-    axis.set(xlabel="input gradients a training image, whole training", ylabel="robust accuracy (%)")
+    axis.set(xlabel="input gradients a training image, whole training", ylabel="robust accuracy, guided attack (%)")
     axis.set_xlim(left=0)
     _finished(axis)
 
