@@ -6,6 +6,7 @@ from innermax.attacks.gradient import PGD
 from innermax.reproduce import pictures
 from innermax.reproduce.comparison import (
     FEW,
+    INTERVALS,
     STRONGEST,
     TABLE,
     Row,
@@ -80,8 +81,7 @@ def _text(numbers: Numbers) -> str:
     if lines:
         head = [f"| minus Standard, points | {' | '.join(map(title, _SHOWN))} |", f"| --- |{' --- |' * len(_SHOWN)}"]
         parts += [
-            "Differences on the same images and seeds; in brackets Student's 95 % interval over seeds, or, with fewer "
-            "than three, the interval over images of each.",
+            INTERVALS,
             "\n".join([*head, *lines]),
         ]
     return "\n\n".join(parts)

@@ -18,6 +18,10 @@ from innermax.threat import Linf
 TABLE = ("fgsm", "pgd-10", "pgd-20", "cw-30")  # the attacks of the paper's tables
 STRONGEST = "guided"
 FEW = 500  # images it is run on
+INTERVALS = (
+    "Differences on the same images and seeds; in brackets Student's 95 % interval over seeds, or, with fewer than "
+    "three, the interval over images of each."
+)
 
 
 def attacks_of(eps: float, names: Sequence[str] = TABLE) -> Attacks:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from innermax.reproduce.comparison import (
+    INTERVALS,
     STRONGEST,
     TABLE,
     Row,
@@ -69,7 +70,7 @@ def _dynamic_text(numbers: Numbers) -> str:
         [
             "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training.",
             table(numbers["rows"], ("clean", *TABLE, STRONGEST)),
-            "Differences on the same images and seed; in brackets Student's 95 % interval over seeds.",
+            INTERVALS,
             "\n".join(lines),
         ]
     )
