@@ -112,7 +112,8 @@ def figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
 
 
 def frontier(found: Sequence[tuple[int, str, float, tuple[float, float, float]]], figure: "Figure") -> None:
-    """Robust accuracy with its interval against gradients spent: a look, name, gradients, (mean, low, high) each."""
+    """Robust accuracy against gradients spent: of each the number of its colour and mark, its name, gradients and
+    (mean, low, high)."""
     figure.set_size_inches(8, 5)
     axis = figure.subplots()
     for number, name, spent, (mean, low, high) in found:
