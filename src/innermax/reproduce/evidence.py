@@ -21,59 +21,60 @@ from innermax.reproduce.comparison import (
 )
 from innermax.reproduce.piece import Known, Numbers, Piece
 from innermax.reproduce.questions import Trained
-from innermax.reproduce.settings import Scale, Setting, Training
+from innermax.reproduce.settings import Scale, Training
+from innermax.reproduce.tables import TITLES
 from innermax.reproduce.workshop import Question
 from innermax.strategies import Dynamic, Strategy
 
-
-def _seeds(scale: Scale, setting: Setting, strategy: Strategy, objective: str = "cross_entropy") -> list[Training]:
-    return [Training(setting, strategy, seed, objective) for seed in range(scale.seeds["mnist"])]
-
-
 # Does Dynamic win, and why?
 
+_DATA = ("mnist", "cifar")
+_SHOWN = ("clean", "pgd-20", "cw-30", STRONGEST)
 
-def _variants(scale: Scale) -> list[Row]:
+
+def _variants(scale: Scale, data: str) -> list[Row]:
     """What the paper's text mixes, taken apart."""
-    setting, asked = scale.mnist, asked_of(scale, "mnist")
-    fewer = replace(setting, epochs=max(1, round(0.7 * setting.epochs)))
+    setting, share = getattr(scale, data), scale.matched[data]
+    fewer = replace(setting, epochs=max(1, round(share * setting.epochs)))
     published, standard = setting.strategy("dynamic"), setting.strategy("standard")
     exact = Dynamic(setting.pgd(), "auto", setting.zero_at)
     variants = {
         "Standard": (setting, standard, "cross_entropy"),
-        "Standard, 0.7 of the epochs: about as many gradients as Dynamic": (fewer, standard, "cross_entropy"),
+        f"Standard, {share:g} of the epochs: about as many gradients as Dynamic": (fewer, standard, "cross_entropy"),
         "Standard, weighted by the loss (released code)": (setting, standard, "loss_weighted"),
         "Dynamic as published: FOSC over the ball, c_max 0.5": (setting, published, "cross_entropy"),
         "Dynamic, exact FOSC, measured c_max": (setting, exact, "cross_entropy"),
         "Dynamic, weighted by the loss (released code)": (setting, published, "loss_weighted"),
     }
-    return [Row(title, _seeds(scale, *what), asked) for title, what in variants.items()]
+    return [
+        Row(name, [Training(on, strategy, seed, objective) for seed in range(scale.seeds[data])], asked_of(scale, data))
+        for name, (on, strategy, objective) in variants.items()
+    ]
 
 
 def _dynamic_questions(scale: Scale) -> list[Question]:
-    return by_seed([row.questions() for row in _variants(scale)])
+    return by_seed([row.questions() for data in _DATA for row in _variants(scale, data)])
 
 
 def _dynamic_numbers(scale: Scale, known: Known) -> dict[str, Any]:
-    rows = _variants(scale)
-    shown = ("clean", "pgd-20", "cw-30", STRONGEST)
-    differences = {row.title: {attack: difference(known, row, rows[0], attack) for attack in shown} for row in rows[1:]}
-    return {"rows": [row.numbers(known) for row in rows], "differences": differences}
+    found = {}
+    for data in _DATA:
+        rows = _variants(scale, data)
+        found[data] = {
+            "rows": [row.numbers(known) for row in rows],
+            "differences": {row.title: {a: difference(known, row, rows[0], a) for a in _SHOWN} for row in rows[1:]},
+        }
+    return found
 
 
 def _dynamic_text(numbers: Numbers) -> str:
-    attacks = ("clean", "pgd-20", "cw-30", STRONGEST)
-    lines = [f"| minus Standard, points | {' | '.join(map(title, attacks))} |", f"| --- |{' --- |' * len(attacks)}"]
-    for name, row in numbers["differences"].items():
-        lines.append(f"| {name} | {' | '.join(points(row[attack]) for attack in attacks)} |")
-    return "\n\n".join(
-        [
-            "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training.",
-            table(numbers["rows"], ("clean", *TABLE, STRONGEST)),
-            INTERVALS,
-            "\n".join(lines),
-        ]
-    )
+    parts = ["Accuracy in %. *Gradients* are input gradients a training image over the whole training.", INTERVALS]
+    for data, found in numbers.items():
+        lines = [f"| minus Standard, points | {' | '.join(map(title, _SHOWN))} |", f"| --- |{' --- |' * len(_SHOWN)}"]
+        for name, row in found["differences"].items():
+            lines.append(f"| {name} | {' | '.join(points(row[attack]) for attack in _SHOWN)} |")
+        parts += [f"## {TITLES[data]}", table(found["rows"], ("clean", *TABLE, STRONGEST)), "\n".join(lines)]
+    return "\n\n".join(parts)
 
 
 # What Dynamic's constants do
@@ -131,7 +132,7 @@ def _overfitting(scale: Scale) -> list[tuple[str, Row, Row]]:
     asked = asked_of(scale, "mnist")[0]
     found = []
     for name in ("standard", "curriculum", "dynamic"):
-        trainings = _seeds(scale, scale.mnist, scale.mnist.strategy(name))
+        trainings = scale.trainings("mnist", name)
         last, best = (Row(name.capitalize(), trainings, [asked], options={"best": best}) for best in (False, True))
         found.append((name.capitalize(), last, best))
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from innermax.reproduce.comparison import FEW, STRONGEST, TABLE, Row, asked_of, attacks_of, table
+from innermax.reproduce.comparison import FEW, STRONGEST, TABLE, Row, asked_of, attacks_of, by_seed, table
 from innermax.reproduce.piece import Known, Numbers, Piece
 from innermax.reproduce.settings import Scale, Training
 from innermax.reproduce.workshop import Question
@@ -84,7 +84,7 @@ def _piece(name: str, title: str, rows_of: Any, attacks: Sequence[str], note: st
     """A table as a piece."""
 
     def questions(scale: Scale) -> list[Question]:
-        return [question for row in _all(rows_of(scale)) for question in row.questions()]
+        return by_seed([row.questions() for row in _all(rows_of(scale))])
 
     def numbers(scale: Scale, known: Known) -> dict[str, Any]:
         return {data: [row.numbers(known) for row in rows] for data, rows in rows_of(scale).items()}
