@@ -259,6 +259,28 @@ def test_a_table_says_what_was_not_run(shop):
     assert lines[3] == "| Missing | not run |  |  |  |  | *50.00* |"
 
 
+def test_a_table_of_differences_leaves_out_what_was_not_run(shop):
+    attacks = attacks_of(0.15, ("fgsm",))
+    rows = [Row(name, [tiny(seed=seed)], [(attacks, 20)]) for seed, name in enumerate(("Missing", "Base", "Measured"))]
+
+    def lines():
+        found = comparison.differences(shop.known, rows, rows[1], ("clean", "fgsm"))
+        assert list(found) == ["Missing", "Measured"]
+        return comparison.differences_table(found, "base", ("clean", "fgsm"))
+
+    assert lines() == []
+    for row in rows[1:]:
+        for question in row.questions():
+            shop.answered(question)
+    found = comparison.difference(shop.known, rows[2], rows[1], "fgsm")
+    reading, table = lines()
+    assert "interval over images" in reading
+    head, _, *body = table.splitlines()
+    assert head == "| minus base, points | Clean | FGSM |"
+    assert [line.split(" | ")[0] for line in body] == ["| Measured"]
+    assert body[0].endswith(f"| {comparison.points(found)} |")
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans(), st.floats(0, 9)), min_size=1, max_size=50))
 def test_bins_hold_every_example_up_to_the_last_edge_once(examples):
     fosc, correct, loss = zip(*examples, strict=True)
@@ -280,6 +302,33 @@ def test_bins_say_how_many_are_right():
         (1, 1.0, 1.0),
         (3, pytest.approx(2 / 3), 2.0),
     ]
+
+
+# What pieces ask
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar"])
+def test_dynamic_is_taken_apart_on_both_data_sets(data):
+    """One thing is changed in each variant; none is at equal gradients unless its epochs say so."""
+    scale = SCALES["cpu"]
+    setting = getattr(scale, data)
+    trainings = [asked.training for asked in PIECES["dynamic"].questions(scale) if isinstance(asked, Trained)]
+    mine = [training for training in trainings if (training.setting.data, training.seed) == (setting.data, 0)]
+    standard, fewer, weighted, published, exact, weighted_dynamic = mine
+    assert standard == Training(setting, setting.strategy("standard"))
+    assert fewer == replace(standard, setting=replace(setting, epochs={"mnist": 7, "cifar": 5}[data]))
+    assert weighted == replace(standard, objective="loss_weighted")
+    assert published == Training(setting, setting.strategy("dynamic"))
+    assert exact == replace(published, strategy=replace(published.strategy, attack=setting.pgd(), c_max="auto"))
+    assert weighted_dynamic == replace(published, objective="loss_weighted")
+
+
+def test_seeds_come_one_after_another():
+    """A half-run piece is whole rows of fewer seeds."""
+    for name in ("table1", "dynamic", "constants", "cheaper", "overfitting"):
+        seeds = [question.training.seed for question in PIECES[name].questions(SCALES["cpu"])]
+        assert seeds == sorted(seeds)
+        assert set(seeds) == {0, 1, 2}
 
 
 # The whole, at the smallest scale

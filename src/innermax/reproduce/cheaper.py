@@ -6,17 +6,15 @@ from innermax.attacks.gradient import PGD
 from innermax.reproduce import pictures
 from innermax.reproduce.comparison import (
     FEW,
-    INTERVALS,
     STRONGEST,
     TABLE,
     Row,
     accuracy_over_seeds,
     asked_of,
     by_seed,
-    difference,
-    points,
+    differences,
+    differences_table,
     table,
-    title,
 )
 from innermax.reproduce.piece import Known, Numbers, Piece
 from innermax.reproduce.settings import Scale, Training
@@ -60,10 +58,10 @@ def _questions(scale: Scale) -> list[Question]:
 
 def _numbers(scale: Scale, known: Known) -> dict[str, Any]:
     rows = _rows(scale)
-    differences = {
-        row.title: {attack: difference(known, row, rows[0], attack) for attack in _SHOWN} for row in rows[1:]
+    return {
+        "rows": [row.numbers(known) for row in rows],
+        "differences": differences(known, rows, rows[0], _SHOWN),
     }
-    return {"rows": [row.numbers(known) for row in rows], "differences": differences}
 
 
 def _text(numbers: Numbers) -> str:
@@ -72,18 +70,8 @@ def _text(numbers: Numbers) -> str:
         f"columns are on the first {FEW:,} test images: PGD-100 with step ε/10 and three restarts, and the guided "
         "attack, the strongest at hand.",
         table(numbers["rows"], _SHOWN),
+        *differences_table(numbers["differences"], "Standard", _SHOWN),
     ]
-    lines = [
-        f"| {name} | {' | '.join(points(row[attack]) for attack in _SHOWN)} |"
-        for name, row in numbers["differences"].items()
-        if any(value is not None for value in row.values())
-    ]
-    if lines:
-        head = [f"| minus Standard, points | {' | '.join(map(title, _SHOWN))} |", f"| --- |{' --- |' * len(_SHOWN)}"]
-        parts += [
-            INTERVALS,
-            "\n".join([*head, *lines]),
-        ]
     return "\n\n".join(parts)
 
 

@@ -158,6 +158,26 @@ def difference(known: Known, one: Row, other: Row, attack: str) -> dict[str, Any
     return {"seeds": seeds, "over_seeds": over_seeds}
 
 
+def differences(known: Known, rows: Sequence[Row], base: Row, attacks: Sequence[str]) -> dict[str, Any]:
+    """How each other row differs from the base, by title and attack."""
+    return {
+        row.title: {attack: difference(known, row, base, attack) for attack in attacks}
+        for row in rows
+        if row.title != base.title
+    }
+
+
+def differences_table(found: Mapping[str, Any], base: str, attacks: Sequence[str]) -> list[str]:
+    """Markdown: how to read it, and a line for each row of which anything is known; nothing where there is none."""
+    lines = [
+        f"| {name} | {' | '.join(points(row[attack]) for attack in attacks)} |"
+        for name, row in found.items()
+        if any(value is not None for value in row.values())
+    ]
+    head = [f"| minus {base}, points | {' | '.join(map(title, attacks))} |", f"| --- |{' --- |' * len(attacks)}"]
+    return [INTERVALS, "\n".join([*head, *lines])] if lines else []
+
+
 def points(value: Mapping[str, Any] | None) -> str:
     """A difference as a table shows it."""
     if value is None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from innermax.reproduce.comparison import (
-    INTERVALS,
     STRONGEST,
     TABLE,
     Row,
@@ -14,10 +13,11 @@ from innermax.reproduce.comparison import (
     attacks_of,
     by_seed,
     difference,
+    differences,
+    differences_table,
     points,
     strongest,
     table,
-    title,
 )
 from innermax.reproduce.piece import Known, Numbers, Piece
 from innermax.reproduce.questions import Trained
@@ -62,32 +62,37 @@ def _dynamic_numbers(scale: Scale, known: Known) -> dict[str, Any]:
         rows = _variants(scale, data)
         found[data] = {
             "rows": [row.numbers(known) for row in rows],
-            "differences": {row.title: {a: difference(known, row, rows[0], a) for a in _SHOWN} for row in rows[1:]},
+            "differences": differences(known, rows, rows[0], _SHOWN),
         }
     return found
 
 
 def _dynamic_text(numbers: Numbers) -> str:
-    parts = ["Accuracy in %. *Gradients* are input gradients a training image over the whole training.", INTERVALS]
+    parts = ["Accuracy in %. *Gradients* are input gradients a training image over the whole training."]
     for data, found in numbers.items():
-        lines = [f"| minus Standard, points | {' | '.join(map(title, _SHOWN))} |", f"| --- |{' --- |' * len(_SHOWN)}"]
-        for name, row in found["differences"].items():
-            lines.append(f"| {name} | {' | '.join(points(row[attack]) for attack in _SHOWN)} |")
-        parts += [f"## {TITLES[data]}", table(found["rows"], ("clean", *TABLE, STRONGEST)), "\n".join(lines)]
+        parts += [
+            f"## {TITLES[data]}",
+            table(found["rows"], ("clean", *TABLE, STRONGEST)),
+            *differences_table(found["differences"], "Standard", _SHOWN),
+        ]
     return "\n\n".join(parts)
 
 
 # What Dynamic's constants do
 
 
-def _constants(scale: Scale) -> dict[str, Training]:
+_PUBLISHED = "c_max 0.5, T' 0.8, linear (published)"
+_JUDGED = ("clean", "pgd-20", STRONGEST)
+
+
+def _constants(scale: Scale) -> list[Row]:
     """One constant changed at a time, for fewer epochs; judged on the validation split, since choices follow."""
     setting = replace(scale.mnist, epochs=max(1, round(0.6 * scale.mnist.epochs)))
     ball, exact = setting.pgd(gauge="ball"), setting.pgd()
     published = Dynamic(ball, 0.5, setting.zero_at)
     changes: dict[str, Strategy] = {
         "Standard": setting.strategy("standard"),
-        "c_max 0.5, T' 0.8, linear (published)": published,
+        _PUBLISHED: published,
         "c_max 0.25": replace(published, c_max=0.25),
         "c_max 1": replace(published, c_max=1.0),
         "T' 0.5": replace(published, zero_at=0.5),
@@ -98,30 +103,34 @@ def _constants(scale: Scale) -> dict[str, Training]:
         "c_max auto, exact FOSC": replace(published, attack=exact, c_max="auto"),
         "c_max 0.15, exact FOSC": replace(published, attack=exact, c_max=0.15),
     }
-    return {name: Training(setting, strategy) for name, strategy in changes.items()}
-
-
-def _constant_rows(scale: Scale) -> list[Row]:
-    attacks = (*attacks_of(scale.mnist.eps, ("pgd-20",)), *strongest(scale, scale.mnist.eps))
-    asked = (attacks, None)
+    asked = [((*attacks_of(setting.eps, ("pgd-20",)), *strongest(scale, setting.eps)), None)]
+    seeds = range(scale.seeds["mnist"])
     return [
-        Row(name, [training], [asked], options={"split": "validation"}) for name, training in _constants(scale).items()
+        Row(name, [Training(setting, strategy, seed) for seed in seeds], asked, options={"split": "validation"})
+        for name, strategy in changes.items()
     ]
 
 
 def _constants_questions(scale: Scale) -> list[Question]:
-    return [question for row in _constant_rows(scale) for question in row.questions()]
+    return by_seed([row.questions() for row in _constants(scale)])
 
 
 def _constants_numbers(scale: Scale, known: Known) -> dict[str, Any]:
-    return {"rows": [row.numbers(known) for row in _constant_rows(scale)]}
+    rows = _constants(scale)
+    published = next(row for row in rows if row.title == _PUBLISHED)
+    return {
+        "rows": [row.numbers(known) for row in rows],
+        "differences": differences(known, rows, published, _JUDGED),
+    }
 
 
 def _constants_text(numbers: Numbers) -> str:
-    return (
-        "MNIST, accuracy in % on the validation split, one seed, 0.6 of the epochs; one constant "
-        "changed at a time.\n\n" + table(numbers["rows"], ("clean", "pgd-20", STRONGEST))
-    )
+    parts = [
+        "MNIST, accuracy in % on the validation split, 0.6 of the epochs; one constant changed at a time.",
+        table(numbers["rows"], _JUDGED),
+        *differences_table(numbers["differences"], "published", _JUDGED),
+    ]
+    return "\n\n".join(parts)
 
 
 # Robust overfitting
