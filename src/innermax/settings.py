@@ -134,7 +134,8 @@ class EvaluateSettings:
 
     Args:
         data: data set name or folder; empty for the run's own.
-        attacks: separated by commas: fgsm, autoattack, and pgd-K, cw-K, apgd-K, fab-K or square-K with K steps.
+        attacks: separated by commas: fgsm, guided, autoattack and autoattack-rand; pgd-K, cw-K, apgd-K and fab-K with
+            K steps, square-K with K queries, guided-K with at most K gradients.
         limit: only so many test images, the first ones.
         quantize: score images rounded to so many bits.
         precision: what attacks search in; bf16 and auto are faster and find a little less. Scores are float32 always.
