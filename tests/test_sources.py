@@ -296,8 +296,8 @@ def test_normalisation_outside_is_noticed_and_the_advice_works(digits, mean, std
 
 def test_misgivings_are_the_same_in_smaller_batches(digits):
     data, _ = digits
-    oracle = im.Oracle(Normalised(bare(digits), 0.31, 0.37, 0.7))
-    whole, parts = (list(misgivings(oracle, data, CPU, batch_size)) for batch_size in (256, 7))
+    model = Normalised(bare(digits), 0.31, 0.37, 0.7)
+    whole, parts = (list(misgivings(model, im.Oracle(model), data, CPU, batch_size)) for batch_size in (256, 7))
     assert len(whole) == 1
     assert parts == whole
 
@@ -309,7 +309,19 @@ def test_a_model_that_needs_no_normalisation_is_left_in_peace(digits):
         x, y = (data.images, data.labels) if model is not weak else (data.images, data.labels.flip(0))
         if isinstance(model[0], nn.Conv2d):
             x, y = images(300)
-        assert list(misgivings(im.Oracle(model), im.data.as_image_set((x, y)), CPU)) == []
+        assert list(misgivings(model, im.Oracle(model), im.data.as_image_set((x, y)), CPU)) == []
+
+
+@pytest.mark.parametrize(
+    ("momentum", "batches", "noticed"), [(0.1, 0, True), (0.1, 21, False), (0.1, 100, True), (None, 21, True)]
+)
+def test_running_statistics_of_a_few_batches_are_no_lack_of_a_normalisation(digits, momentum, batches, noticed):
+    """None counted: weights from elsewhere, which do not say."""
+    data, _ = digits
+    norm = nn.BatchNorm2d(1, momentum=momentum).eval()
+    norm.num_batches_tracked.fill_(batches)
+    model = nn.Sequential(norm, Normalised(bare(digits), 0.31, 0.37, 0.7))
+    assert bool(list(misgivings(model, im.Oracle(model), data, CPU))) == noticed
 
 
 def test_a_model_of_more_classes(digits):
@@ -329,7 +341,7 @@ def test_misgivings_change_no_answer(digits, monkeypatch):
     data, _ = digits
     model = nn.Sequential(Normalised(bare(digits), 0.5, 0.5), Noise())
     state = torch.get_rng_state()
-    assert list(misgivings(im.Oracle(model), data, CPU))
+    assert list(misgivings(model, im.Oracle(model), data, CPU))
     assert torch.equal(state, torch.get_rng_state())
     with pytest.warns(UserWarning, match="normalised"):
         one = im.evaluate(model, data[:100], {"pgd": PGD})

@@ -317,7 +317,7 @@ def evaluate(
         with kept_rows(folder), warnings.catch_warnings():
             with _exchanged(parts, ranks):
                 _clean(bench, exact, attacks, parts, ranks.rank, ranks.count)
-            for sentence in misgivings(exact, images, device, batch_size):
+            for sentence in misgivings(model, exact, images, device, batch_size):
                 warnings.warn(sentence, stacklevel=2)
             if parts.joined(CLEAN).columns["probable"].all():
                 message = f"{_PROBABLE}; attacks and gauges need logits (leave the softmax out)"

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from innermax.data import ImageSet
 from innermax.models import IMAGENET_STATISTICS, Normalize
@@ -15,6 +16,7 @@ from innermax.oracle import Oracle
 _IMAGES = 256
 _MARKED = 0.6  # of the accuracy with a normalisation in front; what has hardly learned can gain by contrast alone
 _SIGMAS = 4.0  # by which that must exceed chance: several normalisations are tried
+_REMEMBERED = 0.01  # of its start in a BatchNorm's running statistics, below which they are those of its images
 _UNNORMALISED = "the model is right on"  # how the sentence about a missing normalisation begins
 _CHANCE = 1e-6  # that a class the model has is missing from the images by accident
 
@@ -22,10 +24,12 @@ Statistics = tuple[list[float], list[float]]  # mean and std, one number a chann
 Batches = Iterator[tuple[Tensor, Tensor]]  # images and labels
 
 
-def misgivings(oracle: Oracle, images: ImageSet, device: torch.device, batch_size: int = _IMAGES) -> Iterator[str]:
+def misgivings(
+    model: nn.Module, oracle: Oracle, images: ImageSet, device: torch.device, batch_size: int = _IMAGES
+) -> Iterator[str]:
     """One sentence for each thing that seems wrong; what to do is in it. Costs at most six passes over 256 images.
 
-    The images' labels must be among the model's classes.
+    The oracle answers for the model; the images' labels must be among its classes.
     """
     chosen = torch.linspace(0, len(images) - 1, min(_IMAGES, len(images))).round().long()
 
@@ -37,7 +41,7 @@ def misgivings(oracle: Oracle, images: ImageSet, device: torch.device, batch_siz
     with oracle.private_randomness(0):  # a model that draws random numbers draws them later as if nothing had been
         classes, right = _answered(oracle, batches())
         yield from _other_classes(classes, images)
-        if len(images.shape) == 3 and float(right.double().mean()) < _MARKED:
+        if len(images.shape) == 3 and float(right.double().mean()) < _MARKED and not _still_starting(model):
             yield from _normalised_outside(oracle, batches, right)
 
 
@@ -66,6 +70,16 @@ def _other_classes(classes: int, images: ImageSet) -> Iterator[str]:
             f"the model has {classes} classes, the labels of test_set only {known}: an answer among the others counts "
             "as wrong"
         )
+
+
+def _still_starting(model: nn.Module) -> bool:
+    """Whether a BatchNorm's running statistics still hold much of what they began with: then contrast alone helps."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    batches = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    return any(
+        momentum is not None and count is not None and int(count) > 0 and (1 - momentum) ** int(count) > _REMEMBERED
+        for momentum, count in batches
+    )
 
 
 def _normalised_outside(oracle: Oracle, batches: Callable[[], Batches], right: Tensor) -> Iterator[str]:
