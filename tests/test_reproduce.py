@@ -106,6 +106,15 @@ def test_a_network_is_laid_down_for_others(tmp_path, monkeypatch, largest):
         torch.testing.assert_close(found[name], value, rtol=2**-8 if lowered else 0, atol=0)
 
 
+def test_the_best_epochs_network_is_laid_down_beside_the_last(tmp_path):
+    shop = Workshop(tmp_path / "answers", tmp_path / "models", shelf=tmp_path / "shelf")
+    best = shop.model(tiny(epochs=2), best=True).state_dict()
+    name = fingerprint(tiny(epochs=2))
+    assert {folder.name for folder in shop.shelf.iterdir()} == {name, f"{name}-best"}
+    found = im.load_model(shop.shelf / f"{name}-best").state_dict()
+    assert all(torch.equal(found[key], value) for key, value in best.items())
+
+
 def test_a_question_is_known_again_in_another_process():
     question = Scored(tiny("dynamic"), attacks_of(0.15), 20)
     code = (

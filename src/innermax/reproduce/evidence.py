@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from innermax.reproduce import pictures
 from innermax.reproduce.comparison import (
     STRONGEST,
     TABLE,
@@ -154,14 +155,15 @@ def _overfitting_questions(scale: Scale) -> list[Question]:
 def _overfitting_numbers(scale: Scale, known: Known) -> dict[str, Any]:
     found = {}
     for name, last, best in _overfitting(scale):
-        history = [known(Trained(training)) for training in last.trainings]
-        epochs = [best_epoch(answer["history"]) for answer in history if answer is not None]
+        trained = [known(Trained(training)) for training in last.trainings]
+        histories = [answer["history"] for answer in trained if answer is not None]
         gained = difference(known, best, last, "pgd-20")
         found[name] = {
             "last": last.numbers(known),
             "best": best.numbers(known),
             "gained": gained,
-            "best_epochs": epochs,
+            "best_epochs": [best_epoch(history) for history in histories],
+            "validation": [[epoch["validation_accuracy"] for epoch in history] for history in histories],
         }
     return found
 
@@ -184,12 +186,20 @@ def _overfitting_text(numbers: Numbers) -> str:
         )
     return (
         "MNIST test accuracy in % of the last epoch and of the best on validation images attacked with the "
-        "training attack (Rice et al. 2020). Best epochs are one a seed.\n\n" + "\n".join(lines)
+        "training attack (Rice et al. 2020). Best epochs are one a seed, as are the lines of the picture.\n\n"
+        + "\n".join(lines)
     )
 
 
 PIECES = (
     Piece("dynamic", "Does Dynamic win, and why?", _dynamic_questions, _dynamic_numbers, _dynamic_text),
     Piece("constants", "What Dynamic's constants do", _constants_questions, _constants_numbers, _constants_text),
-    Piece("overfitting", "Robust overfitting", _overfitting_questions, _overfitting_numbers, _overfitting_text),
+    Piece(
+        "overfitting",
+        "Robust overfitting",
+        _overfitting_questions,
+        _overfitting_numbers,
+        _overfitting_text,
+        lambda numbers, figure: pictures.validation({name: row["validation"] for name, row in numbers.items()}, figure),
+    ),
 )

@@ -129,6 +129,19 @@ def frontier(found: Sequence[tuple[int, str, float, tuple[float, float, float]]]
     _finished(axis)
 
 
+def validation(runs: Mapping[str, Sequence[Sequence[float]]], figure: "Figure") -> None:
+    """Accuracy on the validation split after each epoch, a line a seed."""
+    figure.set_size_inches(8, 4)
+    axis = figure.subplots()
+    for number, (name, histories) in enumerate(runs.items()):
+        for seed, history in enumerate(histories):
+            epochs, values = range(1, len(history) + 1), [100 * value for value in history]
+            _line(axis, epochs, values, name if seed == 0 else "", number)
+    axis.set(xlabel="epoch", ylabel="validation accuracy, training attack (%)")
+    axis.locator_params(axis="x", integer=True)
+    _finished(axis)
+
+
 def _inner(percentiles: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
     """Percentiles without the first and the last, which stand for one example each and not for a hundredth of them."""
     return {name: values[1:-1] for name, values in percentiles.items()}

@@ -121,8 +121,10 @@ class Workshop:
 
     def model(self, training: Training, best: bool = False) -> nn.Module:
         """The trained network of the last epoch, or of the best on the validation split."""
-        run = self.run(training)
-        model = im.load_model(self.models / fingerprint(training) / "best.safetensors") if best else run.model
+        run, name = self.run(training), fingerprint(training)
+        model = im.load_model(self.models / name / "best.safetensors") if best else run.model
+        if best and self.shelf is not None:
+            lay_down(model, self.shelf / f"{name}-best")
         return model.to(chosen_device(self.device)).eval()
 
     def _path(self, question: Question) -> Path:
