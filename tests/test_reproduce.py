@@ -385,6 +385,22 @@ def test_the_pages_numbers_are_the_answers(made):
         assert row["seeds"][str(training.seed)]["accuracy"]["pgd-20"]["accuracy"] == answer["pgd-20"]["accuracy"]
 
 
+def test_the_gauge_by_epoch_is_what_was_recorded(made):
+    folder, _, _ = made
+    numbers = json.loads((folder / "results" / "smoke" / "overfitting.json").read_text())["numbers"]
+    shop = Workshop(folder / "results" / "answers", folder / "models")
+    for name in ("standard", "curriculum", "dynamic"):
+        row = numbers[name.capitalize()]
+        for training, fosc, validation in zip(
+            SMOKE.trainings("mnist", name), row["fosc"], row["validation"], strict=True
+        ):
+            history = shop.known(Trained(training))["history"]
+            assert validation == [epoch["validation_accuracy"] for epoch in history]
+            attacked = [None if epoch["attack_steps"] == 0 else epoch["fosc_percentiles"][90] for epoch in history]
+            assert fosc == attacked
+            assert (fosc[0] is None) == (name == "curriculum")
+
+
 def test_what_time_does_not_allow_is_named(tmp_path):
     folder, cache = tmp_path / "results", tmp_path / "models"
     (page,) = reproduce(["table1"], scale="smoke", out=folder, cache=cache, minutes=0, say=lambda line: None)

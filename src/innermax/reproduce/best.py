@@ -68,8 +68,8 @@ def _numbers(scale: Scale, known: Known) -> dict[str, Any]:
 def _text(numbers: Numbers) -> str:
     parts = [
         "`WarmStart` with two steps and, on MNIST, a learning rate of 0.05 that falls along a cosine; nothing else of "
-        "the paper's training is changed. Accuracy in %, *paper*: its best defence, Dynamic. The guided attack, the "
-        f"strongest at hand, is on the first {FEW:,} images.",
+        "the paper's training is changed. Accuracy in %, *paper*: its best defence, Dynamic. The guided attack, "
+        f"about as strong as AutoAttack, is on the first {FEW:,} images.",
     ]
     for data, row in numbers["best"].items():
         parts += [f"## {TITLES[data]}", table([row], ("clean", *TABLE, STRONGEST))]

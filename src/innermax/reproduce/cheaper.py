@@ -68,7 +68,7 @@ def _text(numbers: Numbers) -> str:
     parts = [
         "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training. The last two "
         f"columns are on the first {FEW:,} test images: PGD-100 with step ε/10 and three restarts, and the guided "
-        "attack, the strongest at hand.",
+        "attack, about as strong as AutoAttack.",
         table(numbers["rows"], _SHOWN),
         *differences_table(numbers["differences"], "Standard", _SHOWN),
     ]

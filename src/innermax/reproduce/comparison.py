@@ -30,12 +30,12 @@ def attacks_of(eps: float, names: Sequence[str] = TABLE) -> Attacks:
 
 
 def strongest(scale: Scale, eps: float) -> Attacks:
-    """The strongest attack at hand, so that nobody takes masked gradients for robustness."""
+    """The guided attack, about as strong as AutoAttack, so that nobody takes masked gradients for robustness."""
     return ((STRONGEST, GuidedPGD(Linf(eps), budget=scale.budget)),)
 
 
 def asked_of(scale: Scale, data: str, names: Sequence[str] = TABLE) -> list[tuple[Attacks, int | None]]:
-    """Attacks of these names on all of a scale's test images, and the strongest at hand on fewer."""
+    """Attacks of these names on all of a scale's test images, and the guided one on fewer."""
     eps, images = getattr(scale, data).eps, scale.images[data]
     return [(attacks_of(eps, names), images), (strongest(scale, eps), min(images or FEW, FEW))]
 

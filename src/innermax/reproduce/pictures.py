@@ -129,17 +129,22 @@ def frontier(found: Sequence[tuple[int, str, float, tuple[float, float, float]]]
     _finished(axis)
 
 
-def validation(runs: Mapping[str, Sequence[Sequence[float]]], figure: "Figure") -> None:
-    """Accuracy on the validation split after each epoch, a line a seed."""
-    figure.set_size_inches(8, 4)
-    axis = figure.subplots()
-    for number, (name, histories) in enumerate(runs.items()):
-        for seed, history in enumerate(histories):
-            epochs, values = range(1, len(history) + 1), [100 * value for value in history]
-            _line(axis, epochs, values, name if seed == 0 else "", number)
-    axis.set(xlabel="epoch", ylabel="validation accuracy, training attack (%)")
-    axis.locator_params(axis="x", integer=True)
-    _finished(axis)
+def by_epoch(runs: Mapping[str, Mapping[str, Any]], figure: "Figure") -> None:
+    """Accuracy on the validation split and the largest tenth's FOSC after each epoch, a line a seed."""
+    figure.set_size_inches(10, 4)
+    left, right = figure.subplots(1, 2)
+    for number, (name, run) in enumerate(runs.items()):
+        for axis, quantity, unit in ((left, "validation", 100), (right, "fosc", 1)):
+            for seed, history in enumerate(run[quantity]):
+                values = [np.nan if value is None else unit * value for value in history]
+                _line(axis, range(1, len(history) + 1), values, name if seed == 0 else "", number)
+    left.set_ylabel("validation accuracy, training attack (%)")
+    right.set_ylabel("FOSC of training images, 90th percentile")
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.set_xlabel("epoch")
+        axis.locator_params(axis="x", integer=True)
+        _finished(axis)
 
 
 def _inner(percentiles: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:

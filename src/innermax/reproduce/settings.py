@@ -94,7 +94,7 @@ class Scale:
         matched: share of the epochs after which Standard has computed about as many gradients as Dynamic in all of
             them, by the setting's name; measured, for the 8-layer CNN with the one that stands for it.
         note: in words, how this differs from the paper.
-        budget: gradients an example of the guided attack, the strongest at hand.
+        budget: gradients an example of the guided attack.
     """
 
     name: str

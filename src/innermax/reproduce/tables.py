@@ -50,7 +50,7 @@ def printed(data: str, defence: str) -> dict[str, float]:
 
 
 def _white_box(scale: Scale, paper: Mapping[tuple[str, str], Sequence[float]], attacks: Sequence[str]) -> Rows:
-    """The rows by data set, each attacked with the table's attacks and, on fewer images, the strongest at hand."""
+    """The rows by data set, each attacked with the table's attacks and, on fewer images, the guided one."""
     rows: Rows = {}
     for (data, defence), numbers in paper.items():
         trainings, asked = scale.trainings(data, defence), asked_of(scale, data, attacks)
@@ -110,7 +110,7 @@ PIECES = (
         "Table 1: white-box robustness",
         _table_1,
         ("clean", *TABLE, STRONGEST),
-        f"{_READING} *Guided* is the strongest attack at hand, on the first {FEW:,} images; not in the paper.",
+        f"{_READING} *Guided* is about as strong as AutoAttack, on the first {FEW:,} images; not in the paper.",
     ),
     _piece(
         "table2", "Table 2: black-box robustness", _table_2, TABLE, f"{_READING} Images are made on another network."
