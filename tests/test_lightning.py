@@ -88,7 +88,7 @@ def test_a_dict_and_a_part_of_the_module():
 
 
 def test_dynamic_measures_its_own_threshold():
-    callback = AdversarialTraining(im.Dynamic(ATTACK, zero_at=1.0))
+    callback = AdversarialTraining(im.Dynamic(ATTACK, "auto", zero_at=1.0))
     _, trainer = fit(callback, epochs=3)
     first, second, third = callback.history
     assert first["gradients"] == 3
@@ -104,7 +104,7 @@ def test_dynamic_measures_its_own_threshold():
 
 def test_the_measured_gauge_is_halfway_on_what_the_epoch_made():
     attack = replace(ATTACK, random_start=False)
-    callback = AdversarialTraining(im.Dynamic(attack), precision="float32")
+    callback = AdversarialTraining(im.Dynamic(attack, "auto"), precision="float32")
     module, _ = fit(callback)
     found = replace(attack, steps=2)(module.network, X, Y, final="gradient")  # of three
     assert callback.history[0]["halfway_gauge"] == pytest.approx(float(found.fosc.median()), rel=1e-3)
@@ -116,10 +116,10 @@ def test_unsecured_leaves_batches_alone():
 
 
 def test_a_resumed_trainer_goes_on(tmp_path):
-    callback = AdversarialTraining(im.Dynamic(ATTACK))
+    callback = AdversarialTraining(im.Dynamic(ATTACK, "auto"))
     _, trainer = fit(callback, epochs=1)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = AdversarialTraining(im.Dynamic(ATTACK))
+    again = AdversarialTraining(im.Dynamic(ATTACK, "auto"))
     options = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger", "enable_checkpointing"), False)
     trainer = L.Trainer(max_epochs=2, callbacks=[again], accelerator="cpu", **options)
     rows = DataLoader(TensorDataset(X, Y), batch_size=32)

@@ -87,7 +87,7 @@ def test_curriculum(epochs, update, gradient, between):
 @pytest.mark.parametrize("recorded", [MNIST, CIFAR, DIGITS], ids=["mnist", "cifar10", "digits"])
 @pytest.mark.parametrize(("update", "gradient", "between"), [(1.0, 0.5, 0.3), (1.0, 0.9, 0.5), (1.0, 0.6, 0.0)])
 def test_dynamic_as_recorded(recorded, update, gradient, between):
-    strategy = im.Dynamic(replace(ATTACK, steps=7))
+    strategy = im.Dynamic(replace(ATTACK, steps=7), "auto")
     c_max = recorded[1][1] / (1 - 1 / len(recorded) / strategy.zero_at)
     history = [{"halfway_gauge": c_max}] * len(recorded)
     thresholds = [getattr(strategy.attack_at(e / len(recorded), history[:e]), "stop_at", None) for e in range(2, 4)]

@@ -21,7 +21,7 @@ KINDS = {
     "patient": im.Curriculum(ATTACK, patience=2),
     "fgsm-then-pgd": im.FGSMThenPGD(ATTACK),
     "dynamic": im.Dynamic(PAPER),
-    "automatic": im.Dynamic(ATTACK),
+    "automatic": im.Dynamic(ATTACK, "auto"),
     "warm": im.WarmStart(ATTACK),
 }
 
@@ -92,26 +92,26 @@ def test_the_threshold_falls_to_exactly_zero(epochs, data, shape):
 
 
 @pytest.mark.parametrize(
-    ("gauge", "c_max", "automatic"),
+    ("gauge", "c_max", "stop_at"),
     [
-        ("ball", None, False),
-        ("ball", "auto", True),
-        ("exact", None, True),
-        ("relative", None, True),
-        ("exact", "auto", True),
-        ("exact", 0.5, False),
+        ("ball", None, 0.5),
+        ("ball", "auto", None),
+        ("exact", None, 0.15),
+        ("relative", None, None),
+        ("exact", "auto", None),
+        ("exact", 0.4, 0.4),
     ],
 )
-def test_whose_c_max_is_measured(gauge, c_max, automatic):
+def test_whose_c_max_is_measured(gauge, c_max, stop_at):
     strategy = im.Dynamic(replace(ATTACK, gauge=gauge, loss="margin"), c_max)
     first = strategy.attack_at(0.0)
-    assert strategy.measures == ({"halfway_gauge"} if automatic else set())
-    assert first.stop_at == (None if automatic else 0.5)
+    assert strategy.measures == ({"halfway_gauge"} if stop_at is None else set())
+    assert first.stop_at == stop_at
     assert first.steps == 10
 
 
 def test_automatic_c_max_is_the_first_epochs_measure():
-    strategy = im.Dynamic(ATTACK, zero_at=0.8)
+    strategy = im.Dynamic(ATTACK, "auto", zero_at=0.8)
     history = [{"halfway_gauge": 0.2, "accuracy": 0.1}, {"halfway_gauge": 0.7}, {"halfway_gauge": None}, {}]
     for epoch in range(1, 50):
         expected = max(0.2 - epoch * 0.2 / 40, 0)

@@ -301,7 +301,7 @@ def recipe(kind, network=cnn):
     """Everything that has a state: momentum, averages, dropout, augmentation, measured strategies."""
     options = {"epochs": 3, "lr": 0.1, "seed": 5, "validation_set": VALIDATION, "shift": 1, "flip": True}
     model = functools.partial(network, dropout=0.4)
-    strategies = {"dynamic": im.Dynamic(ATTACK, zero_at=0.9), "curriculum": im.Curriculum(ATTACK, patience=1)}
+    strategies = {"dynamic": im.Dynamic(ATTACK, "auto", zero_at=0.9), "curriculum": im.Curriculum(ATTACK, patience=1)}
     strategy = strategies.get(kind, im.Standard(replace(ATTACK, steps=2)))
     if kind in ("float32", "bf16"):
         options |= {"precision": kind, "ema": 0.8, "clip": 0.5, "lr_schedule": "cosine"}

@@ -92,7 +92,7 @@ class DynamicSettings:
     """The Dynamic strategy.
 
     Args:
-        c_max: c_t at the start; a number or "auto"; empty for 0.5 on the ball gauge and "auto" on others.
+        c_max: c_t at the start; a number or "auto"; empty for 0.5 on the ball gauge, 0.15 on the exact, else "auto".
         zero_at: share of the training after which c_t is 0.
         shape: how c_t falls.
     """
