@@ -107,10 +107,9 @@ def _constants(scale: Scale) -> list[Row]:
         "constant": replace(published, shape="constant"),
         "c_max auto on the ball": replace(published, c_max="auto"),
         "c_max auto, exact FOSC": replace(published, attack=exact, c_max="auto"),
-        "c_max 0.15, exact FOSC": replace(published, attack=exact, c_max=_CHOSEN),
-        "c_max 0.08, exact FOSC": replace(published, attack=exact, c_max=0.08),
-        "c_max 0.3, exact FOSC": replace(published, attack=exact, c_max=0.3),
     }
+    for value in (_CHOSEN, 0.08, 0.3):
+        changes[f"c_max {value}, exact FOSC"] = replace(published, attack=exact, c_max=value)
     asked = [((*attacks_of(setting.eps, ("pgd-20",)), *strongest(scale, setting.eps)), None)]
     seeds = range(scale.seeds["mnist"])
     return [
