@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import memory
 import peers
 import torch
 import torch.nn.functional as F
@@ -249,7 +248,6 @@ SECTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "gauge": gauge,
     "active set": active_set,
     "start-up": start_up,
-    "memory": lambda rounds: memory.measure(),
 }
 
 
@@ -314,8 +312,6 @@ def as_markdown(found: dict[str, Any]) -> str:
         lines += ["## Start-up", ""]
         lines += [f"`import torch` takes {times['torch']:.2f} s, `import innermax` {times['innermax']:.2f} s:"]
         lines += [f"{shown(times['innermax over torch'])}.", ""]
-    if "memory" in found:
-        lines += ["#" + memory.as_markdown(found["memory"])]
     lines.append(Path(__file__).with_name("tried.md").read_text())
     return "\n".join(lines).rstrip() + "\n"
 

@@ -1,6 +1,6 @@
 """Files as an enemy might send them: small ones of the library's own, damaged or rewritten, and what loads them.
 
-For tests/test_hostile_files.py and bench/fuzz.py.
+For tests/test_hostile_files.py and checks/fuzz.py.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ from innermax.evaluation import Evaluation
 from innermax.reading import parsed_json, parsed_yaml
 from innermax.states import _digest, alone, states
 
-EXAMPLES = int(os.environ.get("INNERMAX_FUZZ", "0"))  # of each kind; bench/fuzz.py tries many in processes of their own
+EXAMPLES = int(os.environ.get("INNERMAX_FUZZ", "0"))  # of each kind; checks/fuzz.py tries many more
 SLOW = ("state", "run", "metrics", "environment", "evaluation", "recipe")  # how the names of slower kinds begin
 KINDS = [
     "model",

@@ -1,9 +1,9 @@
 """How many small faults the tests notice: mutation testing of what robustness numbers rest on.
 
     make mutants                                             # 40 mutants a module, an hour or two
-    python bench/mutants.py --count 1000000                  # every place of every module, a night
-    python bench/mutants.py --only threat --count 10 --seed 1
-    python bench/mutants.py --again                          # what survived before, after new tests
+    python checks/mutants.py --count 1000000                  # every place of every module, a night
+    python checks/mutants.py --only threat --count 10 --seed 1
+    python checks/mutants.py --again                          # what survived before, after new tests
 
 cosmic-ray says how a module can be changed: another operator, number, comparison, exception; a loop that does not run.
 Places are drawn with a fixed seed, and of each place one of its mutants; annotations are left out, which no test could

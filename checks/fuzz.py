@@ -1,6 +1,6 @@
 """Damaged and rewritten files of every kind that innermax reads: how many load, and which error refuses the others.
 
-    python bench/fuzz.py [--examples 800] [--kind "run's config"] [--keep FOLDER] [--write results/bad_files.json]
+    python checks/fuzz.py [--examples 800] [--kind "run's config"] [--keep FOLDER] [--write results/bad_files.json]
 
 Each kind is tried in a process of its own with a limit on its memory, so that a crash of native code and a hang are
 counted like any other failure. Anything but a load or a refusal is a failure; --keep keeps the files that cause one.

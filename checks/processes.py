@@ -1,6 +1,6 @@
 """Several processes beside one: equal losses, deaths, and runs that go on with another number: a section of Markdown.
 
-python bench/processes.py [--kills 2]
+python checks/processes.py [--kills 2]
 """
 
 import argparse

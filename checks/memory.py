@@ -1,6 +1,6 @@
 """How much memory an attack and an evaluation take: ours and the peers', each in a fresh process.
 
-    python bench/memory.py [--write results/memory.md]
+    python checks/memory.py [--write results/memory.md]
 
 PGD-10 and PGD-40 on 128 images for the CIFAR CNN: a search that kept what it computed would grow with its steps. And
 PGD-1 evaluations of 1,000 and 10,000 images for the MNIST CNN: what grows with the images is rows of numbers, not
@@ -19,10 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peers import PEERS, Attack, innermax_attack, installed
 
 import innermax as im
 from innermax.oracle import Oracle
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+from peers import PEERS, Attack, innermax_attack, installed
 
 BATCH, EPS = 128, 8 / 255
 STEPS = (10, 40)
@@ -67,7 +70,7 @@ def as_markdown(result: dict[str, object]) -> str:
     lines = [
         "# Memory",
         "",
-        f"`python bench/memory.py` on {result['machine']}, torch {result['torch']}.",
+        f"`python checks/memory.py` on {result['machine']}, torch {result['torch']}.",
         "MiB of resident memory, each figure from a process of its own. Above the start: the peak less what the",
         "process held just before, libraries, model and images loaded; glibc gives freed tensors back at once.",
         "",
