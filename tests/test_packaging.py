@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -23,15 +24,25 @@ OPTIONAL = (
 HEAVY = "torchvision datasets sklearn pyarrow PIL scipy huggingface_hub jsonargparse rich"
 
 
+def built(target, folder):
+    """The one file that the build backend makes, as it is here: nothing is installed for it."""
+    pytest.importorskip("hatchling", reason="hatchling builds what is distributed")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (file,) = folder.iterdir()
+    return file
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel as `pip wheel` builds it, with the build backend that is here."""
-    pytest.importorskip("hatchling", reason="hatchling builds the wheel")
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (built,) = folder.glob("*.whl")
-    return built
+    """The wheel as `pip wheel` builds it."""
+    return built("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def sources():
+    """The package's files, below src/."""
+    files = [path for path in (ROOT / "src" / "innermax").rglob("*") if path.is_file()]
+    return {path.relative_to(ROOT / "src").as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 def test_the_wheel_is_whole(wheel):
@@ -40,9 +51,7 @@ def test_the_wheel_is_whole(wheel):
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         told = email.message_from_bytes(archive.read(metadata))
-    files = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src" / "innermax").rglob("*") if p.is_file()}
-    ours = {name for name in files if "__pycache__" not in name}
-    assert {name for name in names if ".dist-info/" not in name} == ours
+    assert {name for name in names if ".dist-info/" not in name} == sources()
     assert {"innermax/py.typed", "innermax/recipes/digits.yaml"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert (told["Name"], told["Version"]) == ("innermax", innermax.__version__)
@@ -51,6 +60,19 @@ def test_the_wheel_is_whole(wheel):
     assert {re.split(r"[^\w-]", line)[0].replace("_", "-") for line in needed} == {
         re.split(r"[^\w-]", line)[0].replace("_", "-") for line in PROJECT["dependencies"]
     }
+
+
+def test_the_source_distribution_is_whole_and_light(tmp_path):
+    """The package with its tests and docs, without what was measured and what measures it."""
+    archive = built("sdist", tmp_path)
+    assert archive.stat().st_size < 8e6
+    with tarfile.open(archive) as opened:
+        names = {member.name.partition("/")[2] for member in opened.getmembers()}
+    assert {f"src/{name}" for name in sources()} <= names
+    assert {"pyproject.toml", "LICENSE", "README.md", "constraints.txt"} <= names
+    assert Path(__file__).relative_to(ROOT).as_posix() in names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert not folders & {"results", "bench", "checks"}, folders
 
 
 def test_the_wheel_runs_in_an_empty_environment(wheel, tmp_path):
