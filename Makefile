@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export INNERMAX_DATA ?= $(realpath ../shared/data)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types unit coverage browser wheel-test docs bench mutants clean
+.PHONY: demo test lint types unit slow coverage browser wheel-test docs bench fuzz mutants clean
 
 demo: $(VENV)/installed
 	$(BIN)/innermax train digits --run-dir runs/digits --overwrite
@@ -19,8 +19,13 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+# In a random order, whose seed is printed.
 unit: $(VENV)/installed browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -rs -p no:randomly --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto
+
+# The tests marked as slow, which `unit` leaves out.
+slow: $(VENV)/installed browser
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto -m slow
 
 # Lines and branches that no test passes through; what runs in processes of its own is not seen.
 coverage: $(VENV)/installed
@@ -38,7 +43,7 @@ wheel-test: $(VENV)/installed
 	rm -rf dist build/wheel && mkdir -p build/wheel/elsewhere
 	$(BIN)/hatchling build -t wheel
 	$(PYTHON) -m venv build/wheel/environment
-	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt torch==2.13.0
+	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt torch
 	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build/wheel/elsewhere && ../environment/bin/innermax train digits --run-dir run
 	build/wheel/environment/bin/pip check
@@ -50,14 +55,18 @@ docs: $(VENV)/installed
 bench: $(VENV)/peers
 	$(BIN)/python bench/speed.py --write results/speed.md
 
+# Damaged files of every kind that innermax reads; an hour or two.
+fuzz: $(VENV)/installed
+	$(BIN)/python checks/fuzz.py
+
 # How many small faults in the source the tests notice; hours.
 mutants: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
-	OMP_NUM_THREADS=1 $(BIN)/python bench/mutants.py
+	OMP_NUM_THREADS=1 $(BIN)/python checks/mutants.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
