@@ -16,7 +16,7 @@ STEPS, EXAMPLES, SHOWN = 20, 200, 20
 
 
 def trace(model: nn.Module, x: Tensor, y: Tensor, threat: im.Linf, sizes: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """(steps, examples) relative FOSC and loss of each iterate: k steps end where a longer search is after k steps."""
+    """(steps, examples) relative FOSC and loss of each iterate; the k-th iterate is where a search of k steps ends."""
     found = [im.PGD(threat, steps=k, step_size=tuple(sizes[:k]))(model, x, y, seed=1) for k in range(1, len(sizes) + 1)]
     return torch.stack([result.relative_fosc for result in found]), torch.stack([result.loss for result in found])
 

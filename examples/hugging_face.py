@@ -1,6 +1,6 @@
 """Adversarial training on a Hugging Face data set: python examples/hugging_face.py
 
-Here it is made from scikit-learn's digits; datasets.load_dataset("ylecun/mnist", split="train") gives one like it.
+The data set is made from scikit-learn's digits; datasets.load_dataset("ylecun/mnist", split="train") has the same form.
 """
 
 import torch
@@ -13,7 +13,7 @@ digits = im.load_data("digits")
 
 
 def as_dataset(split: im.ImageSet) -> Dataset:
-    """A data set with the columns image and label, as the Hub's image classification sets have them."""
+    """A data set with the columns image and label, like image classification data sets on the Hub."""
     columns = {
         "image": [PIL.fromarray(image.squeeze(0).numpy()) for image in split.images],
         "label": split.labels.tolist(),

@@ -1,6 +1,6 @@
 """Adversarial training in a Lightning Trainer: python examples/lightning_trainer.py
 
-Needs pip install 'innermax[lightning]'; with the package `lightning` write `import lightning as L`.
+Needs pip install 'innermax[lightning]'. With the package `lightning`, write `import lightning as L` instead.
 """
 
 import pytorch_lightning as L
@@ -13,7 +13,7 @@ from innermax.lightning import AdversarialTraining
 
 
 class Classifier(L.LightningModule):
-    """A module as one writes it for clean images."""
+    """An ordinary module, written for clean images."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()

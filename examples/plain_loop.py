@@ -1,4 +1,4 @@
-"""Adversarial training in a PyTorch loop of your own, on scikit-learn's digits: python examples/plain_loop.py"""
+"""Adversarial training in your own PyTorch loop, on scikit-learn's digits: python examples/plain_loop.py"""
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -6,11 +6,11 @@ from torch.nn.functional import cross_entropy
 import innermax as im
 
 data = im.load_data("digits")
-model = im.build_model("digits-cnn", input_shape=data.train.shape)  # any nn.Module with logits
+model = im.build_model("digits-cnn", input_shape=data.train.shape)  # any nn.Module that returns logits
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 epochs, threat = 3, im.Linf(0.15)
 
-# What adversarial training adds to a loop: ten lines, these and those marked below.
+# Adversarial training adds at most ten lines: the next two, and those in the loop that use `attack` or `oracle`.
 strategy = im.Curriculum(im.PGD(threat, steps=5))
 oracle = im.Oracle.fast(model, data.train.batch(torch.arange(16))[0])  # the network, compiled for attacks
 
@@ -19,7 +19,7 @@ for epoch in range(epochs):
     for index in torch.randperm(len(data.train)).split(64):
         x, y = data.train.batch(index)
         if attack is not None:
-            oracle.refresh()  # takes over what the model has learned
+            oracle.refresh()  # copies the model's new weights
             x = attack(oracle, x, y, seed=epoch, index=index, final="none").x_adv
         loss = cross_entropy(model(x), y)
         optimizer.zero_grad()

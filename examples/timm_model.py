@@ -1,6 +1,6 @@
-"""A timm network, attacked and then made robust: python examples/timm_model.py
+"""Adversarial training of a timm network: python examples/timm_model.py
 
-Needs pip install 'innermax[timm]'. im.load_model("timm:resnet18") brings the pretrained one with its normalisation.
+Needs pip install 'innermax[timm]'. im.load_model("timm:resnet18") loads a pretrained network with its normalisation.
 """
 
 import timm

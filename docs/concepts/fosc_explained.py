@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 import innermax as im
 
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#5f6368"  # told apart without colour vision, and by their line styles
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#5f6368"  # distinct without colour vision; line styles differ, too
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}
 THREAT = im.Linf(0.3)
 CLEAN, POINT, GRADIENT = (torch.tensor([pair]) for pair in ((0.12, 0.5), (0.16, 0.56), (-1.0, 0.8)))
