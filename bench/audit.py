@@ -42,8 +42,8 @@ from broken import (
 from torch import nn
 
 import innermax as im
-from innermax.audit import TOLERANCE
-from innermax.data import ImageSet
+from innermax.data.image_set import ImageSet
+from innermax.evaluation.audit import TOLERANCE
 from innermax.threat import Threat
 
 EPS = {("digits", "linf"): 0.15, ("digits", "l2"): 1.0, ("mnist", "linf"): 0.3, ("mnist", "l2"): 2.0}

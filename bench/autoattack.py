@@ -29,8 +29,8 @@ from timing import machine, ratio, shown
 from torch import Tensor, nn
 
 import innermax as im
-from innermax import randomness
 from innermax.attacks.search import search
+from innermax.utils import randomness
 
 SPECIFICATIONS: dict[str, dict[str, Any]] = {
     "digits": {"model": "digits-cnn", "linf": 0.15, "l2": 1.0, "images": None, "epochs": 20, "lr": 0.05},

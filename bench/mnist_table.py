@@ -14,9 +14,9 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from innermax.evaluation import Evaluation
-from innermax.runs import read_config
-from innermax.tables import shown_name
+from innermax.evaluation.result import Evaluation
+from innermax.reporting.tables import shown_name
+from innermax.utils.files import read_config
 
 ORDER = ("unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "dynamic-exact")
 TITLES = {

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import innermax as im
-from innermax.oracle import Oracle
+from innermax.oracle.oracle import Oracle
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 Builder = Callable[[nn.Module, float, int], Attack]

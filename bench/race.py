@@ -20,7 +20,7 @@ from timing import machine
 from torch import nn
 
 import innermax as im
-from innermax.data import Data
+from innermax.data.image_set import Data
 from innermax.strategies import Strategy
 
 EPS, BATCH, LR, DROPS, DECAY = 0.3, 128, 0.01, (0.4, 0.8), 1e-4

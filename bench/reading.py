@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pictures
 
-from innermax.decoding import Row, pixels
+from innermax.data.decoding import Row, pixels
 
 SIDE, IMAGES, ROUNDS = 224, 100, 5
 

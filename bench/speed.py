@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import innermax as im
 from innermax.objectives import cross_entropy
-from innermax.oracle import Oracle
+from innermax.oracle.oracle import Oracle
 from innermax.strategies import Strategy
 
 STEPS = 10

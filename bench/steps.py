@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innermax.data import ImageSet
-from innermax.distribution import planned
-from innermax.loop import Loop
-from innermax.ranks import joined
-from innermax.streaming import Batch
-from innermax.training import _precision, chosen_device
+from innermax.data.image_set import ImageSet
+from innermax.data.streaming import Batch
+from innermax.distributed.launch import chosen_device, planned
+from innermax.distributed.process_group import joined
+from innermax.training.loop import Loop
+from innermax.training.train import _precision
 
 
 def started(

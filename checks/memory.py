@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import innermax as im
-from innermax.oracle import Oracle
+from innermax.oracle.oracle import Oracle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 

@@ -247,7 +247,7 @@ def name(told: Mapping[str, Any]) -> str:
 
 def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     """Kill rates, a module a line, with Wilson's 95 % intervals, of the mutants that start."""
-    from innermax.statistics import accuracy
+    from innermax.utils.intervals import accuracy
 
     lines = ["| module | do not start | mutants | killed | of them hang | % | 95 % interval |", "|" + " --- |" * 7]
     for module in [*dict.fromkeys(told["module"] for told in found), "all"]:

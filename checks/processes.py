@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import innermax as im
-from innermax.checkpoints import load_tensors
 from innermax.objectives import cross_entropy
-from innermax.states import states
 from innermax.strategies import Strategy
+from innermax.training.checkpoints import states
+from innermax.utils.files import load_tensors
 
 PGD = im.PGD(im.Linf(0.1), steps=5)
 UPDATES = 20

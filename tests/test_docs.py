@@ -7,10 +7,10 @@ import sys
 import tomllib
 
 import pytest
-from documented import ROOT, assert_alike, blocks, check_commands, commands, run
 
 import innermax
 from innermax.cli import main
+from tests.helpers.documented import ROOT, assert_alike, blocks, check_commands, commands, run
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import innermax as im
 
 L = pytest.importorskip("pytorch_lightning")
-from innermax import randomness  # noqa: E402
 from innermax.lightning import AdversarialTraining  # noqa: E402
+from innermax.utils import randomness  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
 DATA = im.load_data("digits").train[:96]

@@ -4,9 +4,9 @@ import ast
 import re
 
 import pytest
-from documented import ROOT, blocks, check_commands, commands, run
 
 import innermax
+from tests.helpers.documented import ROOT, blocks, check_commands, commands, run
 
 README = ROOT / "README.md"
 TEXT = README.read_text()

@@ -3,115 +3,74 @@
 Every public name is here, and loads what it needs when it is first used.
 """
 
+import ast
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from innermax.utils.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from innermax.attacks.apgd import APGD
-    from innermax.attacks.ensemble import AutoAttack
-    from innermax.attacks.fab import FAB
-    from innermax.attacks.gradient import CW, FGSM, PGD
-    from innermax.attacks.guided import GuidedPGD
-    from innermax.attacks.search import AttackResult
-    from innermax.attacks.square import Square
-    from innermax.checkpoints import save_model
-    from innermax.data import Data, ImageSet, load_data
-    from innermax.evaluation import Evaluation, evaluate
-    from innermax.export import export_model
-    from innermax.hub import from_pretrained, push_to_hub, save_pretrained
-    from innermax.models import Normalize, build_model
-    from innermax.oracle import Oracle
-    from innermax.reporting.exhibit import Exhibit
-    from innermax.reporting.gallery import Gallery, gallery
-    from innermax.reporting.page import report
-    from innermax.sources import load_model
-    from innermax.straight_through import StraightThrough
-    from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Unsecured, WarmStart
-    from innermax.streaming import ImageStream
-    from innermax.threat import L1, L2, Linf
-    from innermax.training import Run, train
-    from innermax.transferability import Transfer, transfer
+    from innermax.attacks.apgd import APGD as APGD
+    from innermax.attacks.autoattack import AutoAttack as AutoAttack
+    from innermax.attacks.bpda import StraightThrough as StraightThrough
+    from innermax.attacks.fab import FAB as FAB
+    from innermax.attacks.guided_pgd import GuidedPGD as GuidedPGD
+    from innermax.attacks.pgd import CW as CW
+    from innermax.attacks.pgd import FGSM as FGSM
+    from innermax.attacks.pgd import PGD as PGD
+    from innermax.attacks.search import AttackResult as AttackResult
+    from innermax.attacks.square import Square as Square
+    from innermax.data.image_set import Data as Data
+    from innermax.data.image_set import ImageSet as ImageSet
+    from innermax.data.load import load_data as load_data
+    from innermax.data.streaming import ImageStream as ImageStream
+    from innermax.evaluation.evaluate import evaluate as evaluate
+    from innermax.evaluation.result import Evaluation as Evaluation
+    from innermax.evaluation.transfer import Transfer as Transfer
+    from innermax.evaluation.transfer import transfer as transfer
+    from innermax.models.export import export_model as export_model
+    from innermax.models.files import save_model as save_model
+    from innermax.models.load import load_model as load_model
+    from innermax.models.registry import build_model as build_model
+    from innermax.models.wrappers import Normalize as Normalize
+    from innermax.oracle.oracle import Oracle as Oracle
+    from innermax.reporting.contents import Exhibit as Exhibit
+    from innermax.reporting.gallery import Gallery as Gallery
+    from innermax.reporting.gallery import gallery as gallery
+    from innermax.reporting.hub import from_pretrained as from_pretrained
+    from innermax.reporting.hub import push_to_hub as push_to_hub
+    from innermax.reporting.hub import save_pretrained as save_pretrained
+    from innermax.reporting.page import report as report
+    from innermax.strategies import Curriculum as Curriculum
+    from innermax.strategies import Dynamic as Dynamic
+    from innermax.strategies import FGSMThenPGD as FGSMThenPGD
+    from innermax.strategies import Standard as Standard
+    from innermax.strategies import Unsecured as Unsecured
+    from innermax.strategies import WarmStart as WarmStart
+    from innermax.threat import L1 as L1
+    from innermax.threat import L2 as L2
+    from innermax.threat import Linf as Linf
+    from innermax.training.train import Run as Run
+    from innermax.training.train import train as train
 
-__version__ = "0.1.0"
 
-_HOMES = {
-    "innermax.attacks.apgd": ("APGD",),
-    "innermax.attacks.ensemble": ("AutoAttack",),
-    "innermax.attacks.fab": ("FAB",),
-    "innermax.attacks.gradient": ("CW", "FGSM", "PGD"),
-    "innermax.attacks.guided": ("GuidedPGD",),
-    "innermax.attacks.search": ("AttackResult",),
-    "innermax.attacks.square": ("Square",),
-    "innermax.checkpoints": ("save_model",),
-    "innermax.data": ("Data", "ImageSet", "load_data"),
-    "innermax.evaluation": ("Evaluation", "evaluate"),
-    "innermax.export": ("export_model",),
-    "innermax.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
-    "innermax.models": ("Normalize", "build_model"),
-    "innermax.oracle": ("Oracle",),
-    "innermax.reporting.exhibit": ("Exhibit",),
-    "innermax.reporting.gallery": ("Gallery", "gallery"),
-    "innermax.reporting.page": ("report",),
-    "innermax.sources": ("load_model",),
-    "innermax.straight_through": ("StraightThrough",),
-    "innermax.strategies": ("Curriculum", "Dynamic", "FGSMThenPGD", "Standard", "Unsecured", "WarmStart"),
-    "innermax.streaming": ("ImageStream",),
-    "innermax.threat": ("L1", "L2", "Linf"),
-    "innermax.training": ("Run", "train"),
-    "innermax.transferability": ("Transfer", "transfer"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+def _read_homes() -> dict[str, str]:
+    """Public name → its module, read from the imports above: type checkers need them, and once is enough."""
+    nodes = ast.walk(ast.parse(__spec__.loader.get_source(__name__)))  # type: ignore[union-attr]
+    imports = [
+        node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("innermax.")
+    ]
+    return {alias.name: str(node.module) for node in imports for alias in node.names if alias.name != "__version__"}
 
-__all__ = [
-    "APGD",
-    "CW",
-    "FAB",
-    "FGSM",
-    "L1",
-    "L2",
-    "PGD",
-    "AttackResult",
-    "AutoAttack",
-    "Curriculum",
-    "Data",
-    "Dynamic",
-    "Evaluation",
-    "Exhibit",
-    "FGSMThenPGD",
-    "Gallery",
-    "GuidedPGD",
-    "ImageSet",
-    "ImageStream",
-    "Linf",
-    "Normalize",
-    "Oracle",
-    "Run",
-    "Square",
-    "Standard",
-    "StraightThrough",
-    "Transfer",
-    "Unsecured",
-    "WarmStart",
-    "build_model",
-    "evaluate",
-    "export_model",
-    "from_pretrained",
-    "gallery",
-    "load_data",
-    "load_model",
-    "push_to_hub",
-    "report",
-    "save_model",
-    "save_pretrained",
-    "train",
-    "transfer",
-]
+
+_HOMES = _read_homes()
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _HOMES:
         raise AttributeError(f"module 'innermax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innermax import randomness
-from innermax.attacks.gradient import PGD
+from innermax.attacks.pgd import PGD
 from innermax.attacks.search import measure
-from innermax.oracle import Oracle, Precision
+from innermax.oracle.oracle import Oracle, Precision
 from innermax.strategies import Strategy, halfway
+from innermax.utils import randomness
 
 try:
     from pytorch_lightning.callbacks import Callback

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from innermax.checks import unknown
+from innermax.utils.validation import unknown
 
 Logits = Float[Tensor, "b classes"]
 Labels = Int[Tensor, " b"]

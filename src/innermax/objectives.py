@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from innermax.checks import unknown
+from innermax.utils.validation import unknown
 
 # (model, x, y, x_adv, epoch) → the scalar to minimise and the (B, classes) logits at x_adv
 Objective = Callable[[nn.Module, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
-from innermax.attacks.gradient import FGSM, PGD
+from innermax.attacks.pgd import FGSM, PGD
 from innermax.attacks.search import Gauge
-from innermax.checks import check_count, unknown
+from innermax.utils.validation import check_count, unknown
 
 History = Sequence[Mapping[str, Any]]
 Measure = Literal["halfway_gauge"]

@@ -9,13 +9,14 @@ u = x' − x, flattened to (B, d), with one interval [floor, ceiling] ∋ 0 a co
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from innermax import randomness
-from innermax.checks import check_inputs, check_labels
+from innermax.utils import randomness
+from innermax.utils.validation import check_inputs, check_labels, unknown
 
 Bounds = tuple[float | Tensor, float | Tensor] | None
 Flat = Float[Tensor, "b d"]
@@ -398,6 +399,20 @@ class L1(Threat):
         gain = (size - multiplier).clamp(min=0) * room
         terms = gain - (gradient * u - multiplier * u.abs())
         return terms.clamp(min=0).sum(1) + multiplier[:, 0] * (self.eps - self.norm(u)).clamp(min=0)
+
+
+Norm = Literal["linf", "l2", "l1"]
+NORMS: dict[str, type[Threat]] = {"linf": Linf, "l2": L2, "l1": L1}
+
+
+def build_threat(norm: str, eps: float) -> Threat:
+    """The threat model of a norm by its name ("linf", "l2", "l1"), on images in [0, 1].
+
+    Raises ValueError for an unknown norm.
+    """
+    if norm not in NORMS:
+        raise unknown("norm", norm, NORMS)
+    return NORMS[norm](eps)
 
 
 def fill(worth: Flat, room: Flat, amount: float | Column) -> Flat:

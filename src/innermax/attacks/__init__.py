@@ -1,0 +1,1 @@
+"""Attacks: searches for the highest loss over a threat model."""

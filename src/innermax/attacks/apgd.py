@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from innermax import randomness
 from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
 from innermax.attacks.search import AttackResult, joined
-from innermax.checks import check_count
 from innermax.losses import Loss, Paired, TowardsLikeliest, dlr, find_loss, margin, reaching, targeted
-from innermax.oracle import Answer
+from innermax.oracle.oracle import Answer
 from innermax.threat import L1, FeasibleSet, Linf
+from innermax.utils import randomness
+from innermax.utils.validation import check_count
 
 _NEW = 0.75  # α: share of the new step in a move; the rest repeats the move before
 _RISES = 0.75  # ρ: a step size lasts while the loss rises in at least this share of the steps

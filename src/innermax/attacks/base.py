@@ -4,18 +4,18 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import cast, get_args
+from typing import Protocol, cast, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from innermax import randomness
 from innermax.attacks.search import AttackResult, Final, better, concatenated, gauges, has_won
-from innermax.checks import check_inputs, check_labels, unknown
 from innermax.losses import Loss, likeliest_others, margin
-from innermax.oracle import Answer, Oracle
+from innermax.oracle.oracle import Answer, Oracle
 from innermax.threat import L1, L2, FeasibleSet, Linf, Threat
+from innermax.utils import randomness
+from innermax.utils.validation import check_inputs, check_labels, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,3 +276,24 @@ def inspected(result: AttackResult, y: Tensor) -> AttackResult:
 def looks_like_probabilities(logits: Float[Tensor, "b classes"]) -> bool:
     """Whether every row is non-negative and sums to one."""
     return bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """What can be evaluated: a threat model, and a search inside it."""
+
+    @property
+    def threat(self) -> Threat:
+        """The set the attack searches."""
+
+    def __call__(
+        self,
+        model: nn.Module | Oracle,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int = 0,
+        index: Tensor | None = None,
+        final: Final = "gradient",
+    ) -> AttackResult:
+        """Attacks a batch; `seed` and the example numbers `index` decide all that is random."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
 from innermax.attacks.search import AttackResult, has_won, joined
-from innermax.checks import check_count
 from innermax.losses import Paired, difference, margin
 from innermax.threat import L1, Column, Flat, Linf, Threat, fill
+from innermax.utils.validation import check_count
 
 _TOWARDS_X = 0.1  # α_max: largest share of the step that starts from x
 _OVERSHOOT = 1.05  # η: how far beyond the linearised boundary a step goes

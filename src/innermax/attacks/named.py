@@ -1,14 +1,14 @@
 """Attacks by the names that tables and command lines use."""
 
 from innermax.attacks.apgd import APGD
+from innermax.attacks.autoattack import AutoAttack
 from innermax.attacks.base import VerdictAttack
-from innermax.attacks.ensemble import AutoAttack
 from innermax.attacks.fab import FAB
-from innermax.attacks.gradient import CW, FGSM, PGD
-from innermax.attacks.guided import GuidedPGD
+from innermax.attacks.guided_pgd import GuidedPGD
+from innermax.attacks.pgd import CW, FGSM, PGD
 from innermax.attacks.square import Square
-from innermax.checks import unknown
 from innermax.threat import Threat
+from innermax.utils.validation import unknown
 
 _EXAMPLES = (
     "fgsm",

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from innermax.losses import Loss
-from innermax.oracle import Answer, Oracle
+from innermax.oracle.oracle import Answer, Oracle
 from innermax.threat import FeasibleSet
 
 Gauge = Literal["exact", "ball", "relative"]

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from innermax import randomness
 from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
 from innermax.attacks.search import AttackResult, better, joined
-from innermax.checks import check_count
 from innermax.losses import margin
 from innermax.threat import L1, FeasibleSet, Linf, Threat
+from innermax.utils import randomness
+from innermax.utils.validation import check_count
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which squares have half the area
 

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from innermax.attacks.base import Problem
-from innermax.attacks.gradient import PGD
-from innermax.oracle import Oracle
+from innermax.attacks.pgd import PGD
+from innermax.oracle.oracle import Oracle
 
 
 @dataclass(frozen=True)

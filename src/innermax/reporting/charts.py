@@ -1,341 +1,309 @@
-"""Charts as inline SVG, in the page's own colours: every series also has its dashes and its mark."""
+"""The report's figures: which numbers of which exhibit go onto which chart."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 380, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 40
-_STYLES = 7  # colours, dashes and marks
-_DASHES = ("", "7 4", "2 3", "9 3 2 3", "5 2", "1 2", "12 4")
-_LEVELS = 8  # shades of a heat map
+from innermax.evaluation.audit import UNCONVERGED
+from innermax.evaluation.result import Evaluation
+from innermax.reporting.contents import Story
+from innermax.reporting.gallery import Picture
+from innermax.reporting.svg import (
+    Axis,
+    Series,
+    chart,
+    heat,
+    legend,
+    linear,
+    logarithmic,
+    mirrored,
+    number_text,
+    upright,
+)
+from innermax.reporting.tables import shown_name
+
+_LOWEST = 1e-4  # relative FOSC; what is below is as converged as any
+_BINS = 20
+_ROWS = 24  # of the heat map
+_COLUMNS = 60
+_GAUGES = {"exact": "fosc", "ball": "ball_fosc", "relative": "relative_fosc"}
+_MEASURES = {"exact": "FOSC", "ball": "FOSC (ball)", "relative": "relative FOSC"}
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A scale from low to high, its ticks, and what it measures; logarithmic where told."""
+class Figure:
+    """A chart with a title, what it says, and a legend where there is something to tell apart."""
 
-    label: str
-    low: float
-    high: float
-    ticks: tuple[tuple[float, str], ...]
-    logarithmic: bool = False
-
-    def share(self, value: float) -> float:
-        """Where a value lies, 0 at the low end and 1 at the high one; what lies beyond is put at the end."""
-        if self.logarithmic:
-            value = max(value, self.low)
-            way = math.log(value / self.low) / math.log(self.high / self.low)
-        else:
-            way = (value - self.low) / (self.high - self.low)
-        return min(max(way, 0.0), 1.0)
+    title: str
+    text: str
+    chart: Markup
+    legend: str = ""
 
 
-@dataclass(frozen=True)
-class Series:
-    """A line through points, a band around it, or marks with intervals.
-
-    Attributes:
-        name: what the legend says.
-        x, y: the points; a line breaks where y is NaN.
-        style: number of its colour, dashes and mark.
-        low, high: ends of a band, or with `kind` "marks" of an interval at each point.
-        kind: "line", "marked" (a line with marks), "marks" or "steps" (a line that stays until the next point).
-    """
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    style: int = 0
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    kind: Literal["line", "marked", "marks", "steps"] = "line"
+def comparison(stories: Sequence[Story]) -> list[Figure]:
+    """Robust against clean accuracy, robustness against ε, robustness against what training cost."""
+    scored = [(number, story) for number, story in enumerate(stories) if story.evaluation is not None]
+    figures = []
+    if len(scored) > 1:
+        figures.append(_against(scored, _clean, "clean accuracy (%)", "Robust against clean accuracy"))
+    swept = [(number, story) for number, story in scored if story.gallery and story.gallery.sweep]
+    if swept:
+        figures.append(_by_eps(swept))
+    costly = [(number, story) for number, story in scored if any("gradients" in row for row in story.history)]
+    if len(costly) > 1:
+        label = "gradients an example, whole training"
+        figures.append(_against(costly, spent, label, "What robustness cost in training", low=0.0))
+    return figures
 
 
-def linear(label: str, values: Iterable[float], *, low: float | None = None, high: float | None = None) -> Axis:
-    """A linear axis around the finite values, or between the ends that are told, with about five round ticks."""
-    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    bottom, top = (min(finite) if low is None else low), (max(finite) if high is None else high)
-    if top <= bottom:
-        top = bottom + (abs(bottom) or 1.0)
-    step = _round_step((top - bottom) / 4)
-    first = math.ceil(bottom / step - 1e-9) if low is not None else math.floor(bottom / step + 1e-9)
-    last = math.floor(top / step + 1e-9) if high is not None else math.ceil(top / step - 1e-9)
-    ticks = tuple((number * step, number_text(number * step)) for number in range(first, last + 1))
-    return Axis(label, bottom if low is not None else first * step, top if high is not None else last * step, ticks)
+def training(stories: Sequence[Story]) -> list[Figure]:
+    """Loss, accuracies, gradients and time by epoch, all runs on one chart, then each one's FOSC."""
+    told = [(number, story) for number, story in enumerate(stories) if story.history]
+    if not told:
+        return []
+    figures = [
+        _by_epoch(told, {"loss": "loss"}, "Training loss", "Mean over the epoch's examples, of what is minimised."),
+        _by_epoch(
+            told,
+            {"validation_clean": "clean", "validation_robust": "robust"},
+            "Accuracy on the validation split",
+            "Clean, and under the validation attack.",
+            percent=True,
+        ),
+        _by_epoch(
+            told, {"gradients": "gradients"}, "Gradients an example", "What the training attack cost each epoch."
+        ),
+        _by_epoch(told, {"seconds": "seconds"}, "Seconds an epoch", "Attack, update and validation together."),
+        *(_distribution(story, len(told) > 1) for _, story in told),
+    ]
+    return [figure for figure in figures if figure is not None]
 
 
-def logarithmic(label: str, low: float, high: float, below: bool = False) -> Axis:
-    """An axis of powers of ten; below: its low end stands for everything smaller, zero too."""
-    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    last = max(last, first + 1)
-    every = max(1, -(-(last - first) // 5))
-    ticks = [(10.0**power, _power(power)) for power in range(first, last + 1, every)]
-    if below:
-        ticks[0] = (ticks[0][0], "≤" + ticks[0][1])
-    return Axis(label, 10.0**first, 10.0**last, tuple(ticks), logarithmic=True)
+def convergence(story: Story) -> list[Figure]:
+    """Where each attack's searches ended, survivors against fallen; then how they got there."""
+    if story.evaluation is None:
+        return []
+    ends = [_ends(story.evaluation, name) for name in story.evaluation.rows]
+    pictures = story.gallery.pictures if story.gallery else ()
+    losses = [_loss_by_step(pictures, name) for name in story.evaluation.rows]
+    return [figure for figure in (*ends, _fosc_by_step(pictures), *losses) if figure is not None]
 
 
-def chart(series: Sequence[Series], x: Axis, y: Axis, said: str, under: str = "", level: float | None = None) -> Markup:
-    """Lines and marks on two axes.
+def spent(story: Story) -> float:
+    """Gradients an example that the whole training took."""
+    return math.fsum(float(row.get("gradients") or 0.0) for row in story.history)
 
-    said: what a person is told who does not see it. under: drawn first. level: a value of y with a dashed line.
-    """
-    parts = [under]
-    if level is not None:
-        height = _y(y, level)
-        line = '<line class="level" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="tick" x="{}" y="{}">{}</text>'
-        parts.append(
-            Markup(line).format(
-                _LEFT, WIDTH - _RIGHT, _n(height), _n(height), _LEFT + 4, _n(height - 4), number_text(level)
+
+def _clean(story: Story) -> float:
+    return math.nan if story.evaluation is None else 100 * story.evaluation.accuracy["clean"].value
+
+
+def _against(
+    told: Sequence[tuple[int, Story]],
+    value: Callable[[Story], float],
+    label: str,
+    title: str,
+    low: float | None = None,
+) -> Figure:
+    """Worst-case accuracy with its interval against something else."""
+    series = []
+    for number, story in told:
+        if story.evaluation is not None:
+            worst = story.evaluation.worst_case
+            points = ([value(story)], [100 * worst.value], number, [100 * worst.low], [100 * worst.high])
+            series.append(Series(story.name, *points, kind="marks"))
+    x = linear(label, [one.x[0] for one in series], low=low)
+    y = linear("worst-case accuracy (%)", [end for one in series for end in (*one.low, *one.high)])
+    text = "Up is more robust. Bars are 95 % intervals."
+    return Figure(title, text, chart(series, x, y, f"{title}: {_points(series)}"), legend(series))
+
+
+def _by_eps(swept: Sequence[tuple[int, Story]]) -> Figure:
+    series, images = [], set()
+    for number, story in swept:
+        if story.gallery is not None and story.gallery.sweep is not None:
+            sweep = story.gallery.sweep
+            images.add(sweep.images)
+            columns = ([100 * getattr(one, end) for one in sweep.accuracy] for end in ("value", "low", "high"))
+            y, low, high = columns
+            series.append(Series(story.name, sweep.eps, y, number, low, high, kind="marked"))
+    x = linear("ε", [end for one in series for end in one.x], low=0.0)
+    y_axis = linear("accuracy (%)", [], low=0.0, high=100.0)
+    many = " or ".join(map(str, sorted(images)))
+    text = f"PGD-10 with a shrinking step on the first {many} test images; bands are 95 % intervals."
+    said = f"Accuracy by size of the perturbation: {_points(series)}"
+    return Figure("Robustness against ε", text, chart(series, x, y_axis, said), legend(series))
+
+
+def _by_epoch(
+    told: Sequence[tuple[int, Story]], measures: Mapping[str, str], title: str, text: str, percent: bool = False
+) -> Figure | None:
+    """Measures of several runs by epoch; where one run has several, each has a style of its own."""
+    series = []
+    for number, story in told:
+        for place, (key, called) in enumerate(measures.items()):
+            values = [
+                math.nan if row.get(key) is None else float(row[key]) * (100 if percent else 1) for row in story.history
+            ]
+            if any(map(math.isfinite, values)):
+                style = number * len(measures) + place
+                name = called if len(told) == 1 else f"{story.name}, {called}" if len(measures) > 1 else story.name
+                epochs = [row.get("epoch", place) + 1 for place, row in enumerate(story.history)]
+                series.append(Series(name, epochs, values, style, kind="line"))
+    if not series:
+        return None
+    x = _epochs(max(one.x[-1] for one in series))
+    label = "accuracy (%)" if percent else next(iter(measures.values()))
+    y = linear(label, [value for one in series for value in one.y], low=None if percent else 0.0)
+    last = "; ".join(f"{one.name} ends at {number_text(one.y[-1])}" for one in series)
+    many = legend(series) if len(series) > 1 else Markup("")
+    return Figure(title, text, chart(series, x, y, f"{title} by epoch: {last}"), many)
+
+
+def _epochs(last: float) -> Axis:
+    axis = linear("epoch", [1.0, max(last, 2.0)], low=0.5, high=max(last, 2.0) + 0.5)
+    ticks = tuple(tick for tick in axis.ticks if tick[0] >= 1 and tick[0] == int(tick[0]))
+    return Axis(axis.label, axis.low, axis.high, ticks or ((1.0, "1"),))
+
+
+def _distribution(story: Story, several: bool) -> Figure | None:
+    """How converged training examples were, by epoch, beside the threshold c_t that ended their searches."""
+    gauge = _gauge(story.configuration)
+    key = f"{_GAUGES[gauge]}_percentiles"
+    known = [row.get(key) for row in story.history]
+    values = np.array([value for column in known if column for value in column], dtype=float)
+    if not len(values) or not (values > 0).any():
+        return None
+    top = float(np.quantile(values, 0.98))
+    thresholds = [math.nan if row.get("threshold") is None else float(row["threshold"]) for row in story.history]
+    top = max([top, *(value for value in thresholds if math.isfinite(value))])
+    every = -(-len(known) // _COLUMNS)
+    x = _epochs(len(known))
+    if every > 1:  # the last column may stand for fewer epochs
+        x = Axis(x.label, 0.5, 0.5 + every * -(-len(known) // every), x.ticks)
+    y = linear(_MEASURES[gauge], [0.0, top], low=0.0)
+    edges = np.linspace(0.0, y.high, _ROWS + 1)
+    columns = [_column(known[start : start + every], edges) for start in range(0, len(known), every)]
+    cells = heat(columns, Axis(x.label, 0, len(columns), ()), y)
+    epochs = [place + 1 for place in range(len(known))]
+    medians = [math.nan if not column else float(column[len(column) // 2]) for column in known]
+    series = [Series("median", epochs, medians, 6)]
+    if any(map(math.isfinite, thresholds)):
+        series.append(Series("c_t, where searches end", epochs, thresholds, 1, kind="steps"))
+    title = "FOSC of training examples" + (f": {story.name}" if several else "")
+    said = f"{title} by epoch: the median goes from {_ends_of(medians)}"
+    text = "How far training's attacks were from a stationary point: darker, more examples; 0 is converged."
+    return Figure(title, text, chart(series, x, y, said, cells), legend(series))
+
+
+def _column(percentiles: Sequence[Any], edges: Any) -> list[float]:
+    """The share of examples in each bin, from the percentiles of some epochs."""
+    shares = np.zeros(len(edges) - 1)
+    for values in percentiles:
+        if values:
+            below = np.interp(
+                edges, np.maximum.accumulate(np.array(values, dtype=float)), np.linspace(0, 1, len(values))
             )
-        )
-    parts += [_band(one, x, y) for one in series if one.low and one.kind != "marks"]
-    parts += [_drawn(one, x, y) for one in series]
-    return _svg(said, _frame(x, y), *parts)
+            below[0] = 0.0
+            shares += np.diff(below)
+    return [float(share) for share in shares / max(shares.sum(), 1e-12)]
 
 
-def heat(columns: Sequence[Sequence[float]], x: Axis, y: Axis) -> Markup:
-    """Cells for `chart` to draw under its lines: a column a unit of x, from its middle on, bottom row first; darker is
-    more.
-    """
-    most = max((value for column in columns for value in column), default=0.0) or 1.0
-    width = (WIDTH - _LEFT - _RIGHT) / (x.high - x.low)
-    height = (HEIGHT - _TOP - _BOTTOM) / max(len(columns[0]) if columns else 1, 1)
-    paths: dict[int, list[str]] = {}
-    for place, column in enumerate(columns):
-        for row, value in enumerate(column):
-            shade = math.ceil(_LEVELS * math.sqrt(value / most) - 1e-9)
-            if shade > 0:
-                left, top = _LEFT + place * width, HEIGHT - _BOTTOM - (row + 1) * height
-                paths.setdefault(shade, []).append(f"M{_n(left)} {_n(top)}h{_n(width)}v{_n(height)}h-{_n(width)}z")
-    cells = [
-        Markup('<path class="heat" fill-opacity="{}" d="{}"/>').format(_n(0.85 * shade / _LEVELS), "".join(drawn))
-        for shade, drawn in sorted(paths.items())
-    ]
-    return Markup("").join(cells)
+def _gauge(configuration: Mapping[str, Any]) -> str:
+    """The gauge that c_t is measured in."""
+    told: Any = configuration
+    for name in ("training", "strategy", "attack", "gauge"):
+        told = told.get(name) if isinstance(told, Mapping) else None
+    return told if isinstance(told, str) and told in _GAUGES else "exact"
 
 
-def mirrored(
-    up: Sequence[float], down: Sequence[float], x: Axis, names: tuple[str, str], said: str, over: str = ""
-) -> Markup:
-    """Two histograms over bins of equal width on x: one stands, the other, hollow, hangs. over: drawn last."""
-    tallest = max(max(up, default=0.0), max(down, default=0.0), 1e-9)
-    tops = [max(*values, 0.12 * tallest) for values in (up, down)]  # room for the name of one that is empty
-    unit = (HEIGHT - _TOP - _BOTTOM - 36) / sum(tops)
-    middle = _TOP + 18 + unit * tops[0]
-    wide = (WIDTH - _LEFT - _RIGHT) / max(len(up), 1)
-    bars = []
-    for values, sign, look in ((up, -1, "up"), (down, 1, "down")):
-        drawn = []
-        for place, value in enumerate(values):
-            if value > 0:
-                tall = unit * value
-                left = _LEFT + place * wide + 0.5
-                drawn.append(f"M{_n(left)} {_n(middle)}v{_n(sign * tall)}h{_n(wide - 1)}v{_n(-sign * tall)}z")
-        bars.append(Markup('<path class="bar {}" d="{}"/>').format(look, "".join(drawn)))
-    words = Markup('<text class="name" x="{0}" y="{1}">{2}</text><text class="name" x="{0}" y="{3}">{4}</text>')
-    named = words.format(_LEFT + 4, _TOP + 10, names[0], HEIGHT - _BOTTOM - 5, names[1])
-    scale = Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>')
-    scales = [
-        scale.format(_LEFT - 6, _n(middle + sign * unit * max(values) + 4), number_text(max(values)))
-        for values, sign in ((up, -1), (down, 1))
-        if max(values, default=0.0) > 0
-    ]
-    zero = Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
-        _LEFT, WIDTH - _RIGHT, _n(middle), _n(middle)
+def _ends(evaluation: Evaluation, name: str) -> Figure | None:
+    """Where one attack's searches ended."""
+    rows = evaluation.rows[name]
+    known = np.isfinite(rows.relative_fosc) & (rows.zero_gradient != 1)
+    if not known.any():
+        return None
+    x = logarithmic("relative FOSC at the end of the search", _LOWEST, 1.0, below=True)
+    edges = np.logspace(math.log10(_LOWEST), 0, _BINS + 1)
+    shares, names = [], []
+    for chosen, said in ((rows.correct, "survived"), (~rows.correct, "fell")):
+        values = np.clip(rows.relative_fosc[known & chosen], _LOWEST, 1.0)
+        shares.append([float(count) for count in np.histogram(values, edges)[0]])
+        still = int((chosen & (rows.zero_gradient == 1)).sum())
+        names.append(f"{said}: {int(chosen.sum()):,}" + (f", {still:,} with zero gradient" if still else ""))
+    line = upright(x, UNCONVERGED, f"{UNCONVERGED:g}")
+    loose = int((known & rows.correct & (rows.relative_fosc > UNCONVERGED)).sum())
+    survivors = int(rows.correct.sum())
+    text = f"{loose:,} of {survivors:,} survivors' searches had not converged (right of {UNCONVERGED:g})."
+    said = f"{shown_name(name)}: {text}"
+    drawn = mirrored(shares[0], shares[1], x, (names[0], names[1]), said, line)
+    return Figure(shown_name(name), text, drawn)
+
+
+def _fosc_by_step(pictures: Sequence[Picture]) -> Figure | None:
+    """Median relative FOSC after each step, a line an attack and outcome."""
+    names = list(dict.fromkeys(picture.attack for picture in pictures if len(picture.fosc) > 2))
+    series = [one for number, name in enumerate(names) for one in _lines(pictures, name, "fosc", 2 * number)]
+    if not series:
+        return None
+    finite = [value for one in series for value in one.y if math.isfinite(value) and value > 0]
+    y = logarithmic("relative FOSC", max(min(finite, default=_LOWEST), _LOWEST), 1.0)
+    drawn = chart(series, _steps(series), y, f"Relative FOSC by step: {_last(series)}", level=UNCONVERGED)
+    text = "Medians of the gallery's images; low is converged."
+    return Figure("Relative FOSC against step", text, drawn, legend(series))
+
+
+def _loss_by_step(pictures: Sequence[Picture], name: str) -> Figure | None:
+    """The median of an attack's own loss after each step, survivors and fallen."""
+    series = _lines(pictures, name, "loss", 0)
+    if not series or len(series[0].x) < 3:
+        return None
+    finite = [value for one in series for value in one.y if math.isfinite(value)]
+    y = linear("loss", finite)
+    if 0 < 30 * min(finite) < max(finite):  # a cross-entropy, of which survivors' are far below those of the fallen
+        y = logarithmic("loss", max(min(finite), 1e-5 * max(finite)), max(finite))
+    drawn = chart(series, _steps(series), y, f"Loss of {shown_name(name)} by step: {_last(series)}")
+    text = "Medians of the gallery's images: a search that still climbs has not converged."
+    return Figure(f"Loss against step: {shown_name(name)}", text, drawn, legend(series))
+
+
+def _lines(pictures: Sequence[Picture], name: str, quantity: str, style: int) -> list[Series]:
+    """An attack's medians by step, of those that survived it and of those that fell."""
+    series = []
+    for place, outcome in enumerate(("survived", "fallen")):
+        lines = [getattr(p, quantity) for p in pictures if p.attack == name and p.outcome == outcome and p.loss]
+        if lines:
+            median = _medians(np.array(lines, dtype=float))
+            called = outcome if quantity == "loss" else f"{shown_name(name)}, {outcome}"
+            series.append(Series(called, range(len(median)), median, style + place))
+    return series
+
+
+def _steps(series: Sequence[Series]) -> Axis:
+    return linear("step", [end for one in series for end in (one.x[0], one.x[-1])], low=0.0)
+
+
+def _medians(lines: Any) -> list[float]:
+    """The median of each column's known values; NaN where none is."""
+    columns = [column[np.isfinite(column)] for column in lines.T]
+    return [float(np.median(column)) if len(column) else math.nan for column in columns]
+
+
+def _ends_of(values: Sequence[float]) -> str:
+    known = [value for value in values if math.isfinite(value)] or [math.nan]
+    return f"{number_text(known[0])} to {number_text(known[-1])}"
+
+
+def _points(series: Sequence[Series]) -> str:
+    return "; ".join(
+        f"{one.name} " + ", ".join(f"({number_text(x)}, {number_text(y)})" for x, y in zip(one.x, one.y, strict=True))
+        for one in series
     )
-    return _svg(said, _x_frame(x), *bars, zero, named, *scales, over)
 
 
-def upright(x: Axis, value: float, label: str) -> Markup:
-    """A dashed line at a value of x, with its name."""
-    left = _n(_x(x, value))
-    text = '<line class="level" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/><text class="tick" x="{3}" y="{4}">{5}</text>'
-    return Markup(text).format(left, _TOP, HEIGHT - _BOTTOM, _n(_x(x, value) + 4), _TOP + 10, label)
-
-
-def interval(value: float, low: float, high: float) -> Markup:
-    """A share with its interval on a bar from 0 to 1, for a table's cell."""
-    text = (
-        '<svg class="interval" viewBox="0 0 200 16" aria-hidden="true"><path class="rail" d="M5 8H195"/>'
-        '<path class="rail" d="M5 4v8M100 5v6M195 4v8"/><path class="spread" d="M{} 8H{}"/>'
-        '<circle class="dot" cx="{}" cy="8" r="4"/></svg>'
-    )
-    low, high, value = (5 + 190 * share for share in (low, high, value))
-    return Markup(text).format(_n(low), _n(high), _n(value))
-
-
-def spark(values: Sequence[float], style: int, logarithmic: bool = False) -> Markup:
-    """A line without axes, for a gallery."""
-    finite = [value for value in values if math.isfinite(value)]
-    if logarithmic:
-        values = [math.log10(max(value, 1e-5)) if math.isfinite(value) else value for value in values]
-        finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return Markup("")
-    low, high = min(finite), max(finite)
-    span = high - low or 1.0
-    across = 96 / max(len(values) - 1, 1)
-    points = [(2 + across * step, 24 - 20 * (value - low) / span) for step, value in enumerate(values)]
-    return Markup(
-        '<svg class="spark" viewBox="0 0 100 28" preserveAspectRatio="none" aria-hidden="true">'
-        '<path class="line s{}" d="{}"/></svg>'
-    ).format(style, _path([point for point in points if math.isfinite(point[1])]))
-
-
-def legend(series: Sequence[Series]) -> Markup:
-    """The names of series beside their dashes and marks."""
-    items = []
-    for one in series:
-        line = (
-            ""
-            if one.kind == "marks"
-            else Markup('<path class="line s{}" stroke-dasharray="{}" d="M1 7H31"/>').format(
-                one.style % _STYLES, _dashes(one)
-            )
-        )
-        wide = 14 if one.kind == "marks" else 32
-        mark = _mark(wide / 2, 7, one.style) if one.kind in ("marks", "marked") else ""
-        swatch = Markup('<svg viewBox="0 0 {0} 14" width="{0}" height="14" aria-hidden="true">{1}{2}</svg>')
-        items.append(Markup("<li>{} {}</li>").format(swatch.format(wide, line, mark), one.name))
-    return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
-
-
-def number_text(value: float) -> str:
-    """A number in as few digits as tell it."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _svg(said: str, *parts: str) -> Markup:
-    text = '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
-    return Markup(text).format(WIDTH, HEIGHT, said, Markup("").join(parts))
-
-
-def _frame(x: Axis, y: Axis) -> Markup:
-    """The grid, the ticks and what the axes measure."""
-    parts = [_x_frame(x)]
-    for value, text in y.ticks:
-        height = _n(_y(y, value))
-        line = '<line class="grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>'
-        words = '<text class="tick" x="{3}" y="{4}" text-anchor="end">{5}</text>'
-        parts.append(Markup(line + words).format(_LEFT, WIDTH - _RIGHT, height, _LEFT - 6, _n(_y(y, value) + 4), text))
-    middle = (_TOP + HEIGHT - _BOTTOM) / 2
-    label = '<text class="label" transform="translate(12 {}) rotate(-90)" text-anchor="middle">{}</text>'
-    return Markup("").join([*parts, Markup(label).format(_n(middle), y.label)])
-
-
-def _x_frame(x: Axis) -> Markup:
-    parts = [
-        Markup('<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(
-            _LEFT, WIDTH - _RIGHT, HEIGHT - _BOTTOM
-        )
-    ]
-    for value, text in x.ticks:
-        place = _n(_x(x, value))
-        line = '<line class="axis" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>'
-        words = '<text class="tick" x="{0}" y="{3}" text-anchor="middle">{4}</text>'
-        foot = HEIGHT - _BOTTOM
-        parts.append(Markup(line + words).format(place, foot, foot + 4, foot + 16, text))
-    label = '<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>'
-    return Markup("").join([*parts, Markup(label).format((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 5, x.label)])
-
-
-def _drawn(one: Series, x: Axis, y: Axis) -> Markup:
-    """A series' line and marks."""
-    points = [(_x(x, across), _y(y, value)) for across, value in zip(one.x, one.y, strict=True)]
-    parts: list[str] = []
-    if one.kind == "marks" and one.low:
-        ends = zip(points, one.low, one.high, strict=True)
-        lines = "".join(f"M{_n(p[0])} {_n(_y(y, low))}V{_n(_y(y, high))}" for p, low, high in ends)
-        parts.append(Markup('<path class="line s{}" d="{}"/>').format(one.style % _STYLES, lines))
-    if one.kind != "marks":
-        for run in _runs(points):
-            path = _path(_stairs(run) if one.kind == "steps" else run)
-            text = '<path class="line s{}" stroke-dasharray="{}" d="{}"/>'
-            parts.append(Markup(text).format(one.style % _STYLES, _dashes(one), path))
-    lone = len(points) == 1  # a line of one point would not be seen
-    if one.kind in ("marks", "marked") or lone:
-        parts += [_mark(*point, one.style) for point in points if math.isfinite(point[1])]
-    return Markup("<g><title>{}</title>{}</g>").format(one.name, Markup("").join(parts))
-
-
-def _band(one: Series, x: Axis, y: Axis) -> Markup:
-    places = [_x(x, across) for across in one.x]
-    top = [(place, _y(y, value)) for place, value in zip(places, one.high, strict=True)]
-    bottom = [(place, _y(y, value)) for place, value in zip(places, one.low, strict=True)]
-    whole = [point for point in [*top, *reversed(bottom)] if math.isfinite(point[1])]
-    return Markup('<path class="band s{}" d="{}z"/>').format(one.style % _STYLES, _path(whole))
-
-
-def _mark(left: float, top: float, style: int) -> Markup:
-    """A filled mark: circle, square, triangle, diamond, triangle upside down, plus or cross."""
-    shapes = (
-        "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0",
-        "m-4-4h8v8h-8z",
-        "m0-5.5l5 9h-10z",
-        "m0-5.5l5.5 5.5l-5.5 5.5l-5.5-5.5z",
-        "m0 5.5l5-9h-10z",
-        "m-1.7-5h3.4v3.3h3.3v3.4h-3.3v3.3h-3.4v-3.3h-3.3v-3.4h3.3z",
-        "m0-2.4l2.6-2.6l2.4 2.4l-2.6 2.6l2.6 2.6l-2.4 2.4l-2.6-2.6l-2.6 2.6l-2.4-2.4l2.6-2.6l-2.6-2.6l2.4-2.4z",
-    )
-    number = style % _STYLES
-    return Markup('<path class="mark s{}" d="M{} {}{}"/>').format(number, _n(left), _n(top), shapes[number])
-
-
-def _dashes(one: Series) -> str:
-    return _DASHES[one.style % _STYLES]
-
-
-def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """The points between those that are not known."""
-    runs: list[list[tuple[float, float]]] = [[]]
-    for point in points:
-        if math.isfinite(point[1]):
-            runs[-1].append(point)
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
-
-
-def _stairs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Each height kept until the next point."""
-    stairs = [points[0]]
-    for before, after in pairwise(points):
-        stairs += [(after[0], before[1]), after]
-    return stairs
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{_n(left)} {_n(top)}" for left, top in points)
-
-
-def _x(axis: Axis, value: float) -> float:
-    return _LEFT + (WIDTH - _LEFT - _RIGHT) * axis.share(value)
-
-
-def _y(axis: Axis, value: float) -> float:
-    if not math.isfinite(value):
-        return math.nan
-    return HEIGHT - _BOTTOM - (HEIGHT - _TOP - _BOTTOM) * axis.share(value)
-
-
-def _n(value: float) -> str:
-    """A coordinate with one decimal."""
-    return f"{value:.2f}".rstrip("0").rstrip(".") if value else "0"
-
-
-def _round_step(rough: float) -> float:
-    """The next of 1, 2, 2.5, 5 times a power of ten."""
-    scale = 10.0 ** math.floor(math.log10(rough))
-    return next(scale * factor for factor in (1, 2, 2.5, 5, 10) if scale * factor >= rough * 0.999)
-
-
-def _power(power: int) -> str:
-    if -3 <= power <= 3:
-        return f"{10.0**power:g}"
-    return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+def _last(series: Sequence[Series]) -> str:
+    return "; ".join(f"{one.name} ends at {number_text(one.y[-1])}" for one in series)

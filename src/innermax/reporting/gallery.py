@@ -12,16 +12,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from innermax.attacks.gradient import PGD
+from innermax.attacks.base import Attack
+from innermax.attacks.pgd import PGD
 from innermax.attacks.trace import traced
-from innermax.audit import UNCONVERGED
-from innermax.checks import check_count
-from innermax.data import ImageSet, as_image_set
-from innermax.evaluation import Evaluation, evaluate
-from innermax.oracle import Oracle
-from innermax.scoring import Attack, Bench, check_images, on_device, scoring_logits
-from innermax.statistics import Accuracy
+from innermax.data.image_set import ImageSet
+from innermax.data.readers import as_image_set
+from innermax.evaluation.audit import UNCONVERGED
+from innermax.evaluation.evaluate import evaluate
+from innermax.evaluation.result import Evaluation
+from innermax.evaluation.scoring import Bench, check_images, on_device, scoring_logits
+from innermax.oracle.oracle import Oracle
 from innermax.threat import Threat
+from innermax.utils.intervals import Accuracy
+from innermax.utils.validation import check_count
 
 _BYTES = 2_500_000  # of PNG files, so that the page that holds them as text stays below 5 MB
 _SIDE = 96  # pixels; larger images are shown smaller

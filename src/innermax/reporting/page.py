@@ -14,15 +14,15 @@ import torch
 import yaml
 from markupsafe import Markup
 
-from innermax.audit import Audit, Evidence
-from innermax.checkpoints import write_bytes
-from innermax.evaluation import Evaluation
-from innermax.reporting import figures
-from innermax.reporting.charts import Series, interval, legend, number_text, spark
-from innermax.reporting.exhibit import Story, stories
+from innermax.evaluation.audit import Audit, Evidence
+from innermax.evaluation.result import Evaluation
+from innermax.reporting import charts
+from innermax.reporting.contents import Story, stories
 from innermax.reporting.gallery import Picture
-from innermax.runs import environment
-from innermax.tables import shown_name
+from innermax.reporting.svg import Series, interval, legend, number_text, spark
+from innermax.reporting.tables import shown_name
+from innermax.utils.environment import environment
+from innermax.utils.files import write_bytes
 
 _NORMS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 _MARKS = {"no failure found": "✓", "not converged": "!", "gradients masked": "✕", "randomised": "~"}
@@ -80,8 +80,8 @@ def _page(told: Sequence[Story]) -> str:
         models=[_model(number, story) for number, story in enumerate(told)],
         attacks=list(dict.fromkeys(name for story in told if story.evaluation for name in story.evaluation.rows)),
         differences=_differences(told),
-        comparison=figures.comparison(told),
-        training=figures.training(told),
+        comparison=charts.comparison(told),
+        training=charts.training(told),
         pictures=[_picture(story, picture) for story in told for picture in _pictures(story)],
         classes=_classes(told),
         made=made,
@@ -104,9 +104,9 @@ def _model(number: int, story: Story) -> dict[str, Any]:
         "sentence": "" if found is None or found.audit is None else _said(found.audit),
         "mark": _MARKS[found.audit.verdict] if found is not None and found.audit is not None else "–",
         "evidence": None if found is None or found.audit is None else _evidence(found.audit),
-        "spent": figures.spent(story) if any("gradients" in row for row in story.history) else None,
+        "spent": charts.spent(story) if any("gradients" in row for row in story.history) else None,
         "history": story.history,
-        "convergence": figures.convergence(story),
+        "convergence": charts.convergence(story),
         "confusions": [] if found is None else [_confusions(story, found, name) for name in _strongest_first(found)],
         "configuration": yaml.safe_dump(dict(story.configuration), sort_keys=False, allow_unicode=True).strip()
         if story.configuration

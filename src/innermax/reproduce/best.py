@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from innermax.reproduce.artifact import Known, Numbers, Piece
+from innermax.reproduce.cache import Question
 from innermax.reproduce.comparison import FEW, STRONGEST, TABLE, Row, asked_of, attacks_of, table
-from innermax.reproduce.piece import Known, Numbers, Piece
-from innermax.reproduce.settings import Scale, Setting, Training
+from innermax.reproduce.scales import Scale, Setting, Training
 from innermax.reproduce.tables import TITLES, printed
-from innermax.reproduce.workshop import Question
 from innermax.strategies import Standard, WarmStart
 
 _CHANGES: Mapping[str, Mapping[str, Any]] = {  # of the paper's training, by data set

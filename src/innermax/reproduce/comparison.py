@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from innermax.attacks.guided import GuidedPGD
+from innermax.attacks.guided_pgd import GuidedPGD
 from innermax.attacks.named import named_attack
-from innermax.reproduce.piece import Known
-from innermax.reproduce.questions import Attacks, Scored, Trained, bits
-from innermax.reproduce.settings import Scale, Training
-from innermax.reproduce.workshop import Question, seed_of
-from innermax.statistics import paired_difference, student
-from innermax.tables import shown_name
+from innermax.reporting.tables import shown_name
+from innermax.reproduce.artifact import Known
+from innermax.reproduce.cache import Question, seed_of
+from innermax.reproduce.experiments import Attacks, Scored, Trained, bits
+from innermax.reproduce.scales import Scale, Training
 from innermax.threat import Linf
+from innermax.utils.intervals import paired_difference, student
 
 TABLE = ("fgsm", "pgd-10", "pgd-20", "cw-30")  # the attacks of the paper's tables
 STRONGEST = "guided"

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from innermax import randomness
 from innermax.reproduce.strongly_concave import Problem
 from innermax.threat import FeasibleSet, Linf
+from innermax.utils import randomness
 
 
 def bounds(problem: Problem, iterations: int, sigma: float, delta: float) -> tuple[float, float]:

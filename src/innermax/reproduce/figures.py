@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from innermax.attacks.gradient import PGD
-from innermax.reproduce import pictures
+from innermax.attacks.pgd import PGD
+from innermax.reproduce import plots
+from innermax.reproduce.artifact import Known, Numbers, Piece
+from innermax.reproduce.cache import Answer, Question
 from innermax.reproduce.comparison import TABLE, attacks_of, title
-from innermax.reproduce.piece import Known, Numbers, Piece
-from innermax.reproduce.questions import Followed, Gauged, Scored, Trained
-from innermax.reproduce.settings import Scale, Training
-from innermax.reproduce.workshop import Answer, Question
+from innermax.reproduce.experiments import Followed, Gauged, Scored, Trained
+from innermax.reproduce.scales import Scale, Training
 from innermax.strategies import FGSMThenPGD, Standard
 
 _BINS = 20
@@ -270,7 +270,7 @@ PIECES = (
         _figure_1_questions,
         _figure_1_numbers,
         _figure_1_text,
-        pictures.figure_1,
+        plots.figure_1,
     ),
     Piece(
         "figure2",
@@ -278,7 +278,7 @@ PIECES = (
         _figure_2_questions,
         _figure_2_numbers,
         _figure_2_text,
-        pictures.figure_2,
+        plots.figure_2,
     ),
     Piece(
         "figure3",
@@ -286,7 +286,7 @@ PIECES = (
         _figure_3_questions,
         _figure_3_numbers,
         _figure_3_text,
-        pictures.figure_3,
+        plots.figure_3,
     ),
     Piece(
         "figure4",
@@ -294,7 +294,7 @@ PIECES = (
         _figure_4_questions,
         _figure_4_numbers,
         _figure_4_text,
-        pictures.figure_4,
+        plots.figure_4,
     ),
     Piece(
         "figure5",
@@ -302,6 +302,6 @@ PIECES = (
         _figure_5_questions,
         _figure_5_numbers,
         _figure_5_text,
-        pictures.figure_5,
+        plots.figure_5,
     ),
 )

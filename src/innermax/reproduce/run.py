@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from innermax.checkpoints import write_bytes, write_json
-from innermax.checks import in_short, unknown
-from innermax.reproduce import best, cheaper, evidence, figures, tables, theorem
-from innermax.reproduce.piece import Piece
-from innermax.reproduce.settings import Scale, find_scale
-from innermax.reproduce.workshop import Answer, Busy, Question, Workshop
+from innermax.reproduce import ablations, best, efficiency, figures, tables, theorem
+from innermax.reproduce.artifact import Piece
+from innermax.reproduce.cache import Answer, Busy, Question, Workshop
+from innermax.reproduce.scales import Scale, find_scale
+from innermax.utils.files import write_bytes, write_json
+from innermax.utils.validation import in_short, unknown
 
-_ALL = (*tables.PIECES, *figures.PIECES, *theorem.PIECES, *evidence.PIECES, *cheaper.PIECES, *best.PIECES)
+_ALL = (*tables.PIECES, *figures.PIECES, *theorem.PIECES, *ablations.PIECES, *efficiency.PIECES, *best.PIECES)
 PIECES: dict[str, Piece] = {piece.name: piece for piece in _ALL}
 
 

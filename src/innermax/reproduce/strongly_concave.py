@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from innermax import randomness
+from innermax.utils import randomness
 
 Parameters = Float[Tensor, "*runs p"]
 Inputs = Float[Tensor, "*runs n p"]

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from innermax.reproduce.artifact import Known, Numbers, Piece
+from innermax.reproduce.cache import Question
 from innermax.reproduce.comparison import FEW, STRONGEST, TABLE, Row, asked_of, attacks_of, by_seed, table
-from innermax.reproduce.piece import Known, Numbers, Piece
-from innermax.reproduce.settings import Scale, Training
-from innermax.reproduce.workshop import Question
+from innermax.reproduce.scales import Scale, Training
 
 TITLES = {"mnist": "MNIST", "cifar": "CIFAR-10", "wide": "CIFAR-10, WideResNet"}
 _DEFENCES = {

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from innermax.checks import unknown
+from innermax.reproduce.artifact import Numbers, Piece
+from innermax.reproduce.cache import Answer, Workshop
 from innermax.reproduce.convergence import algorithm_1, bounds
-from innermax.reproduce.piece import Numbers, Piece
 from innermax.reproduce.strongly_concave import Problem, build_problem
-from innermax.reproduce.workshop import Answer, Workshop
+from innermax.utils.validation import unknown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,0 +1,232 @@
+"""The guided attack: searches end where the gauge says they are done, and new ones go to the nearest classes."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
+from innermax.attacks.search import AttackResult, better, joined
+from innermax.losses import Paired, difference, margin
+from innermax.oracle.oracle import Answer
+from innermax.threat import FeasibleSet
+from innermax.utils.validation import check_count
+
+_CONVERGED = 0.02  # relative FOSC at or below which a search is done, unless FOSC reaches over the boundary
+_PROGRESS = 0.98  # the gauge has made progress where it is below this share of its lowest so far
+_PATIENCE = 5  # gradients without progress after which a step is halved
+_SMALLEST = 1 / 128  # step, over ε, below which a search is done
+_LONGEST = 60  # gradients of one search, at most
+_TRIALS = 3  # searches for one class before their spread says anything
+_DOUBT = 2.0  # spreads by which further searches might get beyond the best
+
+
+@dataclass(frozen=True)
+class GuidedPGD(VerdictAttack):
+    """Projected gradient ascent that spends its gradients where the gauge says that the search has not converged.
+
+    Each example has one search at a time: steps from ε on, halved where its relative FOSC stalls, with a return to its
+    best point. A search ends once it is stationary and the linear model no longer reaches over the boundary; its
+    survivor starts anew from another random point: first on the margin, then towards the wrong classes, each the more
+    often the nearer its logit came to the label's. An example ends where it falls, or where nothing is left to try:
+    where the searches for every class ended below the boundary by more than the linear model (FOSC) and their spread
+    leave open. What a smaller budget finds is the beginning of what a larger one finds.
+
+    Args:
+        threat: Linf, L2 or L1.
+        budget: ≥ 1 gradients an example, at most.
+
+    Raises:
+        ValueError, TypeError: an argument is outside what is said above.
+    """
+
+    budget: int = 1100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.budget, "budget")
+
+    def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
+        """What was found, without FOSC, given the clean inputs' logits."""
+        found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
+        return pursued(found, partial(self._hunt, problem, found), problem.oracle)
+
+    def _hunt(self, problem: Problem, found: AttackResult, rows: Int[Tensor, " k"]) -> AttackResult:
+        """All searches of some of the examples; one gradient each a turn."""
+        problem, found = problem[rows], found[rows].map(torch.clone)
+        found = replace(found, forward_calls=torch.zeros_like(found.forward_calls))
+        hunt, rows = _begun(problem, cast(Tensor, found.logits)), torch.arange(len(rows), device=rows.device)
+        pieces: list[tuple[Tensor, AttackResult]] = []
+        for _ in range(self.budget):
+            answer = hunt.asked(problem)
+            loss = margin(answer.logits, problem.y)
+            found = better(found, reported(problem, hunt.point, loss, answer.logits, hunt.age, gradients=1))
+            hunt = hunt.learned(problem, answer)
+            done = cast(Tensor, found.misclassified) | hunt.hopeless()
+            if bool(done.any()):
+                pieces.append((rows[done], found[done]))
+                going = ~done
+                rows, problem, found, hunt = rows[going], problem[going], found[going], hunt[going]
+                if len(rows) == 0:
+                    break
+            hunt = hunt.moved(problem.feasible)
+        return joined([*pieces, (rows, found)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Hunt:
+    """Where each example's present search is, and what the ended ones have found; a row an example.
+
+    `aim` is the class to reach, or the label itself for the margin. Of the present search: `point` is where it is and
+    `gradient` what it follows, after `age` steps; `best` is its point of the highest loss; `gauge` its lowest relative
+    FOSC, without progress for `stalled` gradients. `number` counts searches. For each aim: `reached` is the highest
+    loss at any point, `tries` the number of searches; of those that have ended, `highest` and `lowest` are their
+    losses, `bound` is the linear model's largest.
+    """
+
+    aim: Int[Tensor, " b"]
+    point: Float[Tensor, "b ..."]
+    gradient: Float[Tensor, "b ..."]
+    best: Float[Tensor, "b ..."]
+    best_gradient: Float[Tensor, "b ..."]
+    best_loss: Float[Tensor, " b"]
+    best_bound: Float[Tensor, " b"]
+    gauge: Float[Tensor, " b"]
+    stalled: Int[Tensor, " b"]
+    step_size: Float[Tensor, " b"]
+    age: Int[Tensor, " b"]
+    number: Int[Tensor, " b"]
+    reached: Float[Tensor, "b classes"]
+    tries: Int[Tensor, "b classes"]
+    highest: Float[Tensor, "b classes"]
+    lowest: Float[Tensor, "b classes"]
+    bound: Float[Tensor, "b classes"]
+
+    def __getitem__(self, rows: Tensor) -> "_Hunt":
+        """Some of the examples."""
+        return replace(self, **{name: value[rows] for name, value in vars(self).items()})
+
+    def asked(self, problem: Problem) -> Answer:
+        """The network's answer at the present points, for the present aims."""
+        pair = problem.y * self.reached.shape[1] + self.aim
+        return replace(problem, pair=pair).gradient(self.point, Paired(_towards))
+
+    def learned(self, problem: Problem, answer: Answer) -> "_Hunt":
+        """The hunt after an answer: with another step size, or with another search where one has ended."""
+        feasible, gradient = problem.feasible, answer.gradient
+        gap, gauge = feasible.gap(gradient, self.point), feasible.gap(gradient, self.point, relative=True)
+        bound = torch.where(gauge.isnan(), math.inf, answer.loss + gap)  # without a slope there is no saying
+        done = gauge.isnan() | ((gauge <= _CONVERGED) & (bound < 0))
+        gauge = gauge.nan_to_num(0.0)
+        higher = answer.loss > self.best_loss
+        stalled = torch.where(gauge <= _PROGRESS * self.gauge, 0, self.stalled + 1)
+        halved = stalled >= _PATIENCE
+        best, best_gradient = _either(higher, self.point, self.best), _either(higher, gradient, self.best_gradient)
+        hunt = replace(
+            self,
+            point=_either(halved, best, self.point),
+            gradient=_either(halved, best_gradient, gradient),
+            best=best,
+            best_gradient=best_gradient,
+            best_loss=answer.loss.maximum(self.best_loss),
+            best_bound=torch.where(higher, bound, self.best_bound),
+            gauge=gauge.minimum(self.gauge),
+            stalled=torch.where(halved, 0, stalled),
+            step_size=torch.where(halved, self.step_size / 2, self.step_size),
+            age=self.age + 1,
+            reached=self.reached.maximum(_losses(answer.logits, problem.y)),
+        )
+        smallest = _SMALLEST * feasible.threat.eps
+        ended = done | (hunt.step_size < smallest) | (hunt.age >= _LONGEST)
+        rows = ended.nonzero()[:, 0]
+        return hunt._updated(rows, hunt[rows]._renewed(problem[rows])) if len(rows) > 0 else hunt
+
+    def _updated(self, rows: Int[Tensor, " k"], part: "_Hunt") -> "_Hunt":
+        """The hunt with some examples replaced by those of `part`."""
+        return replace(self, **{name: old.index_copy(0, rows, getattr(part, name)) for name, old in vars(self).items()})
+
+    def _renewed(self, problem: Problem) -> "_Hunt":
+        """The next searches, where the present ones have ended: another class, another random point."""
+        aim, column = self.aim[:, None], self.best_loss[:, None]
+        highest = self.highest.scatter(1, aim, self.highest.gather(1, aim).maximum(column))
+        lowest = self.lowest.scatter(1, aim, self.lowest.gather(1, aim).minimum(column))
+        bound = self.bound.scatter(1, aim, self.bound.gather(1, aim).maximum(self.best_bound[:, None]))
+        tries = self.tries.scatter_add(1, aim, torch.ones_like(aim))
+        told = replace(self, highest=highest, lowest=lowest, bound=bound, tries=tries, number=self.number + 1)
+        nearest = (-self.reached * (1 + tries).square()).argmin(1)
+        return told._begun(problem, nearest)
+
+    def _begun(self, problem: Problem, aim: Int[Tensor, " b"]) -> "_Hunt":
+        """Searches at their starts."""
+        nothing, zeros = torch.full_like(self.best_loss, -math.inf), torch.zeros_like(aim)
+        return replace(
+            self,
+            aim=aim,
+            point=problem.feasible.sample(problem.keys(self.number)),
+            best_loss=nothing,
+            best_bound=nothing,
+            gauge=-nothing,
+            stalled=zeros,
+            step_size=torch.full_like(nothing, problem.feasible.threat.eps),
+            age=zeros,
+        )
+
+    def moved(self, feasible: FeasibleSet) -> "_Hunt":
+        """The next points; searches that begin stay at their starts."""
+        point, moving = self.point, self.age > 0
+        for step_size in set(self.step_size[moving].tolist()):  # ε over some power of 2
+            rows = (moving & (self.step_size == step_size)).nonzero()[:, 0]
+            point = point.index_copy(0, rows, feasible[rows].step(point[rows], self.gradient[rows], step_size))
+        return replace(self, point=point)
+
+    def hopeless(self) -> Bool[Tensor, " b"]:
+        """Whose searches for every class all ended too far from the boundary for others to get there."""
+        spread = torch.where(self.tries > 1, self.highest - self.lowest, 0.0).amax(1, keepdim=True)
+        short = (self.tries > 0) & (self.bound + _DOUBT * spread < 0)
+        return short.all(1) & (self.tries.amax(1) >= _TRIALS)
+
+
+def _begun(problem: Problem, clean: Float[Tensor, "b classes"]) -> _Hunt:
+    """The first searches: on the margin."""
+    x, zeros, none = problem.feasible.x, torch.zeros_like(problem.y), torch.full_like(clean, -math.inf)
+    nothing = none[:, 0]
+    hunt = _Hunt(
+        aim=problem.y,
+        point=x,
+        gradient=torch.zeros_like(x),
+        best=x,
+        best_gradient=torch.zeros_like(x),
+        best_loss=nothing,
+        best_bound=nothing,
+        gauge=-nothing,
+        stalled=zeros,
+        step_size=nothing,
+        age=zeros,
+        number=zeros,
+        reached=_losses(clean, problem.y),
+        tries=torch.zeros_like(clean, dtype=torch.int64),
+        highest=none,
+        lowest=-none,
+        bound=none,
+    )
+    return hunt._begun(problem, problem.y)
+
+
+def _towards(logits: Tensor, label: Tensor, aim: Tensor) -> Float[Tensor, " b"]:
+    """The aim's logit − the label's; the margin where the aim is the label itself."""
+    return torch.where(aim == label, margin(logits, label), difference(logits, label, aim))
+
+
+def _losses(logits: Float[Tensor, "b classes"], label: Int[Tensor, " b"]) -> Float[Tensor, "b classes"]:
+    """The loss of each aim."""
+    own = label[:, None]
+    return (logits - logits.gather(1, own)).scatter(1, own, margin(logits, label)[:, None])
+
+
+def _either(take: Bool[Tensor, " b"], one: Tensor, other: Tensor) -> Tensor:
+    """The rows of one where told, else those of the other."""
+    return torch.where(take.reshape(-1, *[1] * (one.ndim - 1)), one, other)

@@ -1,0 +1,125 @@
+"""The live display of an evaluation, and the time it has left."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Task, TaskID, TextColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from innermax.attacks.base import Attack
+from innermax.attacks.cost import FORWARD, SURVIVING, UNKNOWN, search_cost
+from innermax.training.progress import TimeLeft, clock_time, is_live
+
+_AUDITED = 350.0  # gradients an example of an audit's sample
+_KEPT = 1e-3  # seconds; a batch that took less was not computed but read
+_SPARSE = 30.0  # seconds between two lines of an evaluation, at least: one that is over sooner says nothing
+_AUDIT = "audit"
+
+
+def audit_cost(examples: int) -> float:
+    """About how many gradients an example an audit of so many examples takes."""
+    return _AUDITED * min(SURVIVING / 2, max(100 / examples, 1 / 50))  # of the sample that `probes` draws
+
+
+@dataclass
+class EvaluationClock:
+    """What an evaluation has spent on each of its parts, and how much it has still to spend.
+
+    Args:
+        costs: part → about how many gradients an example it takes, in order.
+    """
+
+    costs: dict[str, float]
+    _told: float = 0.0  # when something was last said
+    _share: dict[str, float] = field(default_factory=dict)  # of each part, done
+    _timed: dict[str, float] = field(default_factory=dict)  # share of it whose time is known
+    _seconds: dict[str, float] = field(default_factory=dict)  # that this share took
+
+    def begin(self, now: float) -> None:
+        """The evaluation begins, at a time in seconds."""
+        self._told = now
+
+    def batch(self, part: str, share: float, now: float) -> None:
+        """So much of a part is done, at a time in seconds; what was read from a folder takes no time and tells none."""
+        took, grown = now - self._told, share - self._share.get(part, 0.0)
+        self._told, self._share[part] = now, share
+        if took >= _KEPT:
+            self._timed[part] = self._timed.get(part, 0.0) + grown
+            self._seconds[part] = self._seconds.get(part, 0.0) + took
+
+    def left(self) -> float | None:
+        """Seconds from the last batch on; None where nothing has been timed yet."""
+        timed = {part: share for part, share in self._timed.items() if share > 0}
+        work = sum(self.costs.get(part, UNKNOWN) * share for part, share in timed.items())
+        if work == 0:
+            return None
+        rate = sum(self._seconds[part] for part in timed) / work
+        left = 0.0
+        for part, cost in self.costs.items():
+            whole = self._seconds[part] / timed[part] if part in timed else rate * cost
+            left += whole * (1 - self._share.get(part, 0.0))
+        return left
+
+
+class _Count(MofNCompleteColumn):
+    """How many examples are done; nothing of an audit, which has no count."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
+class _EvaluationDisplay:
+    """What `evaluate` calls after each batch."""
+
+    def __init__(self, attacks: Mapping[str, Attack], audit: bool, console: Console, bar: Bar | None) -> None:
+        self._audit = audit and bool(attacks)
+        costs = {"clean": FORWARD} | {name: search_cost(attack) for name, attack in attacks.items()}
+        self._last = list(costs)[-1]
+        self._clock = EvaluationClock(costs)
+        self._console, self._bar = console, bar
+        self._tasks: dict[str, TaskID] = {}
+        self._said = time.perf_counter()
+        self._clock.begin(self._said)
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """So many of an attack's examples are done."""
+        if self._audit and _AUDIT not in self._clock.costs:
+            self._clock.costs[_AUDIT] = audit_cost(total)
+        now = time.perf_counter()
+        self._clock.batch(name, done / total, now)
+        left = self._clock.left()
+        self._show(name, done, total, left, now)
+        if self._audit and name == self._last and done == total:
+            self._show(_AUDIT, None, None, left, now)
+
+    def _show(self, name: str, done: int | None, total: int | None, left: float | None, now: float) -> None:
+        if self._bar is not None:
+            if name not in self._tasks:
+                self._tasks[name] = self._bar.add_task(name, total=total, left=None, at=now)
+            self._bar.update(self._tasks[name], completed=done, left=left, at=now)
+        elif now - self._said >= _SPARSE:
+            self._said = now
+            count = "" if done is None else f"  {done:,}/{total:,}"
+            told = "" if left is None else f"  left {clock_time(left)}"
+            self._console.print(f"{name}{count}{told}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def show_evaluation(
+    attacks: Mapping[str, Attack], audit: bool = False, speak: bool = True
+) -> Iterator[Callable[[str, int, int], None]]:
+    """What `evaluate` calls after each batch: live bars on a terminal, elsewhere now and then a plain line.
+
+    attacks: by the names that are told; audit: whether the evaluation ends with one; speak: else nothing is shown.
+    """
+    console = Console(stderr=True, quiet=not speak)
+    if not (speak and is_live(console)):
+        yield _EvaluationDisplay(attacks, audit, console, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), _Count(), TimeLeft())
+    with Bar(*columns, console=console, transient=True) as bar:
+        yield _EvaluationDisplay(attacks, audit, console, bar)

@@ -1,0 +1,144 @@
+"""One table of a sweep: a row a setting, its measures as means over seeds with Student's intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from innermax.cli.sweep_engine import is_finished, known_runs
+from innermax.utils.files import write_bytes, write_json
+from innermax.utils.intervals import student
+from innermax.utils.serialization import parsed_json
+
+_SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A mean over seeds and its 95 % interval, None for one seed alone."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting: what it differs in from the others, its runs, those of them that are finished and their measures.
+
+    measures: "clean", each attack's name and "worst_case", accuracies in [0, 1]; "gradients" an image over the
+    training; "seconds" of the training.
+    """
+
+    settings: Mapping[str, Any]
+    runs: Mapping[str, int]
+    finished: Sequence[str]
+    measures: Mapping[str, Measure]
+
+
+def sweep_rows(folder: Path) -> list[Row]:
+    """The rows of all that a sweep's folder knows. Raises ValueError where a file of a finished run is damaged."""
+    known = {name: _flat(settings) for name, settings in known_runs(folder).items()}
+    options = dict.fromkeys(option for settings in known.values() for option in settings)
+    varied = [o for o in options if o != _SEED and len({str(settings.get(o)) for settings in known.values()}) > 1]
+    groups: dict[str, list[str]] = {}
+    for name, settings in known.items():
+        groups.setdefault(str([settings.get(option) for option in varied]), []).append(name)
+    rows = []
+    for names in groups.values():
+        finished = [name for name in names if is_finished(folder / name)]
+        settings = {option: known[names[0]].get(option) for option in varied}
+        runs = {name: known[name][_SEED] for name in names}
+        rows.append(Row(settings, runs, finished, _over_seeds([run_measures(folder / name) for name in finished])))
+    return rows
+
+
+def run_measures(run: Path) -> dict[str, float]:
+    """A finished run's measures, by the names of `Row.measures`. Raises ValueError where its files are damaged."""
+    try:
+        scored = parsed_json((run / "evaluation.json").read_bytes())
+        history = [parsed_json(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+        return {
+            **{name: float(value["value"]) for name, value in scored["accuracy"].items()},
+            "worst_case": float(scored["worst_case"]["value"]),
+            "gradients": float(sum(row["gradients"] for row in history)),
+            "seconds": float(sum(row["seconds"] for row in history)),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run} is damaged: {type(error).__name__}: {error}") from error
+
+
+def format_sweep(rows: Sequence[Row]) -> Table:
+    """A rich table: accuracies in %, below each mean its interval."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_CAPTION, caption_justify="left")
+    for heading in rows[0].settings:
+        table.add_column(heading, overflow="fold")
+    for heading in ("seeds", *_SHOWN):
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row, "\n"))
+    return table
+
+
+def write_sweep(folder: Path, rows: Sequence[Row], failed: Mapping[str, str]) -> None:
+    """Writes the table as table.json, with every attack, and as table.md into a sweep's folder."""
+    write_json(folder / "table.json", {"rows": [asdict(row) for row in rows], "failed": dict(failed)})
+    headings = [*rows[0].settings, "seeds", *_SHOWN]
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings))]
+    lines += [f"| {' | '.join(_cells(row, ' '))} |" for row in rows]
+    lines += ["", _CAPTION] + [f"\nNot finished: {name}: {error}" for name, error in failed.items()]
+    write_bytes(folder / "table.md", ("\n".join(lines) + "\n").encode())
+
+
+_CAPTION = (
+    "Clean and robust (the worst case of all attacks): accuracy on the test images in %. Gradients: an image, over the "
+    "training. Below or behind a mean over seeds: Student's 95 % interval."
+)
+_SHOWN = {"clean": "clean", "robust": "worst_case", "gradients": "gradients", "seconds": "seconds"}
+
+
+def _cells(row: Row, between: str) -> list[str]:
+    seeds = str(len(row.runs)) if len(row.finished) == len(row.runs) else f"{len(row.finished)} of {len(row.runs)}"
+    settings = [_shown(value) for value in row.settings.values()]
+    return [*settings, seeds, *(_cell(row.measures.get(name), name, between) for name in _SHOWN.values())]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "–" if value is None else str(value)
+
+
+def _cell(measure: Measure | None, name: str, between: str) -> str:
+    if measure is None:
+        return "–"
+    scale, digits = (100, 2) if name in ("clean", "worst_case") else (1, 1)
+    shown = f"{scale * measure.mean:.{digits}f}"
+    if measure.low is None or measure.high is None:
+        return shown
+    return f"{shown}{between}({scale * measure.low:.1f}–{scale * measure.high:.1f})"
+
+
+def _over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, Measure]:
+    """The measures that all runs have."""
+    names = [name for name in found[0] if all(name in measures for measures in found)] if found else []
+    return {name: _measure([measures[name] for measures in found], name) for name in names}
+
+
+def _measure(values: Sequence[float], name: str) -> Measure:
+    if len(values) == 1:
+        return Measure(values[0], None, None)
+    interval, highest = student(values), float("inf") if name in ("gradients", "seconds") else 1.0
+    return Measure(fmean(values), max(interval.low, 0.0), min(interval.high, highest))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their names on the command line."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found

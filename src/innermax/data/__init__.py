@@ -1,0 +1,1 @@
+"""Data: image sets, readers, decoding, augmentation, streams."""

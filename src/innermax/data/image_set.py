@@ -1,0 +1,87 @@
+"""Images and labels in memory."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from innermax.data.decoding import taken
+from innermax.utils.validation import check_inputs, check_labels
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images and labels, checked once.
+
+    images: uint8 (N, C, H, W), or float32 (N, *features) in [0, 1]; labels: int64 (N,), ≥ 0; N ≥ 1. Images that
+    innermax reads, more than 2 GiB of them, lie in a nameless file in the folder for temporary files (TMPDIR).
+    Raises TypeError for another type, ValueError for another shape or range.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        images = self.images
+        if images.dtype == torch.uint8:
+            if images.ndim != 4 or images.numel() == 0:
+                raise ValueError(f"uint8 images must have shape (N, C, H, W) with N ≥ 1, came {tuple(images.shape)}")
+        elif images.dtype == torch.float32:
+            check_inputs(images, "images")
+            low, high = (float(value) for value in images.aminmax())
+            if low < 0 or high > 1:
+                raise ValueError(f"float images must lie in [0, 1], came values from {low:g} to {high:g}")
+        else:
+            raise TypeError(f"images must be uint8 or float32, came {images.dtype}")
+        check_labels(self.labels, len(images), name="labels")
+        if images.device != self.labels.device:
+            raise ValueError(f"images and labels must be on one device, came {images.device} and {self.labels.device}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor | slice) -> "ImageSet":
+        """The chosen examples, at least one."""
+        images = self.images[index] if isinstance(index, slice) else taken(self.images, index)
+        return ImageSet(images, self.labels[index])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def head(self) -> "ImageSet":
+        """The examples that can be looked at in any order: all."""
+        return self
+
+    def batch(self, index: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b *features"], Int[Tensor, " b"]]:
+        """The chosen examples as float32 in [0, 1] and labels, on the set's device."""
+        x = self.images[index]
+        return (x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x), self.labels[index]
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """The same set on another device."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set's splits. Raises ValueError where a label reaches num_classes or the splits' shapes differ."""
+
+    name: str
+    train: ImageSet
+    validation: ImageSet | None
+    test: ImageSet
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test"):
+            images: ImageSet | None = getattr(self, split)
+            if images is None:
+                continue
+            check_labels(images.labels, len(images), self.num_classes, name=f"{split} labels of {self.name}")
+            if images.shape != self.train.shape:
+                raise ValueError(f"{self.name}: {split} images are {images.shape}, train images {self.train.shape}")

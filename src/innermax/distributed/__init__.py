@@ -1,0 +1,1 @@
+"""Several processes: launch, process groups, FSDP."""

@@ -1,0 +1,428 @@
+"""What an audit measures: how a model behaves under search, and whether anything stronger makes its survivors fall.
+
+Everything happens on a sample of the survivors with bounded searches, a tenth of what AutoAttack costs at most.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from innermax.attacks.apgd import APGD
+from innermax.attacks.base import looks_like_probabilities
+from innermax.attacks.bpda import StraightThrough
+from innermax.attacks.pgd import PGD
+from innermax.attacks.search import AttackResult, search
+from innermax.attacks.square import Square
+from innermax.data.image_set import ImageSet
+from innermax.evaluation.audit import (
+    SURROGATE,
+    UNCONVERGED,
+    Audit,
+    Evidence,
+    Quantiles,
+    SearchEvidence,
+    certain_gain,
+    is_proxy,
+    judged,
+    randomised,
+)
+from innermax.losses import cross_entropy, margin
+from innermax.oracle.oracle import Answer, Oracle
+from innermax.threat import L1, L2, FeasibleSet, Linf, Threat
+from innermax.utils import randomness
+
+Column = npt.NDArray[Any]
+_LARGEST = 100  # survivors in a sample; one in 50 examples where that is more
+_LOOKED_AT = 32  # of them for what needs no more
+_AGAIN = 40  # gradients a survivor, on average, for an attack's own steps and starts; and half of it for retracing it
+_STREAM = 0xA0D17
+_log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What an evaluation says of each example under an attack, (N,) each."""
+
+    @property
+    def correct(self) -> Column: ...
+    @property
+    def loss(self) -> Column: ...
+    @property
+    def fosc(self) -> Column: ...
+    @property
+    def relative_fosc(self) -> Column: ...
+    @property
+    def zero_gradient(self) -> Column: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """An evaluation under audit.
+
+    Attributes:
+        model, exact: the model, and its oracle as it is, which decides.
+        oracle: what searches ask.
+        images: what was attacked.
+        attacks, rows: the attacks and what each found.
+        survived: (N,) bool, who is right whatever was tried.
+        surrogates: oracles of other models, by name, whose images may mislead this one.
+        admit: from an attack's result and X(x) the images that count.
+        seed, batch_size, device: the evaluation's.
+    """
+
+    model: nn.Module
+    exact: Oracle
+    oracle: Oracle
+    images: ImageSet
+    attacks: Mapping[str, Any]
+    rows: Mapping[str, Rows]
+    survived: Column
+    surrogates: Mapping[str, Oracle]
+    admit: Callable[[AttackResult, FeasibleSet], Tensor]
+    seed: int
+    batch_size: int
+    device: torch.device
+
+    @property
+    def strongest(self) -> str:
+        """The attack with the fewest survivors, of several the last."""
+        left = {name: int(rows.correct.sum()) for name, rows in self.rows.items()}
+        return min(reversed(left), key=lambda name: left[name])
+
+    @property
+    def threats(self) -> list[Threat]:
+        """The threat models, each once."""
+        return list({repr(attack.threat): attack.threat for attack in self.attacks.values()}.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Survivors, the `likeliest` first ones nearest to an error, the others drawn at random; rows are examples."""
+
+    x: Float[Tensor, "n ..."]
+    y: Int[Tensor, " n"]
+    index: Int[Tensor, " n"]
+    likeliest: int
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, rows: Tensor) -> "Sample":
+        """Some of them."""
+        return replace(self, x=self.x[rows], y=self.y[rows], index=self.index[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A stronger search on some `rows` of the sample; the mean of so many answers decides, `shown` its images."""
+
+    name: str
+    attack: Any
+    oracle: Oracle
+    rows: Int[Tensor, " k"]
+    shown: int = 1
+
+
+def audited(subject: Subject) -> Audit:
+    """The audit of an evaluation with at least one attack."""
+    evidence = Evidence(
+        examples=len(subject.survived),
+        survivors=int(subject.survived.sum()),
+        sampled=0,
+        searches={name: _told(rows) for name, rows in subject.rows.items()},
+        strongest=subject.strongest,
+        averaged=any(getattr(attack, "samples", 1) > 1 for attack in subject.attacks.values()),
+    )
+    if evidence.survivors == 0:
+        return judged(evidence)
+    sample = _sample(subject)
+    evidence = replace(evidence, sampled=len(sample))
+    evidence = _looked(subject, sample, evidence)
+    evidence = _retraced(subject, sample, evidence)
+    return judged(_searched(subject, sample, evidence))
+
+
+def _told(rows: Rows) -> SearchEvidence:
+    """What an attack's own gauges say of its survivors."""
+    left = rows.correct.astype(bool)
+    zero, relative = rows.zero_gradient[left].astype(float), rows.relative_fosc[left]
+    known = ~np.isnan(relative)
+    return SearchEvidence(
+        fosc=Quantiles.of(np.where(zero == 1, math.nan, rows.fosc[left])),
+        relative_fosc=Quantiles.of(relative),
+        unconverged=float((relative[known] > UNCONVERGED).mean()) if known.any() else math.nan,
+        zero_gradient=float(zero.mean()) if len(zero) else math.nan,
+    )
+
+
+def _sample(subject: Subject) -> Sample:
+    """Half of the survivors, up to a limit: three quarters nearest to an error, the others at random."""
+    survivors = np.flatnonzero(subject.survived)
+    size = min(-(-len(survivors) // 2), max(_LARGEST, len(subject.survived) // 50))
+    size = max(size // len(subject.threats), 1)
+    loss = np.max([np.nan_to_num(rows.loss[survivors], nan=0.0) for rows in subject.rows.values()], axis=0)
+    order = survivors[np.argsort(-loss, kind="stable")]
+    likeliest = size - size // 4
+    drawn = randomness.permutation(subject.seed, len(order) - likeliest, _STREAM).numpy()[: size - likeliest]
+    chosen = torch.from_numpy(np.concatenate([order[:likeliest], order[likeliest:][drawn]]))
+    x, y = subject.images.batch(chosen.to(subject.images.images.device))
+    return Sample(x.to(subject.device), y.to(subject.device), chosen.to(subject.device), likeliest)
+
+
+def _looked(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
+    """How the model answers, and what its gradients are worth, at random points of X(x)."""
+    some = sample[_spread(len(sample), _LOOKED_AT, subject.device)]
+    exact, feasible = subject.exact, subject.threats[0].around(some.x)
+    point = feasible.sample(randomness.keys(subject.seed, some.index, _STREAM))
+    logits, again = exact.logits(some.x), exact.logits(some.x)
+    spread = (logits.amax(1) - logits.amin(1)).clamp(min=1e-30)
+    own, free = exact.gradient(point, some.y, cross_entropy), exact.gradient(point, some.y, margin)
+    passed: set[str] = set()
+    Oracle(StraightThrough(subject.model, passed.add)).gradient(point, some.y, margin)
+    return replace(
+        evidence,
+        repeat_difference=float(((logits - again).abs().amax(1) / spread).max()),
+        probabilities=looks_like_probabilities(logits),
+        zero_gradient=_zero(own),
+        zero_margin_gradient=_zero(free),
+        float64_agreement=_agreement(subject.model, point, some.y, own),
+        foretold=_foretold(exact, feasible, point, some.y, free),
+        passed=tuple(sorted(passed)),
+        gradients=4 * len(some),
+        forwards=3 * len(some),
+    )
+
+
+def _zero(answer: Answer) -> float:
+    return float((answer.gradient == 0).flatten(1).all(1).float().mean())
+
+
+def _agreement(model: nn.Module, point: Tensor, y: Tensor, single: Answer) -> float:
+    """Median cosine of the gradients in float32 and in float64; NaN where the model does not compute in float64."""
+    try:
+        double = Oracle(copy.deepcopy(model).double()).gradient(point.double(), y, cross_entropy)
+    except ValueError as error:
+        _log.info("audit: no float64 gradients (%s)", error)
+        return math.nan
+    pair = (single.gradient.flatten(1).double(), double.gradient.flatten(1))
+    one, other = (rows / rows.abs().amax(1, keepdim=True).clamp(min=1e-300) for rows in pair)
+    return float(torch.cosine_similarity(one, other, dim=1, eps=1e-30).median())
+
+
+def _foretold(exact: Oracle, feasible: FeasibleSet, point: Tensor, y: Tensor, answer: Answer) -> float:
+    """Share of points whose gradient tells within a half what a step of ε/20 along it does to the margin."""
+    moved = feasible.step(point, answer.gradient, feasible.threat.eps / 20)
+    expected = (answer.gradient * (moved - point)).flatten(1).sum(1)
+    found = margin(exact.logits(moved), y) - answer.loss
+    moving = expected > 0
+    close = (found - expected).abs() <= expected / 2
+    return float(close[moving].float().mean()) if bool(moving.any()) else math.nan
+
+
+def _retraced(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
+    """How PGD's searches went: a few of the sample are searched once more, with a stop before the last tenth."""
+    clean = cross_entropy(subject.exact.logits(sample.x), sample.y).double().cpu().numpy()
+    index = sample.index.cpu().numpy()
+    told, gradients, forwards = {}, evidence.gradients, evidence.forwards + len(sample)
+    for name, attack in subject.attacks.items():
+        found = evidence.searches[name]
+        found = replace(found, loss_gain=float(np.median(subject.rows[name].loss[index] - clean)))
+        if isinstance(attack, APGD):
+            found = replace(found, steps=float(attack.steps))
+        if isinstance(attack, PGD):
+            count = min(_LOOKED_AT, max(_AGAIN // 2 * len(sample) // (attack.steps + 2), 1))
+            some = sample[_spread(len(sample), count, subject.device)]
+            found = _trace(attack, subject, some, found)
+            gradients, forwards = gradients + (attack.steps + 1) * len(some), forwards + 2 * len(some)
+        told[name] = found
+    return replace(evidence, searches=told, gradients=gradients, forwards=forwards)
+
+
+def _trace(attack: PGD, subject: Subject, some: Sample, told: SearchEvidence) -> SearchEvidence:
+    """What PGD's own search does on some examples."""
+    sizes, oracle, loss = attack.step_sizes(), subject.exact, attack.objective()
+    late, feasible = max(len(sizes) // 10, 1), attack.threat.around(some.x)
+    start = feasible.x
+    if attack.random_start:
+        start = feasible.sample(randomness.keys(subject.seed, some.index, 0))
+    begun = oracle.gradient(start, some.y, loss).loss
+    early = search(oracle, feasible, start, some.y, loss, sizes[:-late], final="loss")
+    end = search(oracle, feasible, early.x_adv, some.y, loss, sizes[-late:], final="loss")
+    before, after = cast(Tensor, early.loss), cast(Tensor, end.loss)
+    share = (after - before) / (after - begun)
+    share = share[(after > begun) & torch.isfinite(share)]
+    way = attack.threat.norm((end.x_adv - start).flatten(1))
+    return replace(
+        told,
+        steps=float(attack.steps),
+        reach=sum(sizes) / attack.threat.eps,
+        late_gain=float(share.median()) if len(share) else math.nan,
+        travelled=float((way / attack.threat.eps).median()),
+    )
+
+
+def _searched(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
+    """Whom stronger searches make fall, one after the other on those that stand."""
+    standing = torch.ones(len(sample), dtype=torch.bool, device=subject.device)
+    fallen: dict[str, Tensor] = {}
+    gradients, forwards = evidence.gradients, evidence.forwards
+    for one in _searches(subject, sample, evidence):
+        rows = one.rows[standing[one.rows]]
+        fell, results = _fell(subject, sample, replace(one, rows=rows))
+        standing = standing & ~fell
+        fallen[one.name] = fallen.get(one.name, torch.zeros_like(standing)) | fell
+        gradients += sum(int(result.gradient_calls.sum()) for result in results)
+        forwards += sum(int(result.forward_calls.sum()) for result in results) + one.shown * len(rows)
+
+    def gain(names: tuple[str, ...]) -> float:
+        fell = torch.stack([torch.zeros_like(standing), *(fallen[name] for name in names if name in fallen)]).any(0)
+        likeliest, others = int(fell[: sample.likeliest].sum()), int(fell[sample.likeliest :].sum())
+        tried, left = len(sample) - sample.likeliest, evidence.survivors - sample.likeliest
+        return certain_gain(likeliest, others, tried, left, evidence.examples)
+
+    evidence = replace(
+        evidence,
+        fallen={name: int(rows.sum()) for name, rows in fallen.items()},
+        gain={name: gain((name,)) for name in fallen},
+        total_gain=gain(tuple(fallen)),
+        hidden_gain=gain(tuple(filter(is_proxy, fallen))),
+        gradients=gradients,
+        forwards=forwards,
+    )
+    return evidence if randomised(evidence) else _with_large_eps(subject, sample[standing.nonzero()[:, 0]], evidence)
+
+
+def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[Search]:
+    """The searches, the nearest to the evaluation's own first."""
+    everyone = torch.arange(len(sample), device=subject.device)
+    threats = [threat for threat in subject.threats if isinstance(threat, Linf | L2 | L1)]
+    if randomised(evidence):
+        for threat in threats:
+            yield Search("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.oracle, everyone, 8)
+            yield from _elsewhere(subject, threat, everyone, 8)
+        return
+    yield from _again(subject, sample)
+    for threat in threats:
+        yield Search("margin", APGD(threat, steps=50, loss="margin"), subject.oracle, everyone)
+        yield Search("targeted", APGD(threat, steps=40, loss="margin", targets=3), subject.oracle, everyone)
+        if evidence.passed:
+            through = Oracle(StraightThrough(subject.model))
+            yield Search("straight-through", APGD(threat, steps=40, loss="margin"), through, everyone)
+        if evidence.foretold < 0.9:
+            smooth = Oracle(_Smoothed(subject.model, threat))
+            yield Search("smoothed", APGD(threat, steps=15, loss="margin", eot=8), smooth, everyone)
+        if sample.x.ndim == 4:
+            yield Search("score-based", Square(threat, queries=300), subject.oracle, everyone)
+        yield from _elsewhere(subject, threat, everyone)
+
+
+def _elsewhere(
+    subject: Subject, threat: Linf | L2 | L1, everyone: Int[Tensor, " n"], shown: int = 1
+) -> Iterator[Search]:
+    """Searches on the surrogates: such as do not end where a surrogate errs, whose boundary is not the model's."""
+    for name, oracle in subject.surrogates.items():
+        yield Search(SURROGATE + name, PGD(threat, steps=20), oracle, everyone, shown)
+
+
+def _again(subject: Subject, sample: Sample) -> Iterator[Search]:
+    """The strongest attack itself with four times the steps, and from four other starts; on the unconverged first."""
+    attack = subject.attacks[subject.strongest]
+    if not isinstance(attack, PGD | APGD):
+        return
+    index = sample.index.cpu().numpy()
+    gauge = np.nan_to_num(subject.rows[subject.strongest].relative_fosc[index], nan=1.0)
+    order = torch.from_numpy(np.argsort(gauge <= UNCONVERGED, kind="stable")).to(subject.device)
+    searches = attack.restarts * (getattr(attack, "targets", None) or 1) * getattr(attack, "eot", 1)
+    rows = order[: max(_AGAIN * len(sample) // (4 * attack.steps * searches), 1)]
+    if isinstance(attack, PGD):
+        size = attack.step_size
+        if isinstance(size, int | float) and math.isinf(size):
+            size = attack.threat.eps / 2
+        elif not isinstance(size, str | int | float | None):
+            size = (*attack.step_sizes(), *attack.step_sizes()[-1:] * (3 * attack.steps))
+        yield Search(
+            "more steps",
+            replace(attack, steps=4 * attack.steps, step_size=size, stop_on_success=True),
+            subject.oracle,
+            rows,
+        )
+        yield Search(
+            "restarts",
+            replace(attack, restarts=4 * attack.restarts, random_start=True, stop_on_success=True),
+            subject.oracle,
+            rows,
+        )
+        return
+    yield Search("more steps", replace(attack, steps=4 * attack.steps), subject.oracle, rows)
+    yield Search("restarts", replace(attack, restarts=4 * attack.restarts), subject.oracle, rows)
+
+
+def _fell(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, list[AttackResult]]:
+    """(n,) whom a search makes fall, and its results."""
+    fell, results = torch.zeros(len(sample), dtype=torch.bool, device=subject.device), []
+    seed = randomness.number(subject.seed, _STREAM) if one.name != "more steps" else subject.seed
+    for start in range(0, len(one.rows), subject.batch_size):
+        rows = one.rows[start : start + subject.batch_size]
+        part = sample[rows]
+        try:
+            result = one.attack(one.oracle, part.x, part.y, seed=seed, index=part.index, final="none")
+        except ValueError as error:
+            _log.warning("audit: the search %r failed (%s)", one.name, error)
+            continue
+        image = subject.admit(result, one.attack.threat.around(part.x))
+        logits = torch.stack([subject.exact.logits(image) for _ in range(one.shown)]).mean(0)
+        fell[rows] = logits.argmax(1) != part.y
+        results.append(result)
+    return fell, results
+
+
+def _with_large_eps(subject: Subject, standing: Sample, evidence: Evidence) -> Evidence:
+    """The share that withstands a search for any image at all: it can only be more than 0 where searches fail."""
+    some = standing[_spread(len(standing), _LOOKED_AT, subject.device)]
+    if len(some) == 0:
+        return replace(evidence, large_eps=0.0)
+    threat = subject.threats[0]
+    low, high = threat.box(some.x)
+    width = float(threat.norm(high - low).max())
+    everything = replace(threat, eps=width if math.isfinite(width) else 16 * threat.eps)
+    attack = PGD(everything, steps=10, step_size="annealed", loss="margin", stop_on_success=True)
+    result = attack(subject.oracle, some.x, some.y, seed=subject.seed, index=some.index, final="loss")
+    withstood = int((~cast(Tensor, result.misclassified)).sum())
+    return replace(
+        evidence,
+        large_eps=withstood / evidence.sampled * len(standing) / len(some),
+        gradients=evidence.gradients + int(result.gradient_calls.sum()),
+        forwards=evidence.forwards + int(result.forward_calls.sum()),
+    )
+
+
+def _spread(count: int, most: int, device: torch.device) -> Int[Tensor, " k"]:
+    """At most so many of 0…count − 1, evenly spread."""
+    size = min(count, most)
+    return (torch.arange(size, device=device) * count) // max(size, 1)
+
+
+class _Smoothed(nn.Module):
+    """A model that sees its images with noise of half the ball's size: gradients averaged over it are a smoother's."""
+
+    def __init__(self, model: nn.Module, threat: Threat) -> None:
+        super().__init__()
+        self.model, self.threat = model, threat
+
+    def forward(self, x: Float[Tensor, "b ..."]) -> Tensor:
+        noise = torch.randn_like(x)
+        if isinstance(self.threat, Linf):
+            noise = noise.sign()
+        else:
+            noise = noise / self.threat.norm(noise.flatten(1)).reshape(-1, *[1] * (x.ndim - 1))
+        answer: Tensor = self.model(x + self.threat.eps / 2 * noise)
+        return answer

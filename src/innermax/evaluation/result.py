@@ -1,0 +1,244 @@
+"""What an evaluation found: accuracies with intervals, convergence, a table of examples."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from innermax.evaluation.audit import Audit
+from innermax.evaluation.scoring import (
+    Settings,
+)
+from innermax.evaluation.store import CLEAN, AttackRows, Column, check_column
+from innermax.utils.files import write_bytes
+from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
+from innermax.utils.serialization import parsed_json, value_as
+from innermax.utils.validation import unknown
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How far the searches of some examples got: quantiles of FOSC, and the share of zero gradients.
+
+    Quantiles are over the examples whose gradient is not zero: FOSC is 0 where there is nothing to follow, which is not
+    convergence. NaN where there are none, or where the attack does not gauge itself.
+    """
+
+    fosc_median: float
+    fosc_p90: float
+    relative_fosc_median: float
+    relative_fosc_p90: float
+    zero_gradient: float
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How far an attack got on all examples, in the terms of `Summary`, and what it cost.
+
+    Attributes:
+        survivors: the summary of those that are classified correctly under this attack.
+        gradients: gradients an example, on average.
+        forwards: forward passes without a gradient an example, on average.
+        overturned: examples the attack reported as fallen that are correct once projected, quantised and scored.
+        seconds: time spent in the attack.
+    """
+
+    fosc_median: float
+    fosc_p90: float
+    relative_fosc_median: float
+    relative_fosc_p90: float
+    zero_gradient: float
+    survivors: Summary
+    gradients: float
+    forwards: float
+    overturned: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A model's answers to a test set, clean and under each attack; everything else is computed from these rows.
+
+    `audit` says whether they can be believed; None where it was not asked for, or nothing was attacked.
+    """
+
+    settings: Settings
+    label: Column
+    clean_prediction: Column
+    rows: dict[str, AttackRows]
+    seconds: dict[str, float]
+    audit: Audit | None = None
+
+    @cached_property
+    def accuracy(self) -> dict[str, Accuracy]:
+        """The accuracy on "clean", then under each attack in order, whatever the clean image gave."""
+        return {name: self._accuracy(name) for name in ("clean", *self.rows)}
+
+    @cached_property
+    def worst_case(self) -> Accuracy:
+        """The share of examples that are correct on the clean image and under every attack."""
+        return self._accuracy("worst_case")
+
+    @cached_property
+    def convergence(self) -> dict[str, Convergence]:
+        """How far each attack got."""
+        return {name: _convergence(rows, self.seconds[name]) for name, rows in self.rows.items()}
+
+    @cached_property
+    def examples(self) -> "pandas.DataFrame":
+        """One row an example: index, label, clean_prediction, clean_correct, seed, and of each attack <attack>_success,
+        which is the opposite of <attack>_correct, and <attack>_<column of AttackRows>.
+        """
+        import pandas
+
+        return pandas.DataFrame(self.columns())
+
+    def columns(self) -> dict[str, Column]:
+        """The columns of `examples` by name."""
+        count = len(self.label)
+        table = {
+            "index": np.arange(count),
+            "label": self.label,
+            "clean_prediction": self.clean_prediction,
+            "clean_correct": self.correct("clean"),
+            "seed": np.full(count, np.uint64(self.settings.seed % 2**64).astype(np.int64)),
+        }
+        for name, rows in self.rows.items():
+            table[f"{name}_success"] = ~rows.correct
+            table |= {f"{name}_{key}": column for key, column in vars(rows).items()}
+        return table
+
+    def correct(self, name: str) -> Column:
+        """(N,) bool, who is right on "clean", under an attack, or in the "worst_case". ValueError for other names."""
+        clean: Column = self.clean_prediction == self.label
+        if name == "clean":
+            return clean
+        if name == "worst_case":
+            return cast(Column, np.logical_and.reduce([clean, *(rows.correct for rows in self.rows.values())]))
+        if name not in self.rows:
+            raise unknown("attack", name, ("clean", *self.rows, "worst_case"))
+        return self.rows[name].correct
+
+    def difference(self, other: "Evaluation", name: str) -> Interval:
+        """This accuracy minus the other's, as a fraction, with its paired 95 % interval (Agresti & Min 2005).
+
+        name: "clean", an attack both have, or "worst_case". Raises ValueError where the examples are not the same.
+        """
+        if not np.array_equal(self.label, other.label):
+            raise ValueError(
+                f"other must be an evaluation of the same examples: its {len(other.label)} labels differ from these "
+                f"{len(self.label)}"
+            )
+        mine, theirs = self.correct(name), other.correct(name)
+        return paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine))
+
+    def summary(self) -> dict[str, Any]:
+        """Settings, accuracies, worst case, convergence and audit as plain values; NaN and infinities are None."""
+        document = {
+            "settings": asdict(self.settings),
+            "accuracy": {name: asdict(value) for name, value in self.accuracy.items()},
+            "worst_case": asdict(self.worst_case),
+            "convergence": {name: asdict(value) for name, value in self.convergence.items()},
+            "audit": None if self.audit is None else self.audit.to_dict(),
+        }
+        return cast(dict[str, Any], _without_nan(document))
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The evaluation as JSON, written to path where told; NaN and infinities become null."""
+        examples = {
+            "label": self.label.tolist(),
+            "clean_prediction": self.clean_prediction.tolist(),
+            "attacks": {
+                name: {key: column.tolist() for key, column in vars(rows).items()} for name, rows in self.rows.items()
+            },
+        }
+        document = self.summary() | {"examples": _without_nan(examples)}
+        text = json.dumps(document, allow_nan=False, ensure_ascii=False)
+        if path is not None:
+            write_bytes(Path(path), f"{text}\n".encode())
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> "Evaluation":
+        """What `to_json` wrote. Raises ValueError where the text is something else."""
+        try:
+            document = parsed_json(text)
+            examples, attacks = document["examples"], document["examples"]["attacks"]
+            settings = value_as(Settings, document["settings"], "settings")
+            if {CLEAN, "worst_case"} & attacks.keys():
+                raise ValueError(f"no attack is called {CLEAN} or worst_case")
+            return cls(
+                settings=settings,
+                label=_column(examples["label"], "label", settings.count),
+                clean_prediction=_column(examples["clean_prediction"], "prediction", settings.count),
+                rows={
+                    name: AttackRows(**{key: _column(values, key, settings.count) for key, values in rows.items()})
+                    for name, rows in attacks.items()
+                },
+                seconds={
+                    name: value_as(float, document["convergence"][name]["seconds"], "seconds") for name in attacks
+                },
+                audit=None if document.get("audit") is None else Audit.from_dict(document["audit"]),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ValueError(f"text must be an evaluation's JSON: {told}") from error
+
+    def _accuracy(self, name: str) -> Accuracy:
+        correct = self.correct(name)
+        return accuracy(int(correct.sum()), len(correct))
+
+
+def _convergence(rows: AttackRows, seconds: float) -> Convergence:
+    return Convergence(
+        **vars(_summary(rows, np.ones_like(rows.correct))),
+        survivors=_summary(rows, rows.correct),
+        gradients=float(rows.gradient_calls.mean()),
+        forwards=float(rows.forward_calls.mean()),
+        overturned=int(rows.overturned.sum()),
+        seconds=seconds,
+    )
+
+
+def _summary(rows: AttackRows, chosen: Column) -> Summary:
+    """The summary of the chosen examples."""
+    zero = rows.zero_gradient[chosen]
+    moving = chosen & (rows.zero_gradient != 1)  # NaN, not told, is no zero
+    return Summary(
+        *_quantiles(rows.fosc[moving]),
+        *_quantiles(rows.relative_fosc[moving]),
+        zero_gradient=float(zero.mean()) if len(zero) else math.nan,
+    )
+
+
+def _quantiles(values: Column) -> tuple[float, float]:
+    """Median and 90th percentile of what is known."""
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return math.nan, math.nan
+    median, ninth = np.quantile(values, (0.5, 0.9))
+    return float(median), float(ninth)
+
+
+def _column(values: Sequence[Any], name: str, count: int) -> Column:
+    """A column of JSON; null is NaN. Raises ValueError where it is not what such a column holds."""
+    column = np.array([math.nan if value is None else value for value in values])
+    check_column(column, name, count)
+    return column
+
+
+def _without_nan(value: Any) -> Any:
+    """The same document with null for every number that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

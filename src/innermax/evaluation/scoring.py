@@ -1,0 +1,328 @@
+"""What of an evaluation does not depend on who is evaluated: examples in batches, and which images count.
+
+Attacks are asked for images and for what their search cost, never for verdicts: what they return is put back into X(x)
+and scored by the model itself.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from innermax.attacks.base import Attack, looks_like_probabilities
+from innermax.attacks.search import AttackResult
+from innermax.data.image_set import ImageSet
+from innermax.evaluation.store import (
+    CLEAN,
+    AttackRows,
+    CleanRows,
+    Part,
+    Parts,
+)
+from innermax.losses import cross_entropy
+from innermax.models.wrappers import unwrapped
+from innermax.oracle.oracle import Oracle, Precision
+from innermax.threat import FeasibleSet, Threat
+from innermax.utils import randomness
+from innermax.utils.validation import check_labels, unknown
+
+PROBABLE = "the model seems to return probabilities"
+Progress = Callable[[str, int, int], None]
+_RESERVED = (CLEAN, "worst_case")
+_TOLERANCE = 1e-6  # of a pixel: what `contains` allows
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was evaluated, and how; `attack_network` is the oracle's plan."""
+
+    count: int
+    seed: int
+    quantize: int | None
+    precision: str
+    batch_size: int
+    attacks: dict[str, str]
+    attack_network: str
+    torch: str
+    device: str
+
+
+def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -> Float[Tensor, "b ..."]:
+    """Near each point of X(x), an image whose values are multiples of 1/(2^bits − 1), in X(x) too; x must be such one.
+
+    Each value goes to its nearest level, unless that would leave X(x): then to the next level towards x. Rounding all
+    towards x would always stay in X(x) but weaken every attack by up to a level; the nearest level can leave it, since
+    ε need not be on the grid and the roundings of many values add up in L2 and L1. There the values closest to their
+    next level outwards go first, as many as the ball holds.
+    """
+    levels = 2**bits - 1
+    clean = (feasible.x.flatten(1).double() * levels).round()
+    u = point.flatten(1).double() * levels - clean
+    inwards = u.trunc()
+    outwards = inwards + u.sign()
+    room = (outwards <= (feasible.ceiling + _TOLERANCE) * levels) & (outwards >= (feasible.floor - _TOLERANCE) * levels)
+    share = torch.where(room, (u - inwards).abs(), 0.0)
+
+    def rounded(threshold: Tensor) -> Tensor:
+        grid: Tensor = (clean + torch.where(share >= threshold[:, None], outwards, inwards)) / levels
+        return grid.to(point.dtype).reshape(point.shape)
+
+    low = torch.full_like(share[:, 0], 0.5)
+    high = torch.where(feasible.contains(rounded(low), _TOLERANCE), low, 1.0)  # shares are below 1: all towards x
+    for _ in range(10 if bool((high > low).any()) else 0):
+        middle = (low + high) / 2
+        inside = feasible.contains(rounded(middle), _TOLERANCE)
+        low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
+    return rounded(high)
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A batch after an attack: the (B, *features) image to score, its labels, the attack's report and its seconds.
+
+    start: the number of its first example.
+    """
+
+    image: Tensor
+    label: Tensor
+    result: AttackResult
+    seconds: float
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """The examples in batches, and what of an evaluation does not depend on who is evaluated."""
+
+    images: ImageSet
+    device: torch.device
+    batch_size: int
+    seed: int
+    quantize: int | None
+    progress: Progress | None
+
+    @contextmanager
+    def in_float32(self, oracle: Oracle) -> Iterator[None]:
+        """Inside, a caller's autocast or inference mode changes nothing, and random numbers are drawn from the seed."""
+        autocast = torch.autocast(self.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast, oracle.private_randomness(self.seed):
+            yield
+
+    def example(self) -> Float[Tensor, "b ..."]:
+        """The first few images."""
+        index = torch.arange(min(32, len(self.images)), device=self.device)
+        return self.images[:32].to(self.device).batch(index)[0]
+
+    def attack_oracle(self, model: nn.Module, exact: Oracle, precision: Precision) -> Oracle:
+        """The oracle that attacks search with."""
+        with exact.private_randomness(self.seed):  # what a model draws here must not depend on what came before
+            return Oracle.fast(model, self.example(), precision)
+
+    def batches(self, name: str, only: Container[int] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Index, images and labels of each batch, on the device; only: of those whose first example is among them."""
+        for start in range(0, len(self.images), self.batch_size):
+            stop = min(start + self.batch_size, len(self.images))
+            if only is None or start in only:
+                index = torch.arange(start, stop)
+                x, y = self.images.batch(index.to(self.images.images.device))
+                # For models that draw; the caller's random state is put aside.
+                torch.manual_seed(randomness.number(self.seed, start))
+                yield index.to(self.device), x.to(self.device), y.to(self.device)
+            if self.progress is not None:
+                self.progress(name, stop, len(self.images))
+
+    def attacked(
+        self, name: str, attack: Attack, oracle: Oracle, only: Container[int] | None = None
+    ) -> Iterator[Attacked]:
+        """Each batch after an attack; only: as for `batches`."""
+        for index, x, y in self.batches(name, only):
+            feasible = attack.threat.around(x)
+            began = time.perf_counter()
+            # Copies: an attack that works in place must not move what it is measured against.
+            result = attack(oracle, x.clone(), y.clone(), seed=self.seed, index=index, final="gradient")
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            seconds = time.perf_counter() - began
+            yield Attacked(self.admitted(name, result, feasible), y, result, seconds, int(index[0]))
+
+    def settings(self, attacks: Mapping[str, Attack], precision: Precision, attack_network: str) -> Settings:
+        """What is evaluated, and how."""
+        return Settings(
+            count=len(self.images),
+            seed=self.seed,
+            quantize=self.quantize,
+            precision=precision,
+            batch_size=self.batch_size,
+            attacks={name: repr(attack) for name, attack in attacks.items()},
+            attack_network=attack_network,
+            torch=str(torch.__version__),
+            device=str(self.device),
+        )
+
+    def admitted(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
+        """The image to score: what the attack returned, if need be moved into X(x), then onto the grid."""
+        x, x_adv = feasible.x, result.x_adv
+        if x_adv.shape != x.shape or not bool(torch.isfinite(x_adv).all()):
+            wrong = f"shape {tuple(x_adv.shape)}" if x_adv.shape != x.shape else "NaN or infinite values"
+            raise ValueError(f"attack {name!r} must return finite x_adv of shape {tuple(x.shape)}, came {wrong}")
+        x_adv = x_adv.detach().to(x)
+        # Points of X(x) stay as they are, bit for bit: a rounding can turn the verdict on one that just fell.
+        inside = feasible.contains(x_adv, _TOLERANCE).reshape(-1, *[1] * (x.ndim - 1))
+        x_adv = torch.where(inside, x_adv, feasible.project(x_adv))
+        x_adv = x_adv if self.quantize is None else quantized(x_adv, feasible, self.quantize)
+        if not bool(feasible.contains(x_adv, 10 * _TOLERANCE).all()):
+            raise RuntimeError(f"attack {name!r}: {feasible.threat!r} projects points that it does not contain")
+        return x_adv
+
+
+def scoring_logits(exact: Oracle, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"]) -> Float[Tensor, "b classes"]:
+    """The logits that decide. Raises ValueError where they are NaN or lack a class for a label."""
+    logits = exact.logits(x)
+    bad = int(torch.isnan(logits).any(1).sum())
+    if bad:
+        raise ValueError(f"the model returns NaN logits for {bad} of {len(x)} inputs")
+    check_labels(y, len(y), logits.shape[1], name="the labels of test_set")
+    return logits
+
+
+def check_arguments(
+    attacks: Mapping[str, Attack], batch_size: int, seed: int, quantize: int | None, precision: Precision
+) -> None:
+    """Raises for any argument that is wrong by itself."""
+    if not isinstance(attacks, Mapping):
+        raise TypeError(f"attacks must map names to attacks, came {type(attacks).__name__}")
+    taken = dict.fromkeys(("index", "label", "clean_prediction", "clean_correct", "seed"), "")
+    for name, attack in attacks.items():
+        if not isinstance(name, str) or name == "" or name in _RESERVED:
+            raise ValueError(f"an attack's name must be a text other than {', '.join(_RESERVED)}, came {name!r}")
+        if not callable(attack) or not isinstance(getattr(attack, "threat", None), Threat):
+            raise TypeError(f"attacks[{name!r}] must be an attack such as PGD(Linf(8 / 255)), came {attack!r}")
+        for field in ("success", *(field.name for field in fields(AttackRows))):
+            column = f"{name}_{field}"
+            if column in taken:
+                raise ValueError(f"attacks {taken[column]!r} and {name!r} would share the column {column}: rename one")
+            taken[column] = name
+    for argument, value in {
+        "batch_size": batch_size,
+        "quantize": 1 if quantize is None else quantize,
+        "seed": seed,
+    }.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{argument} must be an integer, came {value!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, came {batch_size}")
+    if quantize is not None and not 1 <= quantize <= 16:
+        raise ValueError(f"quantize must be in 1…16 or None, came {quantize}")
+    if precision not in get_args(Precision):
+        raise unknown("precision", precision, get_args(Precision))
+
+
+def check_models(argument: str, models: Mapping[str, nn.Module]) -> None:
+    """Raises unless models maps at least one name to a model."""
+    if not isinstance(models, Mapping):
+        raise TypeError(f"{argument} must map names to models, came {type(models).__name__}")
+    if not models:
+        raise ValueError(f"{argument} must hold at least one model, came none")
+    for name, model in models.items():
+        if not isinstance(name, str) or name == "":
+            raise ValueError(f"a model's name must be a text, came {name!r} in {argument}")
+        with about(argument.removesuffix("s"), name):
+            unwrapped(model)
+
+
+@contextmanager
+def about(role: str, name: str) -> Iterator[None]:
+    """Errors inside say which model they are about."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{role} {name!r}: {error}") from error
+
+
+def check_images(x: Tensor, attacks: Mapping[str, Attack], quantize: int | None) -> None:
+    """Raises where clean images are outside an attack's bounds or off the grid."""
+    for name, attack in attacks.items():
+        try:
+            attack.threat.around(x)
+        except ValueError as error:
+            raise ValueError(f"attack {name!r} does not fit the images of test_set (x): {error}") from error
+    if quantize is not None:
+        levels = 2**quantize - 1
+        if bool(((x * levels).round() / levels - x).abs().max() > _TOLERANCE):
+            raise ValueError(f"quantize={quantize} needs images of test_set whose values are multiples of 1/{levels}")
+
+
+def on_device(model: nn.Module, images: ImageSet, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
+    """The model where it is to compute, a copy where it has to move; and that device."""
+    model = unwrapped(model)
+    here = next((p.device for p in (*model.parameters(), *model.buffers())), None)
+    if device is None:
+        return model, here if here is not None else images.images.device
+    device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
+    return (model if here in (None, device) else copy.deepcopy(model).to(device)), device
+
+
+def score_clean(
+    bench: Bench, exact: Oracle, attacks: Mapping[str, Attack], parts: Parts, rank: int = 0, processes: int = 1
+) -> None:
+    """Adds the clean images' missing parts, or one's share of them.
+
+    Labels, bounds and grid are known to fit before the first long search.
+    """
+    for index, x, y in bench.batches(CLEAN, parts.missing(CLEAN)[rank::processes]):
+        check_images(x, attacks, bench.quantize)
+        began = time.perf_counter()
+        logits = scoring_logits(exact, x, y)
+        probable = torch.full(y.shape, looks_like_probabilities(logits))
+        rows = CleanRows(logits.argmax(1).cpu().numpy(), probable.numpy())
+        parts.add(CLEAN, int(index[0]), Part(vars(rows), time.perf_counter() - began))
+
+
+def attack_and_score(
+    bench: Bench,
+    attacks: Mapping[str, Attack],
+    oracle: Oracle,
+    exact: Oracle,
+    parts: Parts,
+    rank: int = 0,
+    processes: int = 1,
+) -> None:
+    """Adds the attacks' missing parts, or of several processes one's share of them."""
+    for name, attack in attacks.items():
+        for batch in bench.attacked(name, attack, oracle, parts.missing(name)[rank::processes]):
+            rows = _rows(batch.result, scoring_logits(exact, batch.image, batch.label), batch.label)
+            parts.add(name, batch.start, Part(vars(rows), batch.seconds))
+
+
+def _rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:
+    """One batch's rows: the attack's own report, and the verdict on the scored image."""
+    prediction = logits.argmax(1)
+    correct = prediction == y
+    untold = torch.full(y.shape, math.nan)
+    told = torch.zeros_like(correct) if result.misclassified is None else result.misclassified.to(correct)
+    columns = {
+        "correct": correct,
+        "prediction": prediction,
+        "loss": cross_entropy(logits, y),
+        "fosc": untold if result.fosc is None else result.fosc,
+        "relative_fosc": untold if result.relative_fosc is None else result.relative_fosc,
+        "zero_gradient": untold if result.zero_gradient is None else result.zero_gradient,
+        "steps": result.steps,
+        "gradient_calls": result.gradient_calls,
+        "forward_calls": result.forward_calls,
+        "overturned": told & correct,
+    }
+    return AttackRows(
+        **{
+            key: (value.double() if value.is_floating_point() else value).detach().cpu().numpy()
+            for key, value in columns.items()
+        }
+    )

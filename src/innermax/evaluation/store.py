@@ -1,0 +1,250 @@
+"""Rows of examples as they come: a part a chunk and attack, kept in a folder that an evaluation goes on from."""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from innermax.utils.files import is_vacant, read_config, write_bytes
+from innermax.utils.serialization import differences, is_number
+
+Column = npt.NDArray[Any]
+CLEAN = "clean"
+_CONFIGURATION = "config.yaml"
+_TABLE = "rows.parquet"
+_NUMBERS = "biuf"  # numpy's letters for what a column may hold, unless it is one of these
+_KINDS = {"correct": "b", "probable": "b", "prediction": "iu", "label": "iu", "index": "iu"}
+_LONGEST = 150  # characters that a message says of one setting
+
+
+@dataclass(frozen=True, eq=False)
+class AttackRows:
+    """One attack's examples, (N,) each.
+
+    `correct`, `prediction` and `loss`, the cross-entropy, are the scored image's; the others are as the attack gave
+    them, at its own last iterate: before quantisation, in the attack's precision. NaN where an attack does not gauge
+    itself.
+    """
+
+    correct: Column
+    prediction: Column
+    loss: Column
+    fosc: Column
+    relative_fosc: Column
+    zero_gradient: Column
+    steps: Column
+    gradient_calls: Column
+    forward_calls: Column
+    overturned: Column
+
+
+@dataclass(frozen=True, eq=False)
+class CleanRows:
+    """The clean images' examples, (N,) each; `probable`: whether the answer looks like probabilities."""
+
+    prediction: Column
+    probable: Column
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Columns of some examples by name, and the seconds they took."""
+
+    columns: Mapping[str, Column]
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The parts of "clean" and of each attack, by the number of their first example; in memory, and in a folder if any.
+
+    Attributes:
+        names: "clean" and the attacks.
+        count: examples in all.
+        size: examples a part, fewer in the last.
+        folder: where each part is written as a file of its own, whole or not at all.
+        held: the seconds of each part that is there.
+        columns: the values of the parts, (count,) each. Arrays of each part's own, kept between those that come and go
+            in a search, would leave memory in pieces that the next batch does not fit into.
+    """
+
+    names: tuple[str, ...]
+    count: int
+    size: int
+    folder: Path | None
+    held: dict[str, dict[int, float]] = field(default_factory=dict)
+    columns: dict[str, dict[str, Column]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            self.held.setdefault(name, {})
+            self.columns.setdefault(name, {})
+
+    @property
+    def starts(self) -> range:
+        """The first example of each part."""
+        return range(0, self.count, self.size)
+
+    def missing(self, name: str) -> list[int]:
+        """The parts that are still to be computed."""
+        return [start for start in self.starts if start not in self.held[name]]
+
+    def add(self, name: str, start: int, part: Part) -> None:
+        """Keeps a part; once this returns, it survives the process where there is a folder."""
+        if self.folder is not None:
+            path = self._path(self.folder, name, start)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            index = np.arange(start, start + self._length(start))
+            write_bytes(path, _parquet({"index": index, **part.columns}, {"attack": name, "seconds": part.seconds}))
+        self.keep(name, start, part)
+
+    def read(self) -> None:
+        """Takes over what the folder holds; a damaged file is named in a warning, and its part is missing."""
+        if self.folder is None:
+            return
+        for name in self.names:
+            for start in self.missing(name):
+                path = self._path(self.folder, name, start)
+                if not path.exists():
+                    continue
+                try:
+                    self.keep(name, start, self._read(path.read_bytes(), name, start))
+                except ValueError as error:
+                    warnings.warn(f"{path} is damaged ({error}): its rows are computed again", stacklevel=4)
+
+    def written(self, folder: Path, name: str) -> int:
+        """How many examples the folder has files of."""
+        return sum(self._length(start) for start in self.starts if self._path(folder, name, start).exists())
+
+    def joined(self, name: str) -> Part:
+        """All parts as one."""
+        return Part(self.columns[name], sum(self.held[name][start] for start in self.starts))
+
+    def part(self, name: str, start: int) -> Part:
+        """A part that is there."""
+        stop = start + self._length(start)
+        columns = {key: column[start:stop] for key, column in self.columns[name].items()}
+        return Part(columns, self.held[name][start])
+
+    def keep(self, name: str, start: int, part: Part) -> None:
+        """Takes a part over into the columns."""
+        whole = self.columns[name]
+        for key, column in part.columns.items():
+            values = whole[key] if key in whole else np.empty(self.count, column.dtype)
+            # Of another type where an attack does not tell what it told of other parts.
+            whole[key] = values.astype(np.result_type(values, column), copy=False)
+            whole[key][start : start + len(column)] = column
+        self.held[name][start] = part.seconds
+
+    def _length(self, start: int) -> int:
+        return min(self.size, self.count - start)
+
+    def _path(self, folder: Path, name: str, start: int) -> Path:
+        """A part's file; the number keeps names apart that a file system takes for one."""
+        readable = re.sub(r"[^A-Za-z0-9.-]", "_", name)[:60]
+        return folder / "parts" / f"{sorted(self.names).index(name)}-{readable}" / f"{start:09d}.parquet"
+
+    def _read(self, content: bytes, name: str, start: int) -> Part:
+        """A part from its file's bytes. Raises ValueError where they are not what `add` wrote."""
+        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+        try:
+            table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+            told = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+            columns = {key: table[key].to_numpy() for key in table.column_names}
+            seconds, attack = float(told["seconds"]), told["attack"]
+            for key, column in columns.items():
+                check_column(column, key, self._length(start))
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+            raise ValueError(" ".join(str(error).split())[:120]) from error
+        if not is_number(seconds):
+            raise ValueError(f"it took {seconds} seconds")
+        index = columns.pop("index", np.empty(0))
+        if attack != name or columns.keys() != {
+            entry.name for entry in fields(CleanRows if name == CLEAN else AttackRows)
+        }:
+            raise ValueError(f"it holds {', '.join(columns)} of {attack!r}")
+        if not np.array_equal(index, np.arange(start, start + self._length(start))):
+            raise ValueError(f"it does not hold the examples {start}…{start + self._length(start) - 1}")
+        return Part(columns, seconds)
+
+
+def check_column(column: Column, name: str, count: int) -> None:
+    """Raises ValueError unless the column of that name holds what it should, for so many examples."""
+    if column.shape != (count,) or column.dtype.kind not in _KINDS.get(name, _NUMBERS):
+        raise ValueError(
+            f"column {name[:60]} must hold {count} numbers of its kind, came {column.dtype} {column.shape}"
+        )
+    if name in ("prediction", "label") and column.size and int(column.min()) < 0:
+        raise ValueError(f"column {name} holds a class below 0")
+
+
+def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
+    """Makes or finds a folder of rows of this configuration.
+
+    Raises:
+        ValueError: the folder holds the rows of another configuration, or files that are no rows.
+    """
+    if (folder / _CONFIGURATION).exists():
+        differing = _differing(read_config(folder), configuration)
+        if differing:
+            raise ValueError(
+                f"rows_dir {folder} belongs to another evaluation ({'; '.join(map(_short, differing[:4]))}); "
+                "choose another folder, or remove it"
+            )
+        return
+    if not is_vacant(folder):
+        raise ValueError(f"rows_dir {folder} exists and holds no rows of innermax; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)
+    write_bytes(folder / _CONFIGURATION, text.encode())
+
+
+@contextmanager
+def kept_rows(folder: Path | None) -> Iterator[None]:
+    """Whatever ends the work inside says in a note where its finished parts are."""
+    try:
+        yield
+    except BaseException as error:
+        if folder is not None:
+            error.add_note(f"Rows that are finished are kept in {folder}: the same evaluation goes on from them.")
+        raise
+
+
+def write_table(folder: Path, columns: Mapping[str, Column]) -> None:
+    """Writes the whole table, once every part is there."""
+    write_bytes(folder / _TABLE, _parquet(columns, {}))
+
+
+def _differing(before: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two configurations differ; a model's answers may by what rounding does."""
+    old, new = before.get("answers"), now["answers"]
+    same = isinstance(old, list) and len(old) == len(new) and all(is_number(v) or v != v for v in old)
+    if same and np.allclose(np.array(old), np.array(new), 1e-3, 1e-6, equal_nan=True):
+        return differences(before | {"answers": new}, now)
+    return [*differences(before | {"answers": new}, now), "the model answers the first examples in another way"]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+
+
+def _parquet(columns: Mapping[str, Column], metadata: Mapping[str, object]) -> bytes:
+    """A table as a parquet file's bytes, each page with its checksum."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({key: pa.array(column, from_pandas=False) for key, column in columns.items()})
+    sink = pa.BufferOutputStream()
+    told = {key: repr(value) if isinstance(value, float) else str(value) for key, value in metadata.items()}
+    pq.write_table(table.replace_schema_metadata(told), sink, write_page_checksum=True)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content

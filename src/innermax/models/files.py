@@ -1,0 +1,122 @@
+"""Model files and run folders: safetensors and JSON, written whole or not at all, never pickle."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from innermax.models.registry import build_model
+from innermax.models.wrappers import unwrapped
+from innermax.utils.files import load_tensors, save_tensors, write_json
+from innermax.utils.serialization import parsed_json
+
+# A path that ends so is a file's, never a Hub id, which may hold a dot as well.
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json")
+
+
+def save_model(folder: str | Path, model: nn.Module, name: str = "model.safetensors") -> None:
+    """Writes a model's weights and, where innermax built it, the config.json that `load_model` rebuilds it from."""
+    model = unwrapped(model)
+    write_model(Path(folder), model.state_dict(), getattr(model, "config", None), name)
+
+
+def write_model(folder: Path, tensors: Mapping[str, Tensor], config: object, name: str = "model.safetensors") -> None:
+    """Writes a model's tensors, and its config.json where it is one that innermax builds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / name, tensors)
+    if isinstance(config, Mapping) and "model" in config:
+        write_json(folder / "config.json", config)
+
+
+def load_saved_model(source: str | Path, model: nn.Module | None = None, revision: str | None = None) -> nn.Module:
+    """A model from a folder or file that innermax wrote, or from the Hugging Face Hub; in evaluation mode.
+
+    Args:
+        source: a run or model folder, a .safetensors file with config.json beside it, or a Hub id such as "user/name",
+            also "user/name@revision".
+        model: the network to fill, for one that innermax did not build; changed in place.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: nothing is there, or the files are damaged, foreign or do not fit. Pickle is never loaded.
+    """
+    path = _located(Path(source), str(source), revision, described=model is None)
+    tensors, _ = load_tensors(path)
+    if model is None:
+        description = path.parent / "config.json"
+        with torch.device("meta"):  # what a stranger describes gets no memory before the weights are seen to fit
+            _fitted(_built(description), tensors, path)
+        model = _built(description)
+    return _fitted(model, tensors, path).eval()
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads weights into a network; one on the meta device takes the tensors themselves.
+
+    Raises ValueError where names, shapes or kinds of numbers differ.
+    """
+    own = network.state_dict()
+    for name, value in own.items():
+        if name in tensors and tensors[name].is_floating_point() != value.is_floating_point():
+            raise ValueError(f"{name} is of {tensors[name].dtype} instead of {value.dtype}")
+    try:
+        network.load_state_dict(tensors, assign=any(value.is_meta for value in own.values()))
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from error
+
+
+def _fitted(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The model, filled with the weights of a file."""
+    try:
+        fill(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+    return model
+
+
+def _located(path: Path, source: str, revision: str | None, described: bool) -> Path:
+    """The weights file; described: with a config.json beside it."""
+    if path.is_dir():
+        path = path / "model.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{path.parent} holds no model.safetensors")
+    if path.suffix != ".safetensors" and path.exists():
+        raise ValueError(f"{path} is no .safetensors file; pickled models are never loaded")
+    if path.is_file():
+        return path
+    repository, at, told = source.partition("@")
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or path.suffix in _FILE_SUFFIXES:
+        raise ValueError(f"no model at {source}: expected a folder, a .safetensors file or a Hub id such as user/name")
+    if at and (not told or revision not in (None, told)):
+        raise ValueError(f"{source} must name one revision after its @, came {told!r} and revision={revision!r}")
+    from huggingface_hub import hf_hub_download
+
+    revision = told or revision
+    try:
+        if described:
+            hf_hub_download(repository, "config.json", revision=revision)
+        return Path(hf_hub_download(repository, "model.safetensors", revision=revision))
+    except Exception as error:  # a lost connection comes as the Hub client's own, its HTTP client's or the system's
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"no model {source!r} here or on the Hugging Face Hub: {reason}") from error
+
+
+def _built(path: Path) -> nn.Module:
+    """The network that a config.json describes."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+        config = parsed_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a readable model description: {error}; pass model= for a network of yours"
+        ) from error
+    if not isinstance(config, dict) or "model" not in config:
+        raise ValueError(f"{path} describes no model of innermax; pass model= for a network of yours")
+    options = {name: value for name, value in config.items() if name != "model"}
+    try:
+        return build_model(config["model"], **options)
+    # torch's own are of sizes that no machine holds.
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,168 @@
+"""Models from anywhere: files, the Hub, timm, a function somebody wrote, an exported program."""
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from torch import Tensor, export, fx, nn
+from torch.fx.graph import CodeGen
+
+from innermax.models.files import load_saved_model
+from innermax.models.wrappers import Normalize
+from innermax.utils.validation import in_short
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def load_model(
+    source: str | Path, model: nn.Module | None = None, revision: str | None = None, *, allow_code: bool = False
+) -> nn.Module:
+    """A model from a file, the Hugging Face Hub, timm, or code; in evaluation mode.
+
+    Args:
+        source: a run or model folder or a .safetensors file that innermax wrote; a Hub id such as "user/name",
+            or "user/name@revision" with a branch, tag or commit;
+            "timm:NAME", timm's pretrained network with the normalisation it was trained with in front. With allow_code
+            also "module:function", called without arguments, where the current directory is searched first; or a .pt2
+            file that `torch.export.save` wrote.
+        model: the network to fill from a file or the Hub, for one that innermax did not build; changed in place.
+        revision: branch, tag or commit on the Hub.
+        allow_code: loading may run code that comes with the source.
+
+    Raises:
+        ValueError: nothing is there, it would run code that is not allowed, or it is damaged, foreign or does not fit.
+            Pickle is never loaded.
+        TypeError: the function does not return an nn.Module.
+    """
+    name = str(source)
+    if model is not None or Path(name).is_dir():
+        return load_saved_model(source, model, revision)
+    if name.startswith("timm:"):
+        return _from_timm(name.removeprefix("timm:"))
+    if Path(name).suffix == ".pt2":
+        if not Path(name).is_file():
+            raise ValueError(f"no torch.export program at {name}")
+        _check_allowed(allow_code, f"to load the torch.export program {name}")
+        return _from_program(name)
+    if _FUNCTION.fullmatch(name):
+        module, _, function = name.partition(":")
+        _check_allowed(allow_code, f"to call {function}() of the module {module}")
+        return _from_function(module, function)
+    return load_saved_model(source, model, revision)
+
+
+class Exported(nn.Module):
+    """A `torch.export` program as a module for batches of any size; its own mode was settled when it was exported.
+
+    Smaller batches than it was exported for are filled up with copies of the first input, larger ones are split.
+
+    Raises:
+        ValueError: it takes or returns more than one tensor, or was exported in training mode.
+    """
+
+    def __init__(self, program: export.ExportedProgram) -> None:
+        super().__init__()
+        signature = program.graph_signature
+        for what, names in {"takes": signature.user_inputs, "returns": signature.user_outputs}.items():
+            if len(names) != 1:
+                raise ValueError(f"the program {what} {len(names)} values; export one that takes x and returns logits")
+        learning = next((node for node in program.graph.nodes if _learns(node)), None)
+        if learning is not None:
+            raise ValueError(f"the program was exported in training mode ({learning.target}): export model.eval()")
+        self.smallest, self.largest = _batch_sizes(program, signature.user_inputs[0])
+        module = program.module(check_guards=False)
+        # Plain calls instead of its own, and a plain GraphModule, which can be copied and told to evaluate.
+        module.graph.set_codegen(CodeGen())
+        self.network = fx.GraphModule(module, module.graph)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, *features) → logits (B, classes)."""
+        return torch.cat([self._answer(part) for part in torch.split(x, self.largest or len(x))])
+
+    def _answer(self, x: Tensor) -> Tensor:
+        missing = self.smallest - len(x)
+        filled = torch.cat([x, x[:1].detach().expand(missing, *x.shape[1:])]) if missing > 0 else x
+        (logits,) = self.network(filled)
+        answer: Tensor = logits[: len(x)]
+        return answer
+
+
+def _check_allowed(allowed: bool, what: str) -> None:
+    if not allowed:
+        raise ValueError(f"{what} is to run code: allow it with --allow-code (allow_code=True) where you trust it")
+
+
+def _from_timm(name: str) -> nn.Module:
+    """timm's network for images in [0, 1]."""
+    try:
+        timm = importlib.import_module("timm")
+    except Exception as error:  # its torchvision, built for another torch, raises what it likes
+        raise ValueError(f"timm:{name} needs timm (pip install 'innermax[timm]'): {in_short(error)}") from error
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=True)
+    except Exception as error:  # timm's own, the Hub client's or the system's
+        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close and "nknown model" in str(error) else ""
+        raise ValueError(f"timm:{name} cannot be had: {in_short(error)}{hint}") from error
+    told = attrgetter("pretrained_cfg")(network)
+    return nn.Sequential(OrderedDict(normalize=Normalize(told["mean"], told["std"]), network=network)).eval()
+
+
+def _from_function(module: str, function: str) -> nn.Module:
+    with _current_directory_importable():
+        try:
+            model = attrgetter(function)(importlib.import_module(module))()
+        except Exception as error:  # anything: it is other people's code
+            raise ValueError(f"{module}:{function} fails: {in_short(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{module}:{function} must return a torch.nn.Module, came {type(model).__name__}")
+    return model.eval()
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    """Inside, modules are found in the current directory first, as by `python -m`."""
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _from_program(path: str) -> nn.Module:
+    try:
+        program = export.load(path)
+    except Exception as error:  # zip's, pickle's, torch's
+        raise ValueError(f"{path} is not a readable torch.export program: {in_short(error)}") from error
+    try:
+        return Exported(program).eval()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _learns(node: fx.Node) -> bool:
+    """Whether an operator of an exported program behaves as in training."""
+    schema = getattr(node.target, "_schema", None)
+    named = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)) if schema else {}
+    return any((named | node.kwargs).get(name) is True for name in ("train", "training"))
+
+
+def _batch_sizes(program: export.ExportedProgram, name: str) -> tuple[int, int | None]:
+    """The smallest and the largest batch that a program takes; None: any."""
+    value = next(node for node in program.graph.nodes if node.name == name).meta["val"]
+    size = value.shape[0]
+    if isinstance(size, int):
+        return size, size
+    allowed = program.range_constraints.get(size.node.expr)
+    if allowed is None:
+        return 1, None
+    return int(allowed.lower), int(allowed.upper) if allowed.upper.is_Integer else None

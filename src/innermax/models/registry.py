@@ -1,0 +1,82 @@
+"""The networks by name. A new network is one entry in MODELS: (num_classes, input_shape, **options) → nn.Module."""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from innermax.models.cnn import cifar_cnn, digits_cnn, mnist_cnn
+from innermax.models.resnet import preact_resnet18, resnet50, wideresnet
+from innermax.models.wrappers import Normalize
+from innermax.utils.validation import unknown
+
+_MOST_PIXELS = 4096 * 4096  # as of images that are read
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mnist-cnn": mnist_cnn,
+    "cifar-cnn": cifar_cnn,
+    "digits-cnn": digits_cnn,
+    "preact-resnet18": preact_resnet18,
+    "wideresnet": wideresnet,
+    "resnet50": resnet50,
+}
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int = 10,
+    input_shape: Sequence[int],
+    normalize: Sequence[Sequence[float]] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A freshly initialised network: images float (B, C, H, W) in [0, 1] → logits (B, num_classes).
+
+    name: one of MODELS; input_shape: (C, H, W); normalize: (mean, std), one number a channel each, applied inside the
+    model; options: the network's own (`wideresnet`: depth, width). The model's `config` is a JSON-serialisable dict
+    {"model", "num_classes", "input_shape", options…}: `build_model(config.pop("model"), **config)` builds it again.
+    Raises ValueError for an unknown name or option, a value out of range or an image size the network cannot take.
+    """
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    shape = list(input_shape)
+    if len(shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in shape):
+        raise ValueError(f"input_shape must be (C, H, W), three positive integers, came {tuple(shape)}")
+    if shape[1] * shape[2] > _MOST_PIXELS:
+        raise ValueError(f"input_shape must be at most {_MOST_PIXELS:,} pixels, came {tuple(shape)}")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes must be an integer ≥ 2, came {num_classes!r}")
+    settings = _settings(name, options)
+    model = MODELS[name](num_classes, shape, **settings)
+    config: dict[str, Any] = {"model": name, "num_classes": num_classes, "input_shape": shape, **settings}
+    if normalize is not None:
+        mean, std = _mean_and_std(normalize, channels=shape[0])
+        model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), network=model))
+        config["normalize"] = [mean, std]
+    model.config = config  # type: ignore[assignment]  # a plain attribute; nn.Module declares tensors and modules only
+    return model
+
+
+def _settings(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The network's options with its defaults filled in, so that a config keeps its meaning if defaults change."""
+    parameters = list(inspect.signature(MODELS[name]).parameters.values())[2:]
+    known = {parameter.name: parameter for parameter in parameters}
+    for option, value in options.items():
+        if option not in known:
+            raise unknown(f"option of {name}", option, [*known, "normalize"])
+        if known[option].annotation is int and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"{option} must be an integer, came {value!r}")
+    return {key: options.get(key, parameter.default) for key, parameter in known.items()}
+
+
+def _mean_and_std(normalize: Sequence[Sequence[float]], channels: int) -> tuple[list[float], list[float]]:
+    """normalize as two lists of one number a channel."""
+    if len(normalize) != 2:
+        raise ValueError(f"normalize must be (mean, std), came {len(normalize)} values")
+    mean, std = ([float(value) for value in values] for values in normalize)
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"normalize must hold one mean and std a channel ({channels}), came {len(mean)} and {len(std)}"
+        )
+    return mean, std

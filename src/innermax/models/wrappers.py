@@ -1,0 +1,46 @@
+"""Normalisation inside a model, and the network inside a wrapper."""
+
+import math
+from collections.abc import Sequence
+from typing import cast, no_type_check
+
+import torch
+from torch import nn
+
+IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std a channel, of images in [0, 1]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module under torch.compile, DataParallel, DDP or Fabric. Raises TypeError for anything else."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, came {type(model).__name__}")
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(
+            model, "_forward_module"
+        ):
+            model = cast(nn.Module, model.module)
+        else:
+            return model
+
+
+class Normalize(nn.Module):
+    """(x − mean) / std per channel; x: (B, C, H, W). The numbers live in the model's config, not in its weights.
+
+    mean, std: one number a channel, or one for all. Raises ValueError where they differ in length, are not finite or
+    std is not positive.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or len(mean) == 0:
+            raise ValueError(f"mean and std must hold one number a channel each, came {len(mean)} and {len(std)}")
+        if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
+            raise ValueError(f"mean and std must be finite and std > 0, came {list(mean)} and {list(std)}")
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @no_type_check  # torch.fx calls it with a proxy, which a runtime type checker would refuse
+    def forward(self, x):
+        return (x - self.mean) / self.std

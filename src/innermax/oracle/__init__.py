@@ -1,0 +1,1 @@
+"""The network as the attacker sees it: folded, lowered, compiled, sharded."""

@@ -1,0 +1,156 @@
+"""A network in evaluation mode rewritten into a cheaper one that computes the same function."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from innermax.oracle.input_convolution import InputConvolution
+from innermax.utils.validation import in_short
+
+_AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The rewritten network, and the (layer, BatchNorm) pairs, by name in the original, that became one layer.
+
+    `untraced`: why the network could be rewritten only module by module, if so.
+    """
+
+    network: nn.Module
+    pairs: tuple[tuple[str, str], ...]
+    untraced: str | None = None
+
+    @torch.no_grad()
+    def refresh(self, source: nn.Module) -> None:
+        """Takes over the parameters and buffers that `source`, the original network, has now."""
+        merged = dict(self.pairs)
+        here = dict(_tensors(self.network))
+        there = dict(_tensors(source))
+        for layer, norm in merged.items():
+            weight, bias = _merge(source.get_submodule(layer), cast(_BatchNorm, source.get_submodule(norm)))
+            there[f"{layer}.weight"], there[f"{layer}.bias"] = weight, bias
+        names = [name for name in here if name in there]
+        torch._foreach_copy_([here[name] for name in names], [there[name] for name in names])
+
+
+def fold(network: nn.Module) -> Folded:
+    """Merges BatchNorm into the convolution or linear layer before it and pools before the ReLU instead of after.
+
+    Where the network as a whole cannot be traced, its modules are rewritten that can be, each for itself.
+
+    Args:
+        network: in evaluation mode; its own copy, which the result may share tensors with.
+
+    Raises:
+        Exception: whatever torch.fx raises where neither the network nor any of its modules can be traced.
+    """
+    try:
+        return Folded(*_rewritten(network))
+    except Exception as failure:
+        pairs = tuple(_fold_modules(network, ""))
+        if not pairs:
+            raise
+        return Folded(network, pairs, untraced=in_short(failure))
+
+
+def _rewritten(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:
+    traced = fx.symbolic_trace(network)
+    pairs = tuple(_fold_norms(traced))
+    _pool_first(traced)
+    _few_channels(traced)
+    traced.graph.lint()
+    traced.recompile()
+    return traced, pairs
+
+
+def _fold_modules(network: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
+    """Puts a rewritten module in the place of each largest one that can be traced."""
+    for name, module in list(network.named_children()):
+        if not any(isinstance(inner, _BatchNorm) for inner in module.modules()) or isinstance(module, _BatchNorm):
+            continue
+        try:
+            rewritten, pairs = _rewritten(module)
+        except Exception:  # noqa: BLE001  whatever tracing raises, its own modules may still be traced
+            yield from _fold_modules(module, f"{prefix}{name}.")
+            continue
+        setattr(network, name, rewritten)
+        for layer, norm in pairs:
+            yield f"{prefix}{name}.{layer}", f"{prefix}{name}.{norm}"
+
+
+def _fold_norms(traced: fx.GraphModule) -> Iterator[tuple[str, str]]:
+    modules = dict(traced.named_modules())
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    for node in list(traced.graph.nodes):
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        before = node.args[0] if node.args else None
+        if not isinstance(norm, _BatchNorm) or not isinstance(before, fx.Node) or before.op != "call_module":
+            continue
+        layer = modules[str(before.target)]
+        alone = len(before.users) == 1 and calls.count(before.target) == 1
+        own = type(layer) in _AFFINE and isinstance(layer._parameters.get("weight"), Tensor)  # not computed from others
+        if not own or not alone or layer.weight.shape[0] != norm.num_features:
+            continue
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(norm.num_features), requires_grad=False)
+        node.replace_all_uses_with(before)
+        traced.graph.erase_node(node)
+        yield str(before.target), str(node.target)
+
+
+def _pool_first(traced: fx.GraphModule) -> None:
+    """max-pool(relu(z)) = relu(max-pool(z)): the same numbers, with the ReLU on a quarter of them."""
+    modules = dict(traced.named_modules())
+    for pool in list(traced.graph.nodes):
+        if pool.op != "call_module" or not isinstance(modules[pool.target], _POOLS):
+            continue
+        relu = pool.args[0]
+        if modules[pool.target].return_indices or not _is_relu(relu, modules) or len(relu.users) != 1:
+            continue
+        pool.replace_all_uses_with(relu)
+        pool.args = (relu.args[0],)
+        relu.args = (pool,)
+        pool.append(relu)
+
+
+def _few_channels(traced: fx.GraphModule) -> None:
+    """Convolutions over few channels get the kernel made for them."""
+    for name, layer in list(traced.named_modules()):
+        if InputConvolution.fits(layer):
+            traced.set_submodule(name, InputConvolution(cast(nn.Conv2d, layer)))
+
+
+def _is_relu(node: object, modules: dict[str, nn.Module]) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and (
+            (node.op == "call_module" and isinstance(modules[str(node.target)], nn.ReLU))
+            or (node.op == "call_function" and node.target in (torch.relu, nn.functional.relu))
+            or (node.op == "call_method" and node.target == "relu")
+        )
+        and len(node.args) == 1
+    )
+
+
+def _merge(layer: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of norm ∘ layer."""
+    weight, bias = attrgetter("weight", "bias")(layer)
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.affine:
+        scale = scale * norm.weight
+    shift = -mean if bias is None else bias - mean
+    shift = shift * scale
+    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), shift + norm.bias if norm.affine else shift
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from network.named_parameters(remove_duplicate=False)
+    yield from network.named_buffers(remove_duplicate=False)

@@ -1,0 +1,81 @@
+"""The oracle of a network whose parameters are sharded over processes (FSDP)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from innermax.losses import Loss
+from innermax.oracle.oracle import Answer, Oracle
+
+_NOTHING, _LOGITS, _GRADIENT = range(3)  # what a process asks of a pass
+
+
+class ShardedOracle(Oracle):
+    """The oracle of a network in parts: the network itself, in evaluation mode while it is asked.
+
+    Args:
+        model: what `shard` made.
+        example: (B, *features) inputs; the first one is sent along where a process has nothing to ask.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self._source = self._network = model
+        self._precise = self._folded = self._replayed = self._workers = self._compiled_for = None
+        self._memory_format = torch.preserve_format
+        self._dtype = next(p.dtype for p in model.parameters())
+        self._threads, self.doubt, self.micro_batch = 1, 0.0, None
+        self._padding = example[:1]
+        self.plan = f"in {dist.get_world_size()} parts, float32"
+
+    def refresh(self) -> None:
+        """Nothing: it is the model itself."""
+
+    def settle(self) -> None:
+        """Goes along with the others' passes until nobody asks any more."""
+        while asked := self._agreed(_NOTHING):
+            self._passed(self._padding, asked)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, classes) float32 logits."""
+        return self._passed(x, self._agreed(_LOGITS))
+
+    def gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Answer:
+        """As of any oracle."""
+        self._agreed(_GRADIENT)
+        return self._gradient(x, label, loss)
+
+    def _passed(self, x: Tensor, asked: int) -> Tensor:
+        """The logits, by a pass such as the others make."""
+        if asked == _GRADIENT:
+            return self._gradient(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), _sum).logits
+        with torch.no_grad():
+            return self._forward(self._placed(x), len(x))
+
+    def _agreed(self, wish: int) -> int:
+        """The most that any process asks of the next pass."""
+        told = torch.tensor(wish, device=self._padding.device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return int(told)
+
+    def _forward(self, x: Tensor, batch: int) -> Tensor:
+        with _evaluating(self._network):
+            return super()._forward(x, batch)
+
+
+def _sum(logits: Tensor, label: Tensor) -> Tensor:
+    return logits.sum(1)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in evaluation mode; afterwards each of its modules is in its own again."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

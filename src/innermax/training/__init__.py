@@ -1,0 +1,1 @@
+"""Training: Algorithm 1, its options, checkpoints, run folder and loggers."""

@@ -1,0 +1,224 @@
+"""The states that a run goes on from: the last few, each whole and checked, and a lock against a second process."""
+
+import hashlib
+import itertools
+import json
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from innermax.models.files import fill
+from innermax.training.run_folder import STATES
+from innermax.utils.files import fingerprint, load_tensors, save_tensors, write_bytes
+from innermax.utils.serialization import is_number, is_row
+
+_PACE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)?")
+_NAME = re.compile(r"epoch-(\d+)-batch-(\d+)\.safetensors")
+_GAUGES = {"fosc", "relative_fosc", "ball_fosc", "zero_gradient"}
+
+
+# What an optimiser keeps of a parameter; a stranger's file may hold less.
+_OF_A_PARAMETER: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A network or an optimiser: its state as a dictionary, and back."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+def save_state(
+    folder: Path,
+    networks: Mapping[str, Stateful],
+    optimizer: Stateful,
+    position: Mapping[str, Any],
+    kept: Tensor | None = None,
+    keep: int = 2,
+) -> None:
+    """Writes networks, optimiser, kept perturbations and position as a run folder's newest state.
+
+    At an epoch's end the history goes into metrics.jsonl, too. Of the states before, the newest keep − 1 stay.
+    """
+    tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+    tensors |= {} if kept is None else {"kept": kept}
+    if position["batch"] == 0:  # first: once the state is written, this epoch does not come again
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
+        write_bytes(folder / "metrics.jsonl", "".join(lines).encode())
+    path = folder / STATES / f"epoch-{position['epoch']:06d}-batch-{position['batch']:08d}.safetensors"
+    save_tensors(path, tensors, {"position": dict(position), "sha256": _digest(tensors, position)})
+    for old in states(folder)[keep:]:
+        old.unlink(missing_ok=True)
+
+
+def load_state(
+    folder: Path, networks: Mapping[str, Stateful], optimizer: Stateful, kept: Tensor | None = None
+) -> dict[str, Any]:
+    """Fills networks, optimiser and kept perturbations from the newest state that is whole, with a warning where that
+    is not the newest; its position, empty where there is none.
+
+    Raises:
+        ValueError: no state is whole, or the one that is does not fit.
+    """
+    damaged = []
+    for path in states(folder):
+        try:
+            tensors, position = _checked(path)
+        except ValueError as error:
+            damaged.append(f"{path} is damaged ({error})")
+            continue
+        if damaged:
+            warnings.warn(f"{'; '.join(damaged)}: the run goes on from {path}", stacklevel=2)
+        _fill(path, tensors, networks, optimizer, kept)
+        return position
+    if damaged:
+        raise ValueError(f"no state of {folder} is whole: {'; '.join(damaged)}; start afresh with overwrite")
+    return {}
+
+
+def states(folder: Path) -> list[Path]:
+    """The states of a run folder, the newest first."""
+    files = (path for path in (folder / STATES).glob("*.safetensors") if path.is_file())
+    found = {path: _NAME.fullmatch(path.name) for path in files}
+    places = {path: (int(match[1]), int(match[2])) for path, match in found.items() if match is not None}
+    return sorted(places, key=places.__getitem__, reverse=True)
+
+
+def due_every(every: int | str | None) -> Callable[[], bool]:
+    """A question that is answered True every so many times, or after each span of time such as "10min"."""
+    if every is None:
+        return lambda: False
+    match = _PACE.fullmatch(str(every))
+    if match is None or float(match[1]) == 0 or (match[2] is None and "." in match[1]):
+        raise ValueError(
+            f"checkpoint_every must be a number of updates or a time such as 10min, 90s or 2h, came {every}"
+        )
+    if match[2] is None:
+        counted, updates = itertools.count(1), int(match[1])
+        return lambda: next(counted) % updates == 0
+    span, last = float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]], [time.monotonic()]
+
+    def over() -> bool:
+        if time.monotonic() - last[0] < span:
+            return False
+        last[0] = time.monotonic()
+        return True
+
+    return over
+
+
+def _checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and position of a state. Raises ValueError where it is not what was written."""
+    tensors, meta = load_tensors(path)
+    position = meta.get("position")
+    if not isinstance(position, dict) or meta.get("sha256") != _digest(tensors, position):
+        raise ValueError("its contents do not match their hash")
+    strange = next((name for name, value in position.items() if not _is_told(name, value)), None)
+    if strange is not None:
+        raise ValueError(f"its {strange[:60]!r} is not what a run writes")
+    return tensors, position
+
+
+def _is_told(name: str, value: Any) -> bool:
+    """Whether a run's position may hold this: its hash says nothing of who made it."""
+    match name, value:
+        case (("epoch" | "batch"), int()):
+            return not isinstance(value, bool) and 0 <= value < 2**53
+        case "micro_batch", None | int():
+            return value is None or value >= 1
+        case "totals", dict():
+            return all(map(is_number, value.values())) and (
+                "examples" not in value or {"loss", "correct"} <= set(value)
+            )
+        case "gauged", dict():
+            lists = all(isinstance(v, list) and v and all(map(is_number, v)) for v in value.values())
+            return lists and set(value) in (set(), _GAUGES)
+        case "history", list():
+            return all(map(is_row, value))
+        case "attack_network", str():
+            return True
+        case "seconds", _:
+            return is_number(value)
+    return False
+
+
+def _digest(tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> str:
+    told = json.dumps(position, sort_keys=True) + fingerprint(sorted(tensors.items(), key=lambda item: item[0]))
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _fill(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    networks: Mapping[str, Stateful],
+    optimizer: Stateful,
+    kept: Tensor | None,
+) -> None:
+    whole: Any = getattr(optimizer, "parted", optimizer)
+    try:
+        state = _optimizer_state(tensors, whole)
+        for prefix, network in networks.items():
+            own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
+            if isinstance(network, nn.Module):
+                fill(network, own)
+            else:
+                network.load_state_dict(own)
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if not hasattr(optimizer, "parted"):
+            _lay_out(whole)
+        if kept is not None:
+            _check_like("kept", tensors["kept"], kept)
+            kept.copy_(tensors["kept"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
+
+
+def _optimizer_state(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What an optimiser keeps of each parameter, by its number. Raises ValueError where it is not this optimiser's."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if not name.startswith("optimizer/"):
+            continue
+        match = re.fullmatch(r"optimizer/(\d{1,9})/(\w+)", name)
+        if match is None or int(match[1]) >= len(parameters):
+            raise ValueError(f"{name[:60]!r} is of no parameter")
+        if value.ndim > 0:
+            _check_like(name, value, parameters[int(match[1])])
+        state.setdefault(int(match[1]), {})[match[2]] = value
+    wanted = next((names for kind, names in _OF_A_PARAMETER.items() if isinstance(optimizer, kind)), None)
+    for number, found in state.items():
+        if wanted is not None and set(found) != wanted:
+            raise ValueError(
+                f"optimizer/{number} holds {', '.join(sorted(found))} instead of {', '.join(sorted(wanted))}"
+            )
+    return state
+
+
+def _check_like(name: str, value: Tensor, other: Tensor) -> None:
+    if value.shape != other.shape or value.is_floating_point() != other.is_floating_point():
+        came, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (value, other))
+        raise ValueError(f"{name} is {came} instead of {wanted}")
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Gives what belongs to a parameter's entries the parameter's order in memory.
+
+    Files hold rows one after the other, and fused optimisers take the two in the order in which they lie there.
+    """
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -1,0 +1,149 @@
+"""What a training writes beside its run folder: TensorBoard, Weights & Biases, MLflow, or any logger of Lightning's.
+
+metrics.jsonl is always written, by `runs`. Here the same rows go through the loggers of Lightning Fabric and PyTorch
+Lightning, with the distribution of FOSC and a picture of attacked examples where the logger takes such.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from innermax.utils.files import write_json
+from innermax.utils.serialization import parsed_json
+from innermax.utils.validation import in_short
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+FILE = "logger.json"  # in a run folder: what the run is called where it is logged, so that a resumed one goes on there
+_PICTURE = 64  # pixels that an image is high in a picture, at least
+_PERCENTILES = "_percentiles"  # ends the name of a measure that is a list of percentiles
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """What a training asks of a logger, as Lightning Fabric's and PyTorch Lightning's have it."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+    def log_hyperparams(self, params: dict[str, Any]) -> None: ...
+    def finalize(self, status: str) -> None: ...
+
+
+Picture = npt.NDArray[np.uint8]
+Write = Callable[[Mapping[str, Any], Picture | None], None]
+
+
+@contextmanager
+def epoch_logger(
+    logger: LoggerName | Logger | None, folder: Path | None, configuration: Mapping[str, Any]
+) -> Iterator[Write]:
+    """A function that takes an epoch's row and, where there is one, a picture (H, W, C), uint8.
+
+    logger: a name writes into the run folder, or where the environment says (WANDB_…, MLFLOW_…); configuration: what
+    identifies the run. Raises ValueError for a name without a run folder, or whose packages are not installed.
+    """
+    if logger is None:
+        yield lambda row, picture: None
+        return
+    if isinstance(logger, str) and folder is None:
+        raise ValueError(f"logger {logger!r} writes into the run folder: give run_dir")
+    opened = _opened(logger, cast(Path, folder)) if isinstance(logger, str) else logger
+    with suppress(NotImplementedError):  # Fabric's CSVLogger takes none
+        opened.log_hyperparams(dict(configuration))
+    status = "failed"
+    try:
+        yield partial(_write, opened)
+        status = "success"
+    finally:
+        opened.finalize(status)
+        if logger == "wandb":
+            cast(Any, opened).experiment.finish()  # else the next run of this process would go on in this one
+
+
+def picture(x: Tensor, x_adv: Tensor) -> Picture | None:
+    """Clean images, what was added to each (grey: nothing; black and white: its largest changes), and their sums.
+
+    x, x_adv: float (B, C, H, W) in [0, 1]. The picture is uint8 (B·H', 3·W', C), small images enlarged; None where x
+    are no images of one or three channels.
+    """
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        return None
+    added = x_adv - x
+    largest = added.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    rows = torch.cat([x, 0.5 + added / (2 * largest), x_adv], dim=3)
+    pixels: Picture = (rows.clamp(0, 1) * 255).round().byte().cpu().permute(0, 2, 3, 1).flatten(0, 1).numpy()
+    scale = -(-_PICTURE // x.shape[2])
+    return pixels.repeat(scale, 0).repeat(scale, 1)
+
+
+def _opened(name: LoggerName, folder: Path) -> Logger:
+    """The logger of a name, on the run that an earlier training of this folder has logged to, where there was one."""
+    try:
+        if name == "tensorboard":
+            from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+            return cast(Logger, TensorBoardLogger(folder, "tensorboard", "", default_hp_metric=False))
+        logger = _wandb(folder, _known(folder, name)) if name == "wandb" else _mlflow(folder, _known(folder, name))
+    except ImportError as error:
+        raise ValueError(f"logger {name!r} needs pip install 'innermax[loggers]': {in_short(error)}") from error
+    write_json(folder / FILE, {name: logger.version})
+    return cast(Logger, logger)
+
+
+def _known(folder: Path, name: str) -> str | None:
+    """What the folder's run is called there."""
+    path = folder / FILE
+    told = parsed_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = told.get(name) if isinstance(told, dict) else None
+    if known is not None and not isinstance(known, str):
+        raise ValueError(f"{path} is damaged: {name}'s run has no name")
+    return known
+
+
+def _wandb(folder: Path, known: str | None) -> Any:
+    from pytorch_lightning.loggers import WandbLogger
+
+    project = os.environ.get("WANDB_PROJECT", "innermax")
+    logger = WandbLogger(folder.name, save_dir=folder, id=known, project=project)
+    logger.experiment  # noqa: B018  opens the run, which has no version before
+    return logger
+
+
+def _mlflow(folder: Path, known: str | None) -> Any:
+    import mlflow  # noqa: F401  says itself what it lacks
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    own = folder.absolute() / "mlflow"
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    place = {"tracking_uri": f"sqlite:///{own}.db", "artifact_location": own.as_uri()} if uri is None else {}
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "innermax")
+    return MLFlowLogger(experiment, folder.name, run_id=known, **({"tracking_uri": uri} | place))
+
+
+def _write(logger: Logger, row: Mapping[str, Any], shown: Picture | None) -> None:
+    """Numbers to any logger; distributions and a picture to those that take them."""
+    step = int(row["epoch"])
+    numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+    logger.log_metrics({name: value for name, value in numbers.items() if name != "epoch"}, step=step)
+    samples = {name.removesuffix(_PERCENTILES): np.array(v) for name, v in row.items() if name.endswith(_PERCENTILES)}
+    experiment: Any = getattr(logger, "experiment", None)
+    match type(experiment).__module__.split(".")[0], experiment:
+        case (("torch" | "tensorboardX"), writer):
+            for name, sample in samples.items():
+                writer.add_histogram(f"{name} distribution", sample, step)
+            if shown is not None:
+                writer.add_image("attacked", shown, step, dataformats="HWC")
+        case "wandb", run:
+            import wandb
+
+            more: dict[str, Any] = {f"{name} distribution": wandb.Histogram(s) for name, s in samples.items()}
+            more |= {} if shown is None else {"attacked": wandb.Image(shown)}
+            run.log(more | {"trainer/global_step": step})
+        case "mlflow", client if shown is not None:
+            client.log_image(cast(Any, logger).run_id, shown, key="attacked", step=step)

@@ -1,0 +1,109 @@
+"""What a person sees while something runs: a live line on a terminal, sparse plain lines elsewhere.
+
+Colours are rich's, which leaves them out where NO_COLOR is set.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+
+class TimeLeft(ProgressColumn):
+    """The time left as it was last estimated, less what has passed since."""
+
+    def render(self, task: Task) -> Text:
+        left = task.fields["left"]
+        passed = time.perf_counter() - task.fields["at"]
+        return Text("" if left is None else f"left {clock_time(left - passed)}")
+
+
+def clock_time(seconds: float) -> str:
+    """A time in seconds as hours, minutes and seconds: 0:02:35."""
+    return str(timedelta(seconds=round(max(seconds, 0.0))))
+
+
+class Progress:
+    """Shows where a training stands; silent where it was not asked to speak."""
+
+    def __init__(self, epochs: int, console: Console | None, bar: Bar | None) -> None:
+        self._epochs, self._console, self._bar = epochs, console, bar
+        self._task: TaskID | None = None
+        self._head, self._robust = "", ""
+        self._epoch = self._batches = 0
+        self._begun = time.perf_counter()
+        self._threshold: float | None = None
+
+    def start(self, epoch: int, batches: int, threshold: float | None) -> None:
+        """An epoch begins."""
+        self._head = f"epoch {epoch + 1}/{self._epochs}"
+        self._epoch, self._batches, self._threshold = epoch, batches, threshold
+        self._begun = time.perf_counter()
+        if self._bar is not None and self._task is None:
+            completed = epoch * batches
+            self._task = self._bar.add_task("", total=self._epochs * batches, completed=completed, left=None, at=0.0)
+
+    def batch(self, done: int, totals: Mapping[str, float], fosc: float | None, left: float | None) -> None:
+        """A batch is done; totals are sums over the epoch's examples so far, fosc their mean gauge, left in seconds."""
+        if self._bar is None or self._task is None:
+            return
+        now = time.perf_counter()
+        parts = [
+            self._head,
+            f"batch {done}/{self._batches}",
+            f"loss {totals.get('loss', math.nan) / totals.get('examples', 1):.3f}",
+            *([] if self._threshold is None else [f"c_t {self._threshold:.3f}"]),
+            *([] if fosc is None else [f"FOSC {fosc:.3f}"]),
+            *([self._robust] if self._robust else []),
+            f"{totals.get('examples', 0) / (now - self._begun):,.0f} img/s",
+        ]
+        completed = self._epoch * self._batches + done
+        self._bar.update(self._task, description="  ".join(parts), completed=completed, left=left, at=now)
+
+    def epoch(self, row: Mapping[str, Any], left: float | None) -> None:
+        """An epoch has been measured; left: seconds of the training."""
+        if row.get("validation_robust") is not None:
+            self._robust = f"robust {100 * row['validation_robust']:.1f}%"
+        told = "" if left is None or row["epoch"] + 1 == self._epochs else f"  left {clock_time(left)}"
+        self.say(self._line(row) + told)
+
+    def say(self, message: str) -> None:
+        """A line of its own."""
+        if self._console is not None:
+            self._console.print(message, highlight=False, soft_wrap=True)
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        shown = [f"{self._head}", f"loss {row['loss']:.3f}"]
+        if row["threshold"] is not None:
+            shown.append(f"c_t {row['threshold']:.3f}")
+        if row.get("fosc") is not None:
+            shown.append(f"FOSC {row['fosc']:.3f}")
+        shown.append(f"{row['gradients']:.1f} gradients")
+        if row.get("validation_clean") is not None:
+            shown.append(f"clean {100 * row['validation_clean']:.1f}%")
+        if row.get("validation_robust") is not None:
+            shown.append(f"robust {100 * row['validation_robust']:.1f}%")
+        return "  ".join([*shown, f"{row['images_per_second']:,.0f} img/s"])
+
+
+@contextmanager
+def show_progress(epochs: int, speak: bool) -> Iterator[Progress]:
+    """A live display on a terminal, plain lines elsewhere, nothing where not asked to speak."""
+    console = Console(stderr=True) if speak else None
+    if console is None or not is_live(console):
+        yield Progress(epochs, console, None)
+        return
+    with Bar(TextColumn("{task.description}"), BarColumn(bar_width=16), TimeLeft(), console=console) as bar:
+        yield Progress(epochs, console, bar)
+
+
+def is_live(console: Console) -> bool:
+    """Whether a line can be drawn anew."""
+    return console.is_terminal and not console.is_dumb_terminal

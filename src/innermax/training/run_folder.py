@@ -1,0 +1,97 @@
+"""Run folders: configuration, environment and metrics."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from innermax.utils.environment import environment
+from innermax.utils.files import is_vacant, read_config, write_bytes, write_json
+from innermax.utils.serialization import differences
+from innermax.utils.validation import shortened
+
+STATES = "checkpoints"  # the folder of what a run goes on from
+
+
+# What a run writes beside its folders and config.yaml, by which it is known: that one is replaced, never removed.
+_FILES = (
+    "environment.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "best.safetensors",
+    "config.json",
+    "logger.json",
+    "nonfinite.jsonl",
+)
+
+
+def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> Path:
+    """A run folder of this configuration, made or found.
+
+    Raises:
+        ValueError: the folder holds a run of another configuration, or files that are no run's.
+    """
+    before = check_folder(folder, configuration, overwrite)
+    if before is not None and overwrite:
+        _clear(folder)
+        before = None
+    if before is None:
+        text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / "config.yaml", text.encode())
+    (folder / STATES).mkdir(exist_ok=True)
+    if not (folder / "environment.json").exists():
+        write_json(folder / "environment.json", environment(int(configuration["training"]["seed"])))
+    return folder
+
+
+def check_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The configuration of the run in a folder, None where there is none; nothing is touched.
+
+    Raises:
+        ValueError: as `open_folder`.
+    """
+    before = read_config(folder) if (folder / "config.yaml").exists() else None
+    if before is None:
+        if not is_vacant(folder):
+            raise ValueError(f"run_dir {folder} exists and holds no run of innermax; choose another folder")
+    elif not (overwrite and configuration.keys() <= before.keys()):
+        differing = differences(before, configuration)
+        if differing:
+            raise ValueError(
+                f"run_dir {folder} belongs to another configuration ({'; '.join(differing[:4])}); "
+                "choose another folder, or start afresh with overwrite"
+            )
+    return before
+
+
+def told_settings(folder: Path) -> dict[str, Any]:
+    """What a run's configuration says of its data set and threat model: "data", and "threat" with "norm" and "eps".
+
+    Either may be missing. Raises ValueError where it is not readable, or says something else.
+    """
+    told = read_config(folder).get("settings") or {}
+    path = folder / "config.yaml"
+    if not isinstance(told, dict):
+        raise ValueError(f"{path}: settings must be a mapping, came {shortened(told)}")
+    data, threat = told.get("data"), told.get("threat")
+    if data is not None and not isinstance(data, str):
+        raise ValueError(f"{path}: settings.data must be a name or a folder, came {shortened(data)}")
+    if threat is not None and not (
+        isinstance(threat, dict)
+        and threat.keys() == {"norm", "eps"}
+        and isinstance(threat["norm"], str)
+        and isinstance(threat["eps"], int | float)
+    ):
+        raise ValueError(f"{path}: settings.threat must hold norm and eps, came {shortened(threat)}")
+    return {name: value for name, value in (("data", data), ("threat", threat)) if value is not None}
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a run wrote, and nothing else."""
+    for name in (STATES, "tensorboard", "rows"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)

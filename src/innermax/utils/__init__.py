@@ -1,0 +1,1 @@
+"""Files, validation, randomness, intervals, serialization."""

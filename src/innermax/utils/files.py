@@ -1,0 +1,131 @@
+"""Files that are written whole or not at all, tensors in them, and locks."""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from innermax.utils.serialization import parsed_json, parsed_yaml
+
+IN_MEMORY = 2 * 2**30  # bytes of images; a tensor of more is kept in a file
+LOCK = "lock"  # of the process that works in a folder
+
+
+class Held(ValueError):
+    """Another process has the lock; the message says which."""
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Inside, no other process does the same with `what`; the system takes the lock back from one that was killed.
+
+    Raises:
+        Held: one does already; it says which.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8", opener=no_link) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise Held(f"{what} is in use by {lock.read().strip() or 'another process'}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            told = f"{path} cannot be locked here ({error.strerror}): see that nothing else uses {what}"
+            warnings.warn(told, stacklevel=3)
+        lock.truncate(0)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        lock.write(f"process {os.getpid()} on {platform.node()} since {since}\n")
+        lock.flush()
+        yield
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether there is no folder, or in it only what a process left that was killed before it had a config.yaml."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name in ("config.yaml.part", LOCK) for path in folder.iterdir())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's configuration. Raises ValueError where it is not readable."""
+    path = folder / "config.yaml"
+    try:
+        config = parsed_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable configuration: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a configuration of innermax")
+    return config
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of tensors and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or as it was before. OSError says which file, and why not."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.unlink(missing_ok=True)  # a link there would lead elsewhere
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open` that raises OSError for a symbolic link, which would lead to another file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
+    """Writes tensors, and JSON-serialisable values beside them, into one safetensors file."""
+    own = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    write_bytes(path, save(own, {"innermax": json.dumps(meta or {})}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and values of a file that `save_tensors` wrote. Raises ValueError where it is not readable."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+            meta = parsed_json((file.metadata() or {}).get("innermax", "{}"))
+            if not isinstance(meta, dict):
+                raise ValueError("what stands beside the tensors is no object")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {' '.join(str(error).split())}") from error
+    return tensors, meta

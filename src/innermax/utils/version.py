@@ -1,0 +1,3 @@
+"""The version of innermax."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,341 @@
+"""Sweeps: many runs of one recipe, stopped and gone on with, failing alone, and their table."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from innermax.cli import main
+from innermax.cli.sweep import _listed
+from innermax.cli.sweep_engine import Plan, _run, combinations
+from innermax.cli.sweep_table import run_measures, sweep_rows
+from innermax.training.checkpoints import states
+from innermax.utils.files import LOCK, alone
+from innermax.utils.intervals import student
+
+FAST = ["--epochs", "1", "--strategy", "standard", "--attack.steps", "1", "--attacks", "fgsm"]
+LONG = ["--epochs", "12", "--strategy", "unsecured", "--attacks="]
+
+
+def said(capsys, *words):
+    """Exit status, stdout and stderr of a command."""
+    status = main(list(words))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def digest(run):
+    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+
+
+def waited(happens, seconds=120.0):
+    """Waits until it happens."""
+    until = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def is_free(run):
+    """Whether nobody works in a run folder."""
+    try:
+        with alone(run / LOCK, str(run)):
+            return True
+    except ValueError:
+        return False
+
+
+class Uninterrupted:
+    """A run that nobody stops."""
+
+    def interrupt(self):
+        raise AssertionError
+
+
+def test_options_are_listed():
+    words = ["--strategy", "standard", "dynamic", "--lr=0.1", "--flip", "--seed", "-1", "2", "--lr", "0.2"]
+    assert _listed(words) == {
+        "strategy": ["standard", "dynamic"],
+        "lr": ["0.1", "0.2"],
+        "flip": ["true"],
+        "seed": ["-1", "2"],
+    }
+    assert _listed(["--run-dir", "a-b"]) == {"run_dir": ["a-b"]}
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["seed", "lr", "threat.eps"]), st.lists(st.integers(0, 9).map(str), min_size=1, unique=True)
+    )
+)
+def test_combinations_are_the_product_and_each_has_its_name(options):
+    found = combinations(options)
+    count = 1
+    for values in options.values():
+        count *= len(values)
+    assert len(found) == count == len({str(chosen) for chosen in found.values()})
+    assert all(chosen[name] in values for chosen in found.values() for name, values in options.items())
+    assert all("/" not in name and not name.startswith(".") for name in found)
+
+
+def test_names_are_made_of_what_varies():
+    options = {"threat.eps": ["4/255", "8/255"], "seed": ["3"], "strategy": ["standard", "dynamic"]}
+    assert list(combinations(options))[:2] == [
+        "strategy=standard,threat.eps=4_255",
+        "strategy=dynamic,threat.eps=4_255",
+    ]
+    assert list(combinations({"seed": ["3"]})) == ["run"]
+    with pytest.raises(ValueError, match=r"seed=0: give each value once"):
+        combinations({"seed": ["0", "1", "0"]})
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 9])
+def test_no_more_than_the_workers_run_and_what_fails_stops_nobody(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr("innermax.cli.sweep_engine._PACE", 0.0)
+    plans = [Plan(str(number), [], {}) for number in range(6)]
+    together, most = set(), []
+
+    class Counted(Uninterrupted):
+        def __init__(self, plan):
+            self.plan, self.left = plan, 3
+            together.add(plan.name)
+            most.append(len(together))
+
+        def status(self):
+            self.left -= 1
+            if self.left:
+                return None
+            together.discard(self.plan.name)
+            return int(self.plan.name in "24")
+
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "2.log").write_text("one\ninnermax: what it was\n\n")
+    heard = []
+    failed = _run(tmp_path, plans, Counted, workers, heard.append)
+    assert max(most) == min(workers, 6)
+    assert failed == {"2": "what it was", "4": "exit status 1"}
+    assert sorted(line for line in heard if "started" in line) == [f"{number}: started" for number in range(6)]
+    assert "2: failed: what it was" in heard
+    assert "3: finished" in heard
+
+
+def test_a_run_that_another_process_still_works_in_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("innermax.cli.sweep_engine._PACE", 0.0)
+    order = []
+
+    class Quick(Uninterrupted):
+        def __init__(self, plan):
+            order.append(plan.name)
+
+        def status(self):
+            if order == ["free"]:
+                held.__exit__(None, None, None)
+            return 0
+
+    held = alone(tmp_path / "held" / LOCK, "it")
+    held.__enter__()
+    assert _run(tmp_path, [Plan("held", [], {}), Plan("free", [], {})], Quick, 2, lambda _: None) == {}
+    assert order == ["free", "held"]
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9), st.floats(0.5, 0.99))
+def test_student_is_scipys(values, confidence):
+    found = student(values, confidence)
+    if stats.sem(values) > 1e-9:
+        expected = stats.ttest_1samp(values, 0.0).confidence_interval(confidence)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-6)
+    assert found.low <= found.estimate <= found.high
+    with pytest.raises(ValueError, match="at least two"):
+        student(values[:1])
+
+
+def test_a_sweep_with_runs_that_fail(tmp_path, capsys):
+    """One table, whose numbers are the runs' own; the failing are named, and tried again, the finished are not."""
+    folder = tmp_path / "sweep"
+    words = ["sweep", "digits", "--run-dir", str(folder), *FAST, "--lr", "0.05", "-1", "--seed", "0", "1"]
+    status, out, err = said(capsys, *words, "--workers", "2")
+    assert status == 2
+    assert "innermax: 2 of 4 runs failed: lr=-1,seed=0: lr must be" in err
+    assert out.splitlines()[-1] == str(folder / "table.md")
+    runs = [folder / f"lr=0.05,seed={seed}" for seed in (0, 1)]
+    assert digest(runs[0]) != digest(runs[1])
+
+    table = json.loads((folder / "table.json").read_text())
+    good, bad = table["rows"]
+    assert (good["settings"], bad["settings"]) == ({"lr": 0.05}, {"lr": -1.0})
+    assert bad["measures"] == {}
+    assert list(table["failed"]) == ["lr=-1,seed=0", "lr=-1,seed=1"]
+    for name, measure in good["measures"].items():
+        values = [own(run)[name] for run in runs]
+        assert measure["mean"] == pytest.approx(sum(values) / 2)
+        half = 12.706204736 * abs(values[0] - values[1]) / 2  # t at 1 degree of freedom × s/√2
+        assert measure["low"] == pytest.approx(max(0.0, measure["mean"] - half))
+        high = measure["mean"] + half
+        assert measure["high"] == pytest.approx(high if name in ("gradients", "seconds") else min(1.0, high))
+    assert set(good["measures"]) == {"clean", "fgsm", "worst_case", "gradients", "seconds"}
+    clean = good["measures"]["clean"]["mean"]
+    line = next(line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| 0.05 | 2 |"))
+    assert f"| {100 * clean:.2f} (" in line
+    assert "| -1 | 0 of 2 | – | – | – | – |" in (folder / "table.md").read_text()
+    assert f"{100 * clean:.2f}" in out
+
+    before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*") if path.is_file()}
+    assert said(capsys, *words)[0] == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (folder / "logs/lr=-1,seed=0.log").read_text().count("lr must be") == 2
+
+    # The same setting by other words is the same run, and nothing is left to do.
+    status, _, err = said(capsys, *words[:4], *FAST, "--seed", "0", "1", "--lr", "0.05")
+    assert (status, "2 runs" in err and "2 of them finished" in err) == (0, True)
+    assert sorted(path.name for path in folder.iterdir() if "seed" in path.name) == [run.name for run in runs]
+
+    more = ["--seed", "0", "1", "--lr", "0.05", "0.1", "--epochs", "2"]
+    (line,) = said(capsys, *words[:4], *FAST[2:], *more)[2].splitlines()
+    assert "run lr=0.05,seed=0 of" in line
+    assert "epochs: 1 there, 2 here" in line
+
+    (runs[0] / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"seed=0 is damaged: KeyError"):
+        sweep_rows(folder)
+
+
+def own(run):
+    """A run's measures, from its own files."""
+    scored = json.loads((run / "evaluation.json").read_text())
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {name: value["correct"] / value["total"] for name, value in scored["accuracy"].items()}
+    found["worst_case"] = scored["worst_case"]["correct"] / scored["worst_case"]["total"]
+    return found | {name: sum(row[name] for row in history) for name in ("gradients", "seconds")}
+
+
+def test_a_sweep_that_is_interrupted_and_killed_goes_on_to_the_same_end(tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    words = ["sweep", "digits", "--run-dir", str(folder), *LONG, "--seed", "0", "1"]
+    runs = [folder / f"seed={seed}" for seed in (0, 1)]
+    for sent, run in zip((signal.SIGINT, signal.SIGKILL), runs, strict=True):
+        process = subprocess.Popen([sys.executable, "-m", "innermax.cli", *words], stderr=subprocess.PIPE, text=True)
+        waited(lambda run=run: len(states(run)) > 1 or (run / "evaluation.json").exists())
+        process.send_signal(sent)
+        told = process.communicate()[1]
+        if sent == signal.SIGINT:
+            assert process.returncode == 130
+            assert "the same command continues" in told
+        waited(lambda: all(map(is_free, [run for run in runs if run.exists()])))  # the runs end with it
+        assert not (run / "evaluation.json").exists(), "it was over before it was stopped"
+    status, out, _ = said(capsys, *words)
+    assert (status, "12 epochs" in out) == (0, False)
+    assert [len((run / "metrics.jsonl").read_text().splitlines()) for run in runs] == [12, 12]
+    alike = tmp_path / "alike"
+    assert said(capsys, "train", "digits", "--run-dir", str(alike), *LONG, "--seed", "1", "--progress", "false")[0] == 0
+    assert digest(alike) == digest(runs[1]) != digest(runs[0])
+    assert run_measures(alike)["clean"] == run_measures(runs[1])["clean"]
+
+
+def test_a_run_ends_with_the_sweep_of_a_scripts_background_job():
+    """Which ignores Ctrl-C, and so do the processes that it starts."""
+    words = [
+        sys.executable,
+        "-c",
+        "from innermax.cli.sweep_engine import end_with_parent as e; e(); import time; time.sleep(99)",
+    ]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
+    _, told = process.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "name of a recipe"),
+        (["minst"], "did you mean 'mnist'"),
+        (["digits", "0"], "options after the recipe"),
+        (["digits", "--sede", "0", "1"], "--sede"),
+        (["digits", "--strategy", "standard", "dynamik"], "dynamic"),
+        (["digits", "--run-dir", "a", "b"], "run_dir is the whole sweep's"),
+        (["digits", "--workers", "1", "2"], "workers is the whole sweep's"),
+        (["digits", "--workers", "0"], "workers must be at least 1"),
+        (["digits", "--engine", "ray"], "engine"),
+        (["digits", "--overwrite"], "sweep takes no overwrite"),
+        (["digits", "--seed", "0", "0"], "give each value once"),
+        (["digits", "--run-dir", "full"], "holds no sweep of innermax"),
+        (["digits", "--run-dir", "damaged"], "sweep.json: not readable as JSON"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(words, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, file in (("full", "mine"), ("damaged", "sweep.json")):
+        Path(name).mkdir()
+        (Path(name) / file).write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+    status, _, err = said(capsys, "sweep", *(words or ["--seed"]))
+    assert (status, err.count("\n")) == (2, 1)
+    assert expected in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_sweeps_in_one_folder(tmp_path, capsys):
+    with alone(tmp_path / "sweep" / LOCK, "it"):
+        status, _, err = said(capsys, "sweep", "digits", "--run-dir", str(tmp_path / "sweep"), *FAST)
+    assert (status, f"run_dir {tmp_path / 'sweep'} is in use by process {os.getpid()}" in err) == (2, True)
+
+
+def test_submitit_is_an_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    words = ["sweep", "digits", "--run-dir", str(tmp_path / "sweep"), *FAST, "--engine", "submitit"]
+    assert "innermax[slurm]" in said(capsys, *words)[2]
+
+
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # its log files
+def test_jobs_of_submitit(tmp_path, capsys):
+    """Its executor for trying things out, which runs a job in this process."""
+    pytest.importorskip("submitit", reason="the engine submitit is not tested: pip install 'innermax[slurm]'")
+    words = ["sweep", "digits", "--run-dir", str(tmp_path / "sweep"), *FAST, "--engine", "submitit"]
+    refused = said(capsys, *words, "--submitit.cluster", "debug", "--submitit.slurm_partitoin", "gpu")
+    assert (refused[0], "slurm_partitoin" in refused[2]) == (2, True)
+    status, out, _ = said(capsys, *words, "--lr", "0.05", "-1", "--submitit.cluster", "debug")
+    assert status == 2
+    rows = {row.settings["lr"]: row for row in sweep_rows(tmp_path / "sweep")}
+    assert list(rows[0.05].finished) == ["lr=0.05"]
+    assert not rows[-1.0].finished
+    assert f"{100 * own(tmp_path / 'sweep/lr=0.05')['clean']:.2f}" in out
+
+
+def test_jobs_on_slurm_outlive_the_sweep_and_are_found_again(tmp_path, capsys, monkeypatch):
+    """SLURM's own commands, played by scripts: a job goes on in the background, whoever handed it in."""
+    pytest.importorskip("submitit", reason="the engine submitit is not tested: pip install 'innermax[slurm]'")
+    words = ["sweep", "digits", "--run-dir", str(tmp_path / "sweep"), *LONG, "--engine", "submitit"]
+    words += ["--submitit.slurm_use_srun", "false", "--submitit.timeout_min", "30"]
+    monkeypatch.setenv("PATH", os.defpath)
+    assert 'Could not detect "srun"' in said(capsys, *words)[2]
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, script in {
+        "srun": "",
+        "sacct": "echo 'JobID|State|NodeList'; echo '7|RUNNING|here'",
+        "sbatch": f"cp $1 {tmp_path}/asked; echo $1 >> {tmp_path}/handed_in\n"
+        "SLURM_JOB_ID=7 setsid bash $1 > /dev/null 2>&1 &\necho 'Submitted batch job 7'",
+    }.items():
+        (commands / name).write_text(f"#!/bin/bash\n{script}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.defpath}")
+    process = subprocess.Popen([sys.executable, "-m", "innermax.cli", *words], stderr=subprocess.DEVNULL)
+    waited((tmp_path / "sweep/jobs.json").exists)
+    process.kill()
+    process.wait()
+    assert "--time=30" in (tmp_path / "asked").read_text()
+    status, out, _ = said(capsys, *words)
+    assert (status, len((tmp_path / "handed_in").read_text().splitlines())) == (0, 1)
+    assert f"{100 * own(tmp_path / 'sweep/run')['clean']:.2f}" in out

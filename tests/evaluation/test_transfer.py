@@ -1,0 +1,472 @@
+"""Transfer: one model's images on other models, against closed forms and against `evaluate`."""
+
+import io
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+
+import innermax as im
+from innermax.attacks.search import AttackResult
+from innermax.cli import main
+from innermax.reporting.tables import format_transfer
+from innermax.utils.intervals import accuracy, paired_difference
+
+PGD = im.PGD(im.Linf(0.1), steps=4)
+ATTACKS = {"fgsm": im.FGSM(im.Linf(0.1)), "pgd": PGD}
+
+
+def network(seed=0, classes=4):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, classes)
+    )
+
+
+def examples(count=40, classes=4):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (count, 1, 6, 6), dtype=torch.uint8, generator=generator)
+    return images, torch.randint(0, classes, (count,), generator=generator)
+
+
+class Noise(nn.Module):
+    """Logits with noise, in evaluation too."""
+
+    def forward(self, logits):
+        return logits + torch.randn_like(logits)
+
+
+class Watched(nn.Module):
+    """Two classes, split by the mean of the pixels; tells `seen` (a function: copies share it) what it is shown."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x):
+        self.seen(x.clone())
+        score = 20 * (x.flatten(1).mean(1) - 0.5)
+        return torch.stack([-score, score], 1)
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """An attack that returns what it is told."""
+
+    threat: object
+    point: object
+
+    def __call__(self, model, x, y, *, seed=0, index=None, final="gradient"):
+        nothing = torch.zeros_like(y)
+        return AttackResult(self.point(x, index), None, None, None, None, None, None, nothing, nothing, nothing)
+
+
+def linear(weight, bias=0.0):
+    """A model of two classes whose margin is ±(x·weight + bias)."""
+    model = nn.Linear(len(weight), 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([-weight, weight]) / 2)
+        model.bias.copy_(torch.tensor([-bias, bias]) / 2)
+    return model
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd"])
+@pytest.mark.parametrize("threat", [im.Linf(0.1), im.L2(0.2)])
+def test_linear_models_in_closed_form(threat, attack):
+    """On images x − y·d of a linear surrogate, with d its threat's worst direction, a margin y·w·x loses w·d."""
+    generator = torch.Generator().manual_seed(3)
+    x = 0.35 + 0.3 * torch.rand(300, 12, generator=generator)
+    y = torch.randint(0, 2, (300,), generator=generator)
+    sign = 2.0 * y - 1
+    source, other = torch.randn(2, 12, generator=generator)
+    shift = threat.eps * (source.sign() if isinstance(threat, im.Linf) else source / source.norm())
+    blind = other - shift * (other @ shift) / (shift @ shift)
+    weights = {"itself": source, "other": other, "blind": blind, "opposed": -source}
+    models = {name: linear(weight, -float(x.mean(0) @ weight)) for name, weight in weights.items()}
+    made = {"fgsm": im.FGSM(threat), "pgd": im.PGD(threat, steps=4, random_start=False)}[attack]
+    result = im.transfer(models["itself"], models, (x, y), {attack: made}, batch_size=70)
+    for name, weight in weights.items():
+        margin = sign * ((x - x.mean(0)) @ weight)
+        attacked = margin - weight @ shift
+        sure = (attacked.abs() > 1e-4).numpy()
+        assert sure.sum() > 290 or name == "blind"
+        assert np.array_equal(result.correct("surrogate", name, attack)[sure], (attacked > 0).numpy()[sure])
+        assert result.clean_accuracy[name].correct == int((margin > 0).sum())
+    cells = {name: cells[attack].correct for name, cells in result.accuracy["surrogate"].items()}
+    assert cells["itself"] < result.clean_accuracy["itself"].correct
+    assert cells["opposed"] > result.clean_accuracy["opposed"].correct, "the images of an opposite help"
+    assert cells["blind"] == result.clean_accuracy["blind"].correct
+    assert result.white_box == (("surrogate", "itself"),)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": 8, "seed": 3}, {"precision": "auto"}])
+@pytest.mark.parametrize("make", [network, lambda: nn.Sequential(network(), Noise())])
+def test_on_itself_a_surrogate_gets_evaluates_numbers(make, options):
+    model = make()
+    evaluation = im.evaluate(model, examples(), ATTACKS, batch_size=25, **options)
+    targets = {"before": nn.Sequential(network(1), Noise()), "itself": model}
+    result = im.transfer({"other": network(2), "itself": model}, targets, examples(), ATTACKS, batch_size=25, **options)
+    assert np.array_equal(result.clean_correct["itself"], evaluation.correct("clean"))
+    assert result.clean_accuracy["itself"] == evaluation.accuracy["clean"]
+    for name in ATTACKS:
+        assert np.array_equal(result.correct("itself", "itself", name), evaluation.correct(name))
+        assert result.accuracy["itself"]["itself"][name] == evaluation.accuracy[name]
+    assert result.white_box == (("itself", "itself"),)
+    itself = f"itself: {evaluation.settings.attack_network}"
+    assert result.settings.attack_network.endswith(itself)
+    assert replace(result.settings, attack_network="") == replace(evaluation.settings, attack_network="")
+
+
+def test_every_cell_is_the_attacks_images_on_the_target():
+    images, labels = examples()
+    surrogates, targets = {"a": network(0), "b": network(1)}, {"c": network(2), "d": network(3)}
+    result = im.transfer(surrogates, targets, (images, labels), ATTACKS)
+    assert result.white_box == ()
+    for surrogate, source in surrogates.items():
+        for target, model in targets.items():
+            for name, attack in ATTACKS.items():
+                image = attack(source, images.float() / 255, labels).x_adv
+                with torch.no_grad():
+                    expected = (model.eval()(image).argmax(1) == labels).numpy()
+                assert np.array_equal(result.correct(surrogate, target, name), expected)
+                assert result.accuracy[surrogate][target][name] == accuracy(int(expected.sum()), 40)
+    assert list(result.accuracy) == ["a", "b"]
+    assert list(result.accuracy["a"]) == ["c", "d"]
+    assert list(result.accuracy["a"]["c"]) == list(ATTACKS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_the_batch_size_changes_nothing(batch_size):
+    attack = replace(PGD, restarts=2, stop_at=0.05, gauge="relative")
+    models = {"a": network(0), "b": network(1)}
+    whole, parts = (im.transfer(models, models, examples(9), {"pgd": attack}, batch_size=n) for n in (9, batch_size))
+    assert whole.white_box == (("a", "a"), ("b", "b"))
+    for surrogate in models:
+        for target in models:
+            found = parts.correct(surrogate, target, "pgd")
+            assert np.array_equal(whole.correct(surrogate, target, "pgd"), found)
+
+
+def test_the_seed_decides_random_starts():
+    one, two = network(0), network(1)
+    attack = {"pgd": im.PGD(im.Linf(0.5), steps=1, step_size=1e-6)}
+    found = [im.transfer(one, {"two": two}, examples(), attack, seed=seed) for seed in (0, 0, 1)]
+    columns = [result.correct("surrogate", "two", "pgd") for result in found]
+    assert np.array_equal(columns[0], columns[1])
+    assert not np.array_equal(columns[0], columns[2])
+
+
+def test_images_are_made_once_and_scored_before_the_next():
+    told = []
+
+    def point(x, index):
+        told.append(("made", len(x)))
+        return x + 0.01
+
+    targets = {name: Watched(lambda x, name=name: told.append((name, len(x)))) for name in ("one", "two")}
+    surrogate = Watched(lambda x: None)
+    images, labels = examples(25, classes=2)
+    im.transfer(surrogate, targets, (images, labels), {"a": Scripted(im.Linf(0.1), point)}, batch_size=10)
+    attacked = told[told.index(("made", 10)) :]
+    assert attacked == [(who, size) for size in (10, 10, 5) for who in ("made", "one", "two")]
+
+
+@pytest.mark.parametrize("quantize", [None, 8])
+def test_every_target_sees_the_same_admitted_images(quantize):
+    one, two = [], []
+    targets = {"one": Watched(one.append), "two": Watched(two.append)}
+    far = Scripted(im.L2(0.3), lambda x, index: x + 10)
+    images, labels = examples(20, classes=2)
+    im.transfer(Watched(lambda x: None), targets, (images, labels), {"far": far}, quantize=quantize)
+    x = images.float() / 255
+    assert torch.equal(one[-1], two[-1])
+    assert not torch.equal(one[-1], x)
+    assert far.threat.contains(one[-1], x).all()
+    assert (quantize is None) != bool((one[-1] * 255 - (one[-1] * 255).round()).abs().max() < 1e-3)
+
+
+def test_targets_that_draw_do_not_hang_on_each_other():
+    noisy = nn.Sequential(network(1), Noise())
+    alone = im.transfer(network(0), {"noisy": noisy}, examples(), ATTACKS)
+    beside = im.transfer(network(0), {"more": nn.Sequential(network(2), Noise()), "noisy": noisy}, examples(), ATTACKS)
+    assert np.array_equal(alone.clean_correct["noisy"], beside.clean_correct["noisy"])
+    for name in ATTACKS:
+        assert np.array_equal(alone.correct("surrogate", "noisy", name), beside.correct("surrogate", "noisy", name))
+
+
+def test_models_and_the_random_state_are_left_as_found():
+    models = [network(0), network(1).eval()]
+    models[0][0].bias.requires_grad_(False)
+    before = [{name: value.clone() for name, value in model.state_dict().items()} for model in models]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        im.transfer(models[0], {"b": models[1]}, examples(), ATTACKS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [model.training for model in models] == [True, False]
+    assert not models[0][0].bias.requires_grad
+    assert all(parameter.grad is None for model in models for parameter in model.parameters())
+    for model, values in zip(models, before, strict=True):
+        assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def test_a_wrapped_model_is_the_model():
+    model = network(0)
+    result = im.transfer({"a": nn.DataParallel(model)}, {"b": model, "c": network(0)}, examples(), ATTACKS)
+    assert result.white_box == (("a", "b"),), "a copy is another model, whatever its weights"
+    assert result.accuracy["a"]["b"] == result.accuracy["a"]["c"]
+
+
+def test_differences_are_paired():
+    result = im.transfer({"a": network(0), "b": network(1)}, {"c": network(2), "d": network(3)}, examples(), ATTACKS)
+    one, other = ("a", "c", "pgd"), ("b", "d", "fgsm")
+    mine, theirs = result.correct(*one), result.correct(*other)
+    found = result.difference(one, other)
+    assert found == paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), 40)
+    assert found.estimate == pytest.approx(mine.mean() - theirs.mean())
+    assert result.difference(one, one).estimate == 0
+    for wrong, words in [
+        (("aa", "c", "pgd"), "unknown surrogate 'aa'; did you mean 'a'"),
+        (("a", "cc", "pgd"), "unknown target 'cc'; did you mean 'c'"),
+        (("a", "c", "pdg"), "unknown attack 'pdg'; did you mean 'pgd'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            result.difference(one, wrong)
+
+
+def test_json_round_trip(tmp_path):
+    model = network(0)
+    models = {"ä": model, "b": network(1)}
+    result = im.transfer(models, {"ä": model, "c": network(2)}, examples(), ATTACKS, seed=3, quantize=8)
+    text = result.to_json(tmp_path / "transfer.json")
+    assert (tmp_path / "transfer.json").read_text(encoding="utf-8") == text + "\n"
+    document = json.loads(text, parse_constant=lambda token: pytest.fail(f"{token} is not JSON"))
+    assert document["accuracy"]["b"]["c"]["pgd"]["correct"] == result.accuracy["b"]["c"]["pgd"].correct
+    assert document["clean_accuracy"]["c"]["low"] == result.clean_accuracy["c"].low
+    again = im.Transfer.from_json(text)
+    assert again.to_json() == text
+    assert again.settings == result.settings
+    assert again.white_box == result.white_box == (("ä", "ä"),)
+    assert again.accuracy == result.accuracy
+    assert again.difference(("b", "c", "pgd"), ("ä", "c", "pgd")) == result.difference(
+        ("b", "c", "pgd"), ("ä", "c", "pgd")
+    )
+    with pytest.raises(OSError, match="nowhere"):
+        result.to_json(tmp_path / "nowhere" / "transfer.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["transfer.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"examples": {"clean_correct": 3}, "settings": {}}', "null"])
+def test_other_texts_are_no_transfer(text):
+    with pytest.raises(ValueError, match="text must be a transfer's JSON"):
+        im.Transfer.from_json(text)
+
+
+def test_progress():
+    told = []
+    im.transfer(
+        network(), {"b": network(1)}, examples(), {"pgd": PGD}, batch_size=25, progress=lambda *s: told.append(s)
+    )
+    assert told == [(name, done, 40) for name in ("clean", "surrogate: pgd") for done in (25, 40)]
+
+
+def test_probabilities_are_warned_of_once():
+    model = nn.Sequential(network(0), nn.Softmax(1))
+    with pytest.warns(UserWarning, match="surrogate 'a' seems to return probabilities") as caught:
+        im.transfer({"a": model}, {"b": model}, examples(), ATTACKS, batch_size=8)
+    assert len(caught) == 1
+
+
+class Broken(nn.Module):
+    """NaN for every image that is not on the 8-bit grid: for images that have been attacked, in practice."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x):
+        off = ((x * 255).round() - x * 255).abs().flatten(1).amax(1) > 1e-3
+        return torch.where(off[:, None], math.nan, self.inner(x))
+
+
+def test_nan_is_refused_and_said_where():
+    with pytest.raises(ValueError, match="surrogate 'surrogate': target 'b': the model returns NaN logits for"):
+        im.transfer(network(), {"b": Broken()}, examples(), {"pgd": PGD})
+    with pytest.raises(ValueError, match="surrogate 'a': the model returns NaN logits for"):
+        im.transfer({"a": Broken()}, {"b": network()}, examples(), {"pgd": PGD})
+
+
+def never(x, index):
+    pytest.fail("attacked before everything was known to fit")
+
+
+IDLE = Scripted(im.Linf(0.1), never)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"surrogates": {}}, ValueError, "surrogates must hold at least one model, came none"),
+        ({"targets": {}}, ValueError, "targets must hold at least one model, came none"),
+        ({"attacks": {}}, ValueError, "attacks must hold at least one attack, came none"),
+        ({"attacks": {"clean": PGD}}, ValueError, "a text other than clean, worst_case, came 'clean'"),
+        ({"targets": {"": network()}}, ValueError, "a model's name must be a text, came '' in targets"),
+        ({"targets": network()}, TypeError, None),
+        ({"surrogates": [network()]}, TypeError, None),
+        ({"targets": {"b": print}}, TypeError, None),
+        ({"targets": {"surrogate": network()}}, ValueError, "'surrogate' names two models"),
+        (
+            {"targets": {"b": network(classes=5)}},
+            ValueError,
+            "same classes: surrogate 'surrogate' has 4, target 'b' has 5",
+        ),
+        (
+            {"targets": {"b": network(), "c": network(classes=3)}},
+            ValueError,
+            "surrogate 'surrogate' has 4, target 'c' has 3",
+        ),
+        (
+            {"targets": {"b": nn.Sequential(nn.Flatten(), nn.Linear(9, 4))}},
+            ValueError,
+            r"target 'b': the model fails on x of shape \(32, 1, 6, 6\)",
+        ),
+        ({"surrogates": nn.Flatten(0)}, ValueError, "surrogate 'surrogate': the model must return logits of shape"),
+        ({"test_set": examples(classes=9)}, ValueError, r"target 'b': the labels of test_set must be in 0…3"),
+        ({"targets": {"b": nn.BatchNorm2d(1, track_running_stats=False)}}, ValueError, "target 'b': model layer"),
+        (
+            {"attacks": {"a": replace(IDLE, threat=im.Linf(0.1, bounds=(0, 0.5)))}},
+            ValueError,
+            "attack 'a' does not fit",
+        ),
+        (
+            {"attacks": {"a": Scripted(im.Linf(0.1), lambda x, index: x * math.nan)}},
+            ValueError,
+            "'a' must return finite",
+        ),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"quantize": 17}, ValueError, "quantize must be in 1…16 or None"),
+        ({"precision": "half"}, (ValueError, TypeError), None),
+        ({"seed": 1.5}, TypeError, None),
+        ({"test_set": 3}, TypeError, None),
+    ],
+)
+def test_wrong_arguments(changed, error, words):
+    arguments = {"surrogates": network(), "targets": {"b": network(1)}, "test_set": examples(), "attacks": {"a": IDLE}}
+    with pytest.raises(error, match=words):
+        im.transfer(**arguments | changed)
+
+
+def shown(result, width=80):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(format_transfer(result))
+    return console.export_text()
+
+
+def test_the_terminal_table_fits_80_columns():
+    model = network(0)
+    attacks = ATTACKS | {"cw-30": im.CW(im.Linf(0.1), 3), "no-step": Scripted(im.Linf(0.1), lambda x, index: x)}
+    attacks["an attack with a rather long name"] = im.FGSM(im.L2(0.5))
+    targets = {"itself": model, "runs/a name that is longer than its column": network(1), "[/odd]": network(2)}
+    result = im.transfer({"itself": model, "[b]": network(3)}, targets, examples(), attacks)
+    text = shown(result)
+    lines = [line.strip() for line in text.splitlines()]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert lines.count("Images made on itself") == lines.count("Images made on [b]") == 2, "four attacks abreast"
+    assert "C&W∞" in text
+    row = next(number for number, line in enumerate(lines) if line.startswith("itself"))
+    cells = [result.clean_accuracy["itself"], *list(result.accuracy["itself"]["itself"].values())[:4]]
+    assert lines[row].split()[1:] == [f"{100 * cell.value:.2f}" for cell in cells]
+    below = [f"{100 * cell.low:.1f}–{100 * cell.high:.1f}" for cell in cells]
+    assert lines[row + 1].split() == ["(white", "box)", *below]
+    assert text.count("(white box)") == 2
+    assert "[/odd]" in text
+    assert "White box: the target is the surrogate." in " ".join(lines)
+    assert "hite box" not in shown(im.transfer(model, {"b": network(1)}, examples(), {"pgd": PGD}))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs with different ε, as far as they are read, and models without a run."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, (name, eps) in enumerate({"run": 0.15, "wide": 0.5, "bare": None}.items()):
+        torch.manual_seed(seed)
+        im.save_model(folder / name, im.build_model("digits-cnn", input_shape=(1, 8, 8)))
+        if eps is not None:
+            settings = {"data": "digits", "threat": {"norm": "linf", "eps": eps}}
+            (folder / name / "config.yaml").write_text(yaml.safe_dump({"settings": settings}))
+    im.save_model(folder / "few", im.build_model("digits-cnn", num_classes=4, input_shape=(1, 8, 8)))
+    im.save_model(folder / "large", im.build_model("mnist-cnn", input_shape=(3, 28, 28)))
+    return folder
+
+
+def said(capsys, *words):
+    """Exit status, stdout and stderr of a command."""
+    capsys.readouterr()
+    status = main(list(words))
+    return status, *capsys.readouterr()
+
+
+def test_the_command(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    words = ("--attacks", "fgsm,pgd-2", "--limit", "50", "--batch-size", "30", "--json", "t.json")
+    status, out, err = said(capsys, "transfer", "run", "bare", str(runs / "run"), *words)
+    assert (status, err) == (0, "")
+    assert "Images made on run" in out
+    assert all(heading in out for heading in ("Clean", "FGSM", "PGD-2", "bare", "(white box)", "50 examples."))
+    result = im.Transfer.from_json(Path("t.json").read_text())
+    assert result.white_box == (("run", str(runs / "run")),), "one place is one model, however it is spelled"
+    assert "eps=0.15" in result.settings.attacks["pgd-2"], "the run's own"
+    test = im.load_data("digits", validation=0).test[:50]
+    threat, model = im.Linf(0.15), im.load_model("run")
+    attacks = {"fgsm": im.FGSM(threat), "pgd-2": im.PGD(threat, steps=2)}
+    evaluation = im.evaluate(model, test, attacks, batch_size=30, precision="auto")
+    assert result.accuracy["run"][str(runs / "run")] == {name: evaluation.accuracy[name] for name in attacks}
+    expected = im.transfer(model, {"bare": im.load_model("bare")}, test, attacks, batch_size=30, precision="auto")
+    assert result.accuracy["run"]["bare"] == expected.accuracy["surrogate"]["bare"]
+
+
+def test_the_command_asks_where_runs_differ(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    status, _, err = said(capsys, "transfer", "bare", "run", "wide", "--limit", "8", "--attacks", "fgsm")
+    assert (status, err) == (2, "innermax: run and wide differ in their threat: give --threat.norm and --threat.eps\n")
+    options = ["--threat.norm", "l2", "--threat.eps", "1/2", "--limit", "8", "--attacks", "fgsm"]
+    status, out, err = said(capsys, "transfer", "bare", "run", "wide", *options)
+    assert (status, err) == (0, "")
+    assert "Images made on bare" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run"], "transfer takes a surrogate and then its targets"),
+        (["--attacks", "fgsm"], "transfer takes a surrogate and then its targets"),
+        (["run", "nowhere"], "nowhere"),
+        (["bare", "few"], "their data set is not known: give --data"),
+        (["bare", "few", "--data", "digits"], "is not known: give --threat.eps"),
+        (["run", "few"], "must have the same classes: surrogate 'run' has 10, target 'few' has 4"),
+        (["run", "large"], "target 'large': the model fails on x of shape (32, 1, 8, 8)"),
+        (["run", "bare", "--attacks", "pdg-10"], "did you mean 'pgd-10'"),
+        (["run", "bare", "--attacks", ""], "at least one attack"),
+        (["run", "bare", "--limit", "0"], "limit must be at least 1, came 0"),
+        (["run", "bare", "--json", "no/where.json"], "its folder does not exist"),
+        (["run", "bare", "--json", "run"], "it is a folder"),
+        (["run", "bare", "--quantize", "40"], "quantize must be in 1…16"),
+        (["run", "bare", "--data", "minst"], "did you mean 'mnist'"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(runs, capsys, monkeypatch, words, expected):
+    monkeypatch.chdir(runs)
+    before = sorted(runs.rglob("*"))
+    status, out, err = said(capsys, "transfer", *words, *([] if "--json" in words else ["--json", "out.json"]))
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("innermax: ")
+    assert expected in err
+    assert sorted(runs.rglob("*")) == before

@@ -1,0 +1,1 @@
+"""Toy networks, fixtures and checks that tests share."""

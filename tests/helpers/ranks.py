@@ -1,0 +1,120 @@
+"""Trainings and an evaluation that one process or several do: `torchrun … ranks.py FOLDER` does them all in turn."""
+
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as Pictures
+from torch import nn
+
+import innermax as im
+from innermax.objectives import cross_entropy
+from innermax.utils.files import save_tensors
+
+PGD = im.PGD(im.Linf(0.1), steps=3)
+COUNT, BATCH, EPOCHS = 403, 80, 4  # six batches of 68 and 67, an epoch: shares of one batch differ
+MARKED = 7  # an example that `spoiled` cannot do with
+
+
+def examples(count=COUNT):
+    data = im.load_data("digits").train
+    images, labels = data.images[:count].clone(), data.labels[:count]
+    images[MARKED] = 255
+    return images, labels
+
+
+def stream():
+    """Examples that are read anew in every epoch."""
+    images, labels = examples()
+    rows = {"image": [], "label": labels.tolist()}
+    for image in images:
+        file = io.BytesIO()
+        Pictures.fromarray(image[0].numpy()).save(file, "PNG")
+        rows["image"].append({"bytes": file.getvalue(), "path": None})
+    held = Dataset.from_dict(rows, Features({"image": Image(), "label": Value("int64")}))
+    return im.ImageStream(held.to_iterable_dataset(4), COUNT, buffer=50)
+
+
+def network(norm=False, frozen=False):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.BatchNorm2d(4) if norm else nn.Identity()
+        head = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), head)
+    if frozen:
+        layer.running_mean.fill_(0.1)
+        layer.eval()
+    return model
+
+
+def spoiled(model, x, y, x_adv, epoch):
+    """Cross-entropy, which is no number where the marked example is among the share."""
+    loss, logits = cross_entropy(model, x, y, x_adv, epoch)
+    return (loss * float("nan") if bool((x.flatten(1).amin(1) == 1).any()) else loss), logits
+
+
+def slow(model, x, y, x_adv, epoch):
+    """Cross-entropy, and time to be interrupted in."""
+    time.sleep(0.05)
+    return cross_entropy(model, x, y, x_adv, epoch)
+
+
+def trained(name, **options):
+    """One of the trainings, by name."""
+    dynamic = im.Dynamic(PGD, "auto")
+    model, strategy, more = {
+        "standard": (network(), im.Standard(PGD), {"optimizer": "adamw"}),
+        "dynamic": (network(), dynamic, {"shift": 1, "flip": True}),
+        "warm": (network(), im.WarmStart(PGD), {"shift": 1}),
+        "weighted": (network(), im.Standard(PGD), {"objective": "loss_weighted", "clip": 0.5, "ema": 0.9}),
+        "frozen": (network(norm=True, frozen=True), im.Standard(PGD), {}),
+        "norm": (network(norm=True), im.Standard(PGD), {}),
+        "spoiled": (network(), im.Standard(PGD), {"objective": spoiled, "on_nan": "skip"}),
+        "slow": (network(), im.WarmStart(PGD), {"objective": slow}),
+        "streamed": (network(), dynamic, {"shift": 1}),
+    }[name]
+    data = stream() if name == "streamed" else examples()
+    defaults = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 0.02, "precision": "float32", "progress": False}
+    return im.train(model, data, strategy, **defaults | more | options)
+
+
+def evaluated(**options):
+    """An evaluation."""
+    attacks = {"fgsm": im.FGSM(PGD.threat), "pgd": im.PGD(PGD.threat, steps=5, random_start=True)}
+    return im.evaluate(network(norm=True).eval(), examples(130), attacks, batch_size=20, seed=3, audit=False, **options)
+
+
+def main(folder):
+    """Everything, by processes that are started together; the first writes what came out."""
+    torch.set_num_threads(1)
+    first = os.environ["RANK"] == "0"
+
+    def keep(name, run):
+        if first:
+            save_tensors(folder / f"{name}.safetensors", run.model.state_dict(), {"history": list(run.history)})
+
+    for name in ("dynamic", "weighted", "frozen", "norm", "spoiled", "streamed"):
+        run = trained(name)
+        keep(name, run)
+        if name == "norm":
+            save_tensors(folder / f"norm-of-{os.environ['RANK']}.safetensors", run.model.state_dict())
+    for name, parallel in (("standard", "ddp"), ("warm", "ddp"), ("warm", "fsdp"), ("standard", "fsdp")):
+        run = trained(
+            name, parallel=parallel, run_dir=folder / f"{name}-{parallel}", keep_checkpoints=99, checkpoint_every=2
+        )
+        if parallel == "ddp":
+            keep(name, run)
+    for name, parallel in (("warm", "ddp"), ("standard", "fsdp")):
+        trained(name, parallel=parallel, run_dir=folder / f"{name}-of-one-{parallel}")
+    trained("slow", run_dir=folder / "slow-of-two")
+    evaluation = evaluated(devices=2, rows_dir=folder / "rows")
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(evaluation.examples.to_json()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

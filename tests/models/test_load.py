@@ -1,0 +1,414 @@
+"""Other people's models: where they come from, what is run and what is not, and what seems wrong with them."""
+
+import ast
+import importlib.util
+import re
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import innermax as im
+from innermax.cli import main
+from innermax.evaluation.model_checks import misgivings
+from innermax.models.load import Exported
+
+THREAT = im.Linf(0.1)
+PGD = im.PGD(THREAT, steps=3)
+CPU = torch.device("cpu")
+
+
+def network(classes=4, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, classes)
+    ).eval()
+
+
+def images(count=20, classes=4):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(count, 1, 6, 6, generator=generator), torch.randint(0, classes, (count,), generator=generator)
+
+
+def exported(model, batch, **options):
+    return torch.export.export(model, (torch.rand(batch, 1, 6, 6),), **options)
+
+
+def saved(path, program):
+    torch.export.save(program, path)
+    return str(path)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current directory, and no module left of what is imported from it."""
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+# torch.export programs
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_an_exported_program_takes_any_batch(tmp_path, batch):
+    model = network()
+    loaded = im.load_model(saved(tmp_path / "model.pt2", exported(model, batch)), allow_code=True)
+    for count in (1, 3, 4, 8, 9, 20):
+        x = images(count)[0].requires_grad_()
+        logits = loaded(x)
+        torch.testing.assert_close(logits, model(x))
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+        gradients = (torch.autograd.grad((out * weights).sum(), x)[0] for out in (logits, model(x)))
+        torch.testing.assert_close(*gradients)
+
+
+def test_a_program_of_several_batch_sizes(tmp_path):
+    shapes = ({0: torch.export.Dim("batch", min=2, max=5)},)
+    module = Exported(exported(network(), 3, dynamic_shapes=shapes))
+    assert (module.smallest, module.largest) == (2, 5)
+    free = Exported(exported(network(), 3, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)))
+    assert free.largest is None
+    seen = []
+    module.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    x = images(11)[0]
+    torch.testing.assert_close(module(x), network()(x))
+    assert seen == [5, 5, 2]
+    torch.testing.assert_close(free(x), network()(x))
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_an_exported_program_is_evaluated_as_the_model_is(precision):
+    model, test_set = network(), images()
+    module = Exported(exported(model, 8)).train()
+    attacks = {"pgd": PGD, "square": im.Square(THREAT, queries=20)}
+    mine, its = (im.evaluate(one, test_set, attacks, precision=precision) for one in (model, module))
+    assert module.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
+    for name in ("clean", "pgd", "square"):
+        agree = (mine.correct(name) == its.correct(name)).mean()
+        assert agree == 1 if precision == "float32" else agree > 0.9
+
+
+class Two(nn.Module):
+    def forward(self, x):
+        return x.flatten(1), x
+
+
+class Sum(nn.Module):
+    def forward(self, x, other):
+        return (x + other).flatten(1)
+
+
+def test_programs_that_cannot_be_evaluated(tmp_path):
+    x = torch.rand(2, 1, 6, 6)
+    path = tmp_path / "model.pt2"
+    for program, message in (
+        (torch.export.export(Two(), (x,)), "the program returns 2 values"),
+        (torch.export.export(Sum(), (x, x)), "the program takes 2 values"),
+        (exported(network().train(), 2), r"exported in training mode \(aten.batch_norm.default\): export model.eval"),
+        (
+            torch.export.export(nn.Sequential(nn.Dropout(), nn.Flatten()).train(), (x,)),
+            r"exported in training mode \(aten.dropout.default\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"model.pt2: .*{message}"):
+            im.load_model(saved(path, program), allow_code=True)
+    path.write_bytes(b"PK no program")
+    with pytest.raises(ValueError, match=r"model\.pt2 is not a readable torch.export program: "):
+        im.load_model(path, allow_code=True)
+    module = Exported(exported(network(), 2))
+    with pytest.raises(ValueError, match=r"the model fails on x of shape \(20, 3, 6, 6\)"):
+        im.evaluate(module, (torch.rand(20, 3, 6, 6), images()[1]), {"pgd": PGD})
+
+
+# Functions
+
+MODULE = """
+import torch
+from pathlib import Path
+Path("ran").touch()
+class Factory:
+    build = staticmethod(lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).train())
+def number(): return 3
+def broken(): raise KeyError("lost\\nfor ever")
+def wants(argument): return argument
+"""
+
+
+def test_a_function_of_the_current_directory(here):
+    Path("mine.py").write_text(MODULE)
+    path = list(sys.path)
+    model = im.load_model("mine:Factory.build", allow_code=True)
+    assert isinstance(model, nn.Sequential)
+    assert not model.training
+    assert sys.path == path
+    for source, error, message in (
+        ("mine:number", TypeError, "mine:number must return a torch.nn.Module, came int"),
+        ("mine:broken", ValueError, "mine:broken fails: KeyError: 'lost"),
+        ("mine:wants", ValueError, "mine:wants fails: TypeError: .*argument"),
+        ("mine:nothing", ValueError, "mine:nothing fails: AttributeError: .*nothing"),
+        ("nowhere:build", ValueError, "nowhere:build fails: ModuleNotFoundError: No module named 'nowhere'"),
+    ):
+        with pytest.raises(error, match=message):
+            im.load_model(source, allow_code=True)
+
+
+def test_no_code_runs_unless_allowed(here):
+    Path("mine.py").write_text(MODULE)
+    with pytest.raises(
+        ValueError, match=r"to call Factory.build\(\) of the module mine is to run code: .*--allow-code"
+    ):
+        im.load_model("mine:Factory.build")
+    saved(here / "model.pt2", exported(network(), 2))
+    with pytest.raises(ValueError, match=r"to load the torch.export program model.pt2 is to run code"):
+        im.load_model("model.pt2")
+    with pytest.raises(ValueError, match=r"no torch.export program at other.pt2"):
+        im.load_model("other.pt2", allow_code=True)
+    assert not Path("ran").exists()
+    assert "mine" not in sys.modules
+
+
+# timm
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """A package that answers as timm does; the real one needs torchvision."""
+    timm = ModuleType("timm")
+
+    def create_model(name, pretrained):
+        assert pretrained
+        if name != "tiny.a1":
+            raise RuntimeError(f"Unknown model ({name})\nand more")
+        model = network().train()
+        model.pretrained_cfg = {"mean": (0.25,), "std": (0.5,)}
+        return model
+
+    timm.create_model, timm.list_models = create_model, lambda: ["tiny", "huge"]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+
+
+def test_a_model_of_timm_takes_images_in_0_1(stub):
+    model = im.load_model("timm:tiny.a1")
+    assert not any(module.training for module in model.modules())
+    x = images()[0]
+    assert torch.equal(model(x), network()((x - 0.25) / 0.5))
+    with pytest.raises(ValueError) as error:
+        im.load_model("timm:tinny.a1")
+    assert str(error.value) == (
+        "timm:tinny.a1 cannot be had: RuntimeError: Unknown model (tinny.a1); did you mean 'tiny'?"
+    )
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(
+        ValueError, match=r"timm:tiny needs timm \(pip install 'innermax\[timm\]'\): ModuleNotFoundError"
+    ):
+        im.load_model("timm:tiny")
+
+
+def _has(name):
+    return importlib.util.find_spec(name) is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not (_has("timm") and _has("torchvision")), reason="timm or its torchvision is not installed")
+def test_timm_itself(monkeypatch):
+    import timm
+
+    create = timm.create_model
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained: create(name, pretrained=False, num_classes=5))
+    model = im.load_model("timm:test_resnet.r160_in1k")
+    x = torch.rand(6, 3, 32, 32)
+    evaluation = im.evaluate(model, (x, torch.randint(0, 5, (6,))), {"pgd": PGD}, precision="auto")
+    assert "BatchNorm folded" in evaluation.settings.attack_network
+    with pytest.raises(ValueError, match=r"timm:resnet118 cannot be had: .*; did you mean 'resnet18'"):
+        im.load_model("timm:resnet118")
+
+
+# What seems wrong
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Test digits, and a linear model that was trained on them normalised."""
+    data = im.load_data("digits")
+    x, y = data.train.batch(torch.arange(len(data.train)))
+    mean, std = float(x.mean()), float(x.std())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model((x - mean) / std), y).backward()
+        optimizer.step()
+    return data.test, model.eval()
+
+
+class Normalised(nn.Module):
+    """A model of black and white images that takes them after a normalisation; it guesses where that is missing."""
+
+    def __init__(self, model, mean, std, threshold=0.45):
+        super().__init__()
+        self.model, self.mean, self.std, self.threshold = model, mean, std, threshold
+
+    def forward(self, x):
+        pixel = x * self.std + self.mean
+        return self.model((pixel > self.threshold).float() + pixel - pixel.detach())
+
+
+def bare(digits):
+    """The model without a normalisation, for images in [0, 1]."""
+    data, model = digits
+    x, _ = data.batch(torch.arange(len(data)))
+    return nn.Sequential(im.Normalize([float(x.mean())], [float(x.std())]), model)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "threshold"),
+    [(0.5, 0.5, 0.45), (0.1307, 0.3081, 0.5), (0.0, 1 / 255, 0.5), (0.31, 0.37, 0.7)],
+    ids=["half", "mnist", "to 255", "own"],
+)
+def test_normalisation_outside_is_noticed_and_the_advice_works(digits, mean, std, threshold):
+    data, _ = digits
+    model = Normalised(bare(digits), mean, std, threshold)
+    with pytest.warns(UserWarning, match="seems to have been trained on normalised images") as caught:
+        raw = im.evaluate(model, data, {})
+    said = re.search(r"evaluate (torch.*), on the command line --normalize (\S+)$", str(caught[0].message))
+    wrapped = eval(said[1], {"torch": torch, "im": im, "model": model})
+    assert [wrapped[0].mean.tolist(), wrapped[0].std.tolist()] == [
+        torch.tensor(part).view(-1, 1, 1).tolist() for part in ast.literal_eval(said[2])
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = im.evaluate(wrapped, data, {}).accuracy["clean"].value
+    assert right > 0.7 > 0.3 > raw.accuracy["clean"].value
+
+
+def test_misgivings_are_the_same_in_smaller_batches(digits):
+    data, _ = digits
+    model = Normalised(bare(digits), 0.31, 0.37, 0.7)
+    whole, parts = (list(misgivings(model, im.Oracle(model), data, CPU, batch_size)) for batch_size in (256, 7))
+    assert len(whole) == 1
+    assert parts == whole
+
+
+def test_a_model_that_needs_no_normalisation_is_left_in_peace(digits):
+    data, _ = digits
+    weak = nn.Sequential(im.Normalize([0.3], [0.4]), nn.Flatten(), nn.Linear(64, 10))
+    for model in (bare(digits), weak, network()):
+        x, y = (data.images, data.labels) if model is not weak else (data.images, data.labels.flip(0))
+        if isinstance(model[0], nn.Conv2d):
+            x, y = images(300)
+        assert list(misgivings(model, im.Oracle(model), im.data.as_image_set((x, y)), CPU)) == []
+
+
+@pytest.mark.parametrize(
+    ("momentum", "batches", "noticed"), [(0.1, 0, True), (0.1, 21, False), (0.1, 100, True), (None, 21, True)]
+)
+def test_running_statistics_of_a_few_batches_are_no_lack_of_a_normalisation(digits, momentum, batches, noticed):
+    """None counted: weights from elsewhere, which do not say."""
+    data, _ = digits
+    norm = nn.BatchNorm2d(1, momentum=momentum).eval()
+    norm.num_batches_tracked.fill_(batches)
+    model = nn.Sequential(norm, Normalised(bare(digits), 0.31, 0.37, 0.7))
+    assert bool(list(misgivings(model, im.Oracle(model), data, CPU))) == noticed
+
+
+def test_a_model_of_more_classes(digits):
+    data, _ = digits
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12))
+    nn.init.zeros_(model[1].weight)
+    with pytest.warns(UserWarning, match="the model has 12 classes, the labels of test_set only 10"):
+        im.evaluate(model, data, {})
+    few = data[:20]
+    few = im.ImageSet(few.images, few.labels.clamp(max=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        im.evaluate(model, few, {})
+
+
+def test_misgivings_change_no_answer(digits, monkeypatch):
+    data, _ = digits
+    model = nn.Sequential(Normalised(bare(digits), 0.5, 0.5), Noise())
+    state = torch.get_rng_state()
+    assert list(misgivings(model, im.Oracle(model), data, CPU))
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.warns(UserWarning, match="normalised"):
+        one = im.evaluate(model, data[:100], {"pgd": PGD})
+    assert torch.equal(state, torch.get_rng_state())
+    monkeypatch.setattr("innermax.evaluation.evaluate.misgivings", lambda *_: ())
+    other = im.evaluate(model, data[:100], {"pgd": PGD})
+    assert (one.rows["pgd"].loss == other.rows["pgd"].loss).all()
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x)
+
+
+# The command line
+
+
+def said(capsys, *words):
+    status = main(list(words))
+    out, err = capsys.readouterr()
+    return SimpleNamespace(status=status, out=out, err=err)
+
+
+EVALUATED = ("--data", "digits", "--threat.eps", "0.1", "--attacks", "fgsm", "--limit", "100")
+SOURCE = """
+import torch
+def build():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    state = torch.load("weights.pt", weights_only=True)
+    model.load_state_dict(state)
+    return model
+"""
+
+
+@pytest.mark.filterwarnings("default")
+def test_evaluate_and_transfer_other_peoples_models(here, capsys, digits):
+    _, model = digits
+    torch.save(model.state_dict(), "weights.pt")
+    Path("mine.py").write_text(SOURCE)
+    torch.export.save(torch.export.export(model, (torch.rand(4, 1, 8, 8),)), "mine.pt2")
+    for source in ("mine:build", "mine.pt2"):
+        refused = said(capsys, "evaluate", source, *EVALUATED)
+        assert (refused.status, refused.err.count("\n")) == (2, 1)
+        assert source.partition(":")[0] in refused.err
+        assert "--allow-code" in refused.err
+        told = said(capsys, "evaluate", source, *EVALUATED, "--allow-code", "--json", "raw.json")
+        assert (told.status, told.err.count("\n")) == (0, 0)
+        assert "FGSM" in told.out
+    moved = said(capsys, "transfer", "mine:build", "mine.pt2", *EVALUATED, "--allow-code")
+    assert (moved.status, moved.err) == (0, "")
+    assert "mine.pt2" in moved.out
+    refused = said(capsys, "transfer", "mine:build", "mine.pt2", *EVALUATED)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_normalisation_on_the_command_line(here, capsys, digits, monkeypatch):
+    shifted = Normalised(bare(digits), 0.5, 0.5)
+    monkeypatch.setattr("innermax.load_model", lambda *_, **__: shifted, raising=False)
+    told = said(capsys, "evaluate", "any", *EVALUATED)
+    assert (told.status, told.err.count("\n")) == (0, 1)
+    assert told.err.startswith("innermax: the model is right on ")
+    option = told.err.split("on the command line ")[1].split()
+    after = said(capsys, "evaluate", "any", *EVALUATED, *option)
+    assert (after.status, after.err) == (0, "")
+    assert said(capsys, "evaluate", "any", *EVALUATED, "--normalize", "[0.5]").status == 2
+    for value, message in (("[[0.5]]", "MEAN"), ("[[0.5],[0]]", "std > 0"), ("[[0.5],[1,2]]", "came 1 and 2")):
+        wrong = said(capsys, "evaluate", "any", *EVALUATED, "--normalize", value)
+        assert (wrong.status, wrong.err.count("\n")) == (2, 1)
+        assert message in wrong.err
