@@ -29,9 +29,10 @@ PATIENCE = 60  # seconds for one file
 
 def work(kind_name: str, count: int, number: int, log: Path, current: Path) -> None:
     """Tries so many distinct files of a kind; a line an outcome, and the file under way kept as `current`."""
-    import hostile
     import hypothesis
     from hypothesis import HealthCheck, Phase, given, settings
+
+    from tests.helpers import hostile
 
     with tempfile.TemporaryDirectory(prefix="innermax-") as place:
         kind = hostile.kinds(Path(place) / "made")[kind_name]
@@ -113,7 +114,7 @@ def main() -> None:
         kind, count, number, log, current = chosen.worker
         work(kind, int(count), int(number), Path(log), Path(current))
         return
-    import hostile
+    from tests.helpers import hostile
 
     with tempfile.TemporaryDirectory(prefix="innermax-") as place:
         names = chosen.kind or list(hostile.kinds(Path(place) / "made"))
