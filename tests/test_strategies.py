@@ -116,10 +116,10 @@ def test_automatic_c_max_is_the_first_epochs_measure():
     for epoch in range(1, 50):
         expected = max(0.2 - epoch * 0.2 / 40, 0)
         assert strategy.attack_at(epoch / 50, history).stop_at == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(ValueError, match=r"history must hold the first epoch's 'halfway_gauge', .* came none"):
+    with pytest.raises(ValueError, match=r"history must hold the first epoch's 'halfway_gauge', .* got none"):
         strategy.attack_at(0.02)
     for first in ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.5, "halfway_gauge": None, "loss": 1.0}):
-        with pytest.raises(ValueError, match=r"history must hold 'halfway_gauge', .* came \['accuracy', .*'loss'\]"):
+        with pytest.raises(ValueError, match=r"history must hold 'halfway_gauge', .* got \['accuracy', .*'loss'\]"):
             strategy.attack_at(0.02, [first])
 
 
@@ -196,7 +196,7 @@ def test_patience(patience, accuracies, steps, progress):
 
 
 def test_patience_needs_accuracies():
-    with pytest.raises(ValueError, match=r"history must hold 'accuracy', which this strategy needs, came \['loss'\]"):
+    with pytest.raises(ValueError, match=r"history must hold 'accuracy', which this strategy needs, got \['loss'\]"):
         im.Curriculum(ATTACK, patience=1).attack_at(0.5, [{"loss": 1.0}])
 
 
@@ -241,38 +241,38 @@ def test_a_warm_start_takes_few_steps_that_shrink():
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("progress", [-0.1, 1.0, math.nan])
 def test_progress_out_of_range(name, progress):
-    with pytest.raises(ValueError, match=r"progress must be in \[0, 1\), came"):
+    with pytest.raises(ValueError, match=r"progress must be in \[0, 1\), got"):
         KINDS[name].attack_at(progress, [{"accuracy": 0.5, "halfway_gauge": 0.5}])
 
 
 @pytest.mark.parametrize("kind", [im.Standard, im.Curriculum, im.FGSMThenPGD, im.Dynamic, im.WarmStart])
 @pytest.mark.parametrize("attack", [None, "pgd", im.Linf(0.1), im.PGD])
 def test_what_is_no_attack(untyped, kind, attack):
-    with pytest.raises(TypeError, match=r"attack must be a PGD such as PGD\(Linf\(8 / 255\)\), came "):
+    with pytest.raises(TypeError, match=r"attack must be a PGD such as PGD\(Linf\(8 / 255\)\), got "):
         kind(attack)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: im.Curriculum(ATTACK, full_at=0.0), r"full_at must be in \(0, 1\], came 0\.0"),
-        (lambda: im.Curriculum(ATTACK, full_at=1.1), r"full_at must be in \(0, 1\], came 1\.1"),
-        (lambda: im.Curriculum(ATTACK, full_at=math.nan), r"full_at must be in \(0, 1\], came nan"),
-        (lambda: im.Curriculum(ATTACK, patience=0), "patience must be an integer ≥ 1 or None, came 0"),
-        (lambda: im.Curriculum(ATTACK, patience=1.5), r"patience must be an integer ≥ 1 or None, came 1\.5"),
-        (lambda: im.FGSMThenPGD(ATTACK, switch=0.0), r"switch must be in \(0, 1\], came 0\.0"),
-        (lambda: im.FGSMThenPGD(ATTACK, switch=20.0), r"switch must be in \(0, 1\], came 20\.0"),
-        (lambda: im.Dynamic(ATTACK, zero_at=100.0), r"zero_at must be in \(0, 1\], came 100\.0"),
-        (lambda: im.Dynamic(ATTACK, zero_at=0.0), r"zero_at must be in \(0, 1\], came 0\.0"),
-        (lambda: im.Dynamic(ATTACK, 0.0), "c_max must be a finite number > 0, 'auto' or None, came 0"),
-        (lambda: im.Dynamic(ATTACK, -0.5), "c_max must be a finite number > 0, 'auto' or None, came -0.5"),
-        (lambda: im.Dynamic(ATTACK, math.nan), "c_max must be a finite number > 0, 'auto' or None, came nan"),
-        (lambda: im.Dynamic(ATTACK, math.inf), "c_max must be a finite number > 0, 'auto' or None, came inf"),
-        (lambda: im.Dynamic(ATTACK, "automatic"), "c_max must be a number > 0, 'auto' or None, came 'automatic'"),
-        (lambda: im.WarmStart(ATTACK, steps=0), "steps must be at least 1, came 0"),
-        (lambda: im.WarmStart(ATTACK, floor=-0.1), r"floor must be in \[0, 1\] or None, came -0\.1"),
-        (lambda: im.WarmStart(ATTACK, floor=1.5), r"floor must be in \[0, 1\] or None, came 1\.5"),
-        (lambda: im.WarmStart(ATTACK, floor=math.nan), r"floor must be in \[0, 1\] or None, came nan"),
+        (lambda: im.Curriculum(ATTACK, full_at=0.0), r"full_at must be in \(0, 1\], got 0\.0"),
+        (lambda: im.Curriculum(ATTACK, full_at=1.1), r"full_at must be in \(0, 1\], got 1\.1"),
+        (lambda: im.Curriculum(ATTACK, full_at=math.nan), r"full_at must be in \(0, 1\], got nan"),
+        (lambda: im.Curriculum(ATTACK, patience=0), "patience must be an integer ≥ 1 or None, got 0"),
+        (lambda: im.Curriculum(ATTACK, patience=1.5), r"patience must be an integer ≥ 1 or None, got 1\.5"),
+        (lambda: im.FGSMThenPGD(ATTACK, switch=0.0), r"switch must be in \(0, 1\], got 0\.0"),
+        (lambda: im.FGSMThenPGD(ATTACK, switch=20.0), r"switch must be in \(0, 1\], got 20\.0"),
+        (lambda: im.Dynamic(ATTACK, zero_at=100.0), r"zero_at must be in \(0, 1\], got 100\.0"),
+        (lambda: im.Dynamic(ATTACK, zero_at=0.0), r"zero_at must be in \(0, 1\], got 0\.0"),
+        (lambda: im.Dynamic(ATTACK, 0.0), "c_max must be a finite number > 0, 'auto' or None, got 0"),
+        (lambda: im.Dynamic(ATTACK, -0.5), "c_max must be a finite number > 0, 'auto' or None, got -0.5"),
+        (lambda: im.Dynamic(ATTACK, math.nan), "c_max must be a finite number > 0, 'auto' or None, got nan"),
+        (lambda: im.Dynamic(ATTACK, math.inf), "c_max must be a finite number > 0, 'auto' or None, got inf"),
+        (lambda: im.Dynamic(ATTACK, "automatic"), "c_max must be a number > 0, 'auto' or None, got 'automatic'"),
+        (lambda: im.WarmStart(ATTACK, steps=0), "steps must be at least 1, got 0"),
+        (lambda: im.WarmStart(ATTACK, floor=-0.1), r"floor must be in \[0, 1\] or None, got -0\.1"),
+        (lambda: im.WarmStart(ATTACK, floor=1.5), r"floor must be in \[0, 1\] or None, got 1\.5"),
+        (lambda: im.WarmStart(ATTACK, floor=math.nan), r"floor must be in \[0, 1\] or None, got nan"),
         (lambda: im.Dynamic(ATTACK, shape="line"), r"unknown shape 'line'; did you mean 'linear'\?"),
     ],
 )

@@ -48,9 +48,9 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
         seed: int = 0,
     ) -> None:
         if not callable(getattr(strategy, "attack_at", None)):
-            raise TypeError(f"strategy must have attack_at(progress, history), came {strategy!r}")
+            raise TypeError(f"strategy must have attack_at(progress, history), got {strategy!r}")
         if getattr(strategy, "warm_start", False):
-            raise ValueError(f"strategy must not start where the last epoch ended, came {strategy!r}")
+            raise ValueError(f"strategy must not start where the last epoch ended, got {strategy!r}")
         self.strategy, self.network, self.keys = strategy, network, keys
         self.precision, self.seed = precision, seed
         self.history: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """The strategy says what this epoch trains against."""
         if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise ValueError(f"the Trainer must know max_epochs, which strategies go by, came {trainer.max_epochs}")
+            raise ValueError(f"the Trainer must know max_epochs, which strategies go by, got {trainer.max_epochs}")
         self._attack = self.strategy.attack_at(trainer.current_epoch / trainer.max_epochs, self.history)
         self._oracle, self._sample, self._seen, self._gradients = None, [], 0, 0
 
@@ -113,7 +113,7 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
             return 0, 1
         if isinstance(batch, Mapping) and hasattr(batch, "__setitem__") and set(self.keys) <= batch.keys():
             return self.keys
-        raise TypeError(f"a batch must be [images, labels] or a dict with {self.keys}, came {type(batch).__name__}")
+        raise TypeError(f"a batch must be [images, labels] or a dict with {self.keys}, got {type(batch).__name__}")
 
     def _refreshed(self, pl_module: Any, x: Tensor) -> Oracle:
         """The network as it is now, compiled for attacks."""

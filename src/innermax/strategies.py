@@ -86,7 +86,7 @@ class Curriculum:
         _check_attack(self.attack)
         _check_share("full_at", self.full_at)
         if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
-            raise ValueError(f"patience must be an integer ≥ 1 or None, came {self.patience!r}")
+            raise ValueError(f"patience must be an integer ≥ 1 or None, got {self.patience!r}")
 
     def attack_at(self, progress: float, history: History = ()) -> PGD | None:
         """The attack with as many steps as the curriculum has reached."""
@@ -145,9 +145,9 @@ class Dynamic:
             raise unknown("shape", self.shape, get_args(Shape))
         if isinstance(self.c_max, str):
             if self.c_max != "auto":
-                raise ValueError(f"c_max must be a number > 0, 'auto' or None, came {self.c_max!r}")
+                raise ValueError(f"c_max must be a number > 0, 'auto' or None, got {self.c_max!r}")
         elif self.c_max is not None and not 0 < self.c_max < math.inf:
-            raise ValueError(f"c_max must be a finite number > 0, 'auto' or None, came {self.c_max}")
+            raise ValueError(f"c_max must be a finite number > 0, 'auto' or None, got {self.c_max}")
 
     @property
     def _start(self) -> Threshold:
@@ -169,7 +169,7 @@ class Dynamic:
         _check(progress)
         if self.automatic and not history:
             if progress > 0:
-                raise ValueError("history must hold the first epoch's 'halfway_gauge', which sets c_max, came none")
+                raise ValueError("history must hold the first epoch's 'halfway_gauge', which sets c_max, got none")
             return None
         c_max = _recorded(history[0], "halfway_gauge") if self._start == "auto" else self._start
         return c_max * _falling(self.shape, progress / self.zero_at)
@@ -211,7 +211,7 @@ class WarmStart:
         _check_attack(self.attack)
         check_count(self.steps, "steps")
         if self.floor is not None and not 0 <= self.floor <= 1:
-            raise ValueError(f"floor must be in [0, 1] or None, came {self.floor}")
+            raise ValueError(f"floor must be in [0, 1] or None, got {self.floor}")
 
     def attack_at(self, progress: float, history: History = ()) -> PGD:
         """The attack of few steps, which the training starts where the epoch before ended."""
@@ -240,20 +240,20 @@ def _level(accuracies: Sequence[float], patience: int) -> int:
 
 def _recorded(epoch: Mapping[str, Any], name: str) -> float:
     if epoch.get(name) is None:
-        raise ValueError(f"history must hold {name!r}, which this strategy needs, came {sorted(epoch)}")
+        raise ValueError(f"history must hold {name!r}, which this strategy needs, got {sorted(epoch)}")
     return float(epoch[name])
 
 
 def _check_attack(attack: object) -> None:
     if not isinstance(attack, PGD):
-        raise TypeError(f"attack must be a PGD such as PGD(Linf(8 / 255)), came {attack!r}")
+        raise TypeError(f"attack must be a PGD such as PGD(Linf(8 / 255)), got {attack!r}")
 
 
 def _check(progress: float) -> None:
     if not 0 <= progress < 1:
-        raise ValueError(f"progress must be in [0, 1), came {progress}")
+        raise ValueError(f"progress must be in [0, 1), got {progress}")
 
 
 def _check_share(name: str, value: float) -> None:
     if not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1], came {value}")
+        raise ValueError(f"{name} must be in (0, 1], got {value}")

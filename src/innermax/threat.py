@@ -41,14 +41,14 @@ class Threat(ABC):
 
     def __post_init__(self) -> None:
         if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
-            raise TypeError(f"eps must be a number, came {type(self.eps).__name__}")
+            raise TypeError(f"eps must be a number, got {type(self.eps).__name__}")
         if not (math.isfinite(self.eps) and self.eps > 0):
-            raise ValueError(f"eps must be a positive finite number, came {self.eps}")
+            raise ValueError(f"eps must be a positive finite number, got {self.eps}")
         if self.bounds is None:
             return
         low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in self.bounds)
         if not bool((low < high).all()) or not bool(torch.isfinite(high - low).all()):
-            raise ValueError(f"bounds must be finite with low < high, came {self.bounds}")
+            raise ValueError(f"bounds must be finite with low < high, got {self.bounds}")
 
     def around(self, x: Float[Tensor, "b ..."]) -> "FeasibleSet":
         """The set X(x) for a batch of clean inputs. Raises ValueError where x is not finite or outside the bounds."""
@@ -56,10 +56,10 @@ class Threat(ABC):
         flat = x.detach().flatten(1)
         low, high = self.box(x)
         if bool(((flat < low) | (flat > high)).any()):
-            raise ValueError(f"x must lie within the bounds, came values from {float(x.min()):g} to {float(x.max()):g}")
+            raise ValueError(f"x must lie within the bounds, got values from {float(x.min()):g} to {float(x.max()):g}")
         largest = float(self.norm(high - low).max())
         if self.eps > largest * _ROUNDING:
-            raise ValueError(f"eps must be at most {largest:g}, the size of the bounds, came {self.eps:g}")
+            raise ValueError(f"eps must be at most {largest:g}, the size of the bounds, got {self.eps:g}")
         floor, ceiling = (low - flat).clamp(min=-self.eps), (high - flat).clamp(max=self.eps)
         return FeasibleSet(self, x.detach(), floor, ceiling)
 
@@ -202,7 +202,7 @@ class FeasibleSet:
     ) -> Float[Tensor, "b ..."]:
         """One projected steepest-ascent step."""
         if not step_size >= 0:
-            raise ValueError(f"step_size must be at least 0, came {step_size}")
+            raise ValueError(f"step_size must be at least 0, got {step_size}")
         u = self._perturbation(x_adv)
         if step_size == math.inf:
             return self.maximizer(gradient)
@@ -225,7 +225,7 @@ class FeasibleSet:
 
     def _flat(self, values: Tensor, name: str) -> Flat:
         if values.shape != self.x.shape:
-            raise ValueError(f"{name} must have the shape of x {tuple(self.x.shape)}, came {tuple(values.shape)}")
+            raise ValueError(f"{name} must have the shape of x {tuple(self.x.shape)}, got {tuple(values.shape)}")
         return values.flatten(1)
 
     def _perturbation(self, x_adv: Tensor) -> Flat:
@@ -251,7 +251,7 @@ class Linf(Threat):
             return
         width = float(torch.as_tensor(self.bounds[1] - self.bounds[0], dtype=torch.float64).max())
         if self.eps > width * _ROUNDING:
-            raise ValueError(f"eps must be at most {width:g}, the width of the bounds, came {self.eps:g}")
+            raise ValueError(f"eps must be at most {width:g}, the width of the bounds, got {self.eps:g}")
 
     def norm(self, u: Flat) -> Float[Tensor, " b"]:
         """Largest |u_i|."""

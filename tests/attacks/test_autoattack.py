@@ -820,20 +820,20 @@ def test_names():
     [
         (APGD, {"threat": 0.1}, TypeError, r"threat must be a threat model"),
         (AutoAttack, {"threat": None}, TypeError, r"threat must be a threat model"),
-        (APGD, {"steps": 0}, ValueError, r"steps must be at least 1, came 0"),
-        (APGD, {"steps": True}, TypeError, r"steps must be an integer, came True"),
-        (APGD, {"restarts": 1.0}, TypeError, r"restarts must be an integer, came 1\.0"),
-        (APGD, {"targets": 0}, ValueError, r"targets must be at least 1, came 0"),
-        (APGD, {"eot": 0}, ValueError, r"eot must be at least 1, came 0"),
+        (APGD, {"steps": 0}, ValueError, r"steps must be at least 1, got 0"),
+        (APGD, {"steps": True}, TypeError, r"steps must be an integer, got True"),
+        (APGD, {"restarts": 1.0}, TypeError, r"restarts must be an integer, got 1\.0"),
+        (APGD, {"targets": 0}, ValueError, r"targets must be at least 1, got 0"),
+        (APGD, {"eot": 0}, ValueError, r"eot must be at least 1, got 0"),
         (APGD, {"loss": "drl"}, ValueError, r"unknown loss 'drl'; did you mean 'dlr'\?"),
-        (FAB, {"steps": 0}, ValueError, r"steps must be at least 1, came 0"),
-        (FAB, {"targets": None}, TypeError, r"targets must be an integer, came None"),
-        (FAB, {"restarts": -1}, ValueError, r"restarts must be at least 1, came -1"),
-        (Square, {"queries": 0}, ValueError, r"queries must be at least 1, came 0"),
-        (Square, {"restarts": "2"}, TypeError, r"restarts must be an integer, came '2'"),
-        (Square, {"p_init": 0.0}, ValueError, r"p_init must be in \(0, 1\], came 0\.0"),
-        (Square, {"p_init": math.nan}, ValueError, r"p_init must be in \(0, 1\], came nan"),
-        (Square, {"p_init": "0.8"}, TypeError, r"p_init must be a number, came '0\.8'"),
+        (FAB, {"steps": 0}, ValueError, r"steps must be at least 1, got 0"),
+        (FAB, {"targets": None}, TypeError, r"targets must be an integer, got None"),
+        (FAB, {"restarts": -1}, ValueError, r"restarts must be at least 1, got -1"),
+        (Square, {"queries": 0}, ValueError, r"queries must be at least 1, got 0"),
+        (Square, {"restarts": "2"}, TypeError, r"restarts must be an integer, got '2'"),
+        (Square, {"p_init": 0.0}, ValueError, r"p_init must be in \(0, 1\], got 0\.0"),
+        (Square, {"p_init": math.nan}, ValueError, r"p_init must be in \(0, 1\], got nan"),
+        (Square, {"p_init": "0.8"}, TypeError, r"p_init must be a number, got '0\.8'"),
         (AutoAttack, {"version": "standart"}, ValueError, r"unknown version 'standart'; did you mean 'standard'\?"),
     ],
 )
@@ -848,14 +848,14 @@ X, Y = images()
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"y": Y[:5]}, ValueError, r"y must have shape \(6,\), came \(5,\)"),
-        ({"y": Y + 1}, ValueError, r"y must be in 0…2, came values from 1 to 3"),
+        ({"y": Y[:5]}, ValueError, r"y must have shape \(6,\), got \(5,\)"),
+        ({"y": Y + 1}, ValueError, r"y must be in 0…2, got values from 1 to 3"),
         ({"index": Y.int()}, TypeError, r"index must be int64"),
         ({"x": X + 0.1}, ValueError, r"x must lie within the bounds"),
         ({"x": X / 0}, ValueError, r"x holds NaN or infinite values"),
-        ({"seed": 1.0}, TypeError, r"seed must be an integer, came 1\.0"),
+        ({"seed": 1.0}, TypeError, r"seed must be an integer, got 1\.0"),
         ({"final": "gradients"}, ValueError, r"unknown final 'gradients'; did you mean 'gradient'\?"),
-        ({"model": lambda x: x}, TypeError, r"model must be a torch.nn.Module, came function"),
+        ({"model": lambda x: x}, TypeError, r"model must be a torch.nn.Module, got function"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(50, 1))}, ValueError, r"model must return logits .* \(6, 1\)"),
     ],
 )
@@ -874,14 +874,14 @@ def test_labels_to_reach_are_not_for_all(make):
 def test_a_label_to_reach_and_targets():
     with pytest.raises(ValueError, match=r"target needs targets=None: targets=2 chooses"):
         APGD(Linf(0.1), targets=2)(convnet(), X, Y, target=Y)
-    with pytest.raises(ValueError, match=r"target must be in 0…2, came values from 1 to 3"):
+    with pytest.raises(ValueError, match=r"target must be in 0…2, got values from 1 to 3"):
         APGD(Linf(0.1))(convnet(), X, Y, target=Y + 1)
 
 
 @pytest.mark.parametrize("make", [Square, AutoAttack])
 def test_square_is_for_images(make):
     model = Logged(mlp(torch.float32))
-    with pytest.raises(ValueError, match=r"x must be images \(B, C, H, W\) for Square, came \(6, 6\)"):
+    with pytest.raises(ValueError, match=r"x must be images \(B, C, H, W\) for Square, got \(6, 6\)"):
         make(Linf(0.1))(model, torch.rand(6, 6), Y)
     assert not model.log.inputs
 

@@ -281,8 +281,8 @@ def test_names_and_evaluation():
     ("options", "error", "message"),
     [
         ({"threat": 0.1}, TypeError, r"threat must be a threat model"),
-        ({"budget": 0}, ValueError, r"budget must be at least 1, came 0"),
-        ({"budget": 10.0}, TypeError, r"budget must be an integer, came 10\.0"),
+        ({"budget": 0}, ValueError, r"budget must be at least 1, got 0"),
+        ({"budget": 10.0}, TypeError, r"budget must be an integer, got 10\.0"),
     ],
 )
 def test_bad_settings(untyped, options, error, message):

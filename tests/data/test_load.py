@@ -122,15 +122,15 @@ LABELS = torch.zeros(2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("images", "labels", "error", "message"),
     [
-        (BYTES, LABELS[:1], ValueError, r"labels must have shape \(2,\), came \(1,\)"),
-        (BYTES, LABELS - 1, ValueError, "labels must be ≥ 0, came values from -1"),
-        (BYTES, LABELS.int(), TypeError, "labels must be int64, came torch.int32"),
+        (BYTES, LABELS[:1], ValueError, r"labels must have shape \(2,\), got \(1,\)"),
+        (BYTES, LABELS - 1, ValueError, "labels must be ≥ 0, got values from -1"),
+        (BYTES, LABELS.int(), TypeError, "labels must be int64, got torch.int32"),
         (BYTES[:0], LABELS[:0], ValueError, "N ≥ 1"),
         (BYTES[0], LABELS[:1], ValueError, r"\(N, C, H, W\)"),
-        (BYTES.int(), LABELS, TypeError, "uint8 or float32, came torch.int32"),
-        (BYTES.double(), LABELS, TypeError, "uint8 or float32, came torch.float64"),
+        (BYTES.int(), LABELS, TypeError, "uint8 or float32, got torch.int32"),
+        (BYTES.double(), LABELS, TypeError, "uint8 or float32, got torch.float64"),
         (BYTES / 0, LABELS, ValueError, "NaN or infinite"),
-        (BYTES + 1.5, LABELS, ValueError, r"lie in \[0, 1\], came values from 1.5 to 1.5"),
+        (BYTES + 1.5, LABELS, ValueError, r"lie in \[0, 1\], got values from 1.5 to 1.5"),
         (BYTES - 0.5, LABELS, ValueError, r"lie in \[0, 1\]"),
         (torch.rand(0, 3), LABELS[:0], ValueError, "images must have shape"),
     ],
@@ -144,7 +144,7 @@ def test_splits_must_agree():
     small, other = ImageSet(BYTES, LABELS), ImageSet(torch.rand(2, 1, 2, 3), LABELS)
     with pytest.raises(ValueError, match=r"test images are \(1, 2, 3\), train images \(1, 2, 2\)"):
         Data("made up", small, None, other, 2, None)
-    with pytest.raises(ValueError, match="validation labels of made up must be in 0…1, came values from 2"):
+    with pytest.raises(ValueError, match="validation labels of made up must be in 0…1, got values from 2"):
         Data("made up", small, ImageSet(BYTES, LABELS + 2), small, 2, None)
 
 
@@ -292,7 +292,7 @@ def test_parquet_errors_name_the_file(folder):
     parquet(train, [], pa.array([], pa.int64()))
     check("holds no rows")
     parquet(train, good, ["a", "b"])
-    check("must hold integers, none missing, came string")
+    check("must hold integers, none missing, got string")
     parquet(train, good, [0, None])
     check("must hold integers, none missing")
     parquet(train, [good[0], None], [0, 1])
@@ -411,7 +411,7 @@ def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="neither train"):
         load_data(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="must be a folder, came the file"):
+    with pytest.raises(ValueError, match="must be a folder, got the file"):
         load_data(tmp_path / "file")
     parquet(tmp_path / "train.parquet", [encoded(pixels(1)[0])], [0])
     with pytest.raises(ValueError, match=r"but no test\*.parquet"):
@@ -422,7 +422,7 @@ def test_unknown_names(tmp_path):
 
 def test_wrong_environment(monkeypatch):
     monkeypatch.setenv("INNERMAX_DATA", "no such folder")
-    with pytest.raises(ValueError, match="INNERMAX_DATA must name a folder, came 'no such folder'"):
+    with pytest.raises(ValueError, match="INNERMAX_DATA must name a folder, got 'no such folder'"):
         load_data("mnist")
     assert load_data("digits").name == "digits"  # which needs no folder
 
@@ -551,23 +551,23 @@ X = torch.rand(3, 2, 2)
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("mnist", TypeError, "a data set must be an ImageSet, .*, came str"),
-        ([X, 0], TypeError, "came list"),
+        ("mnist", TypeError, "a data set must be an ImageSet, .*, got str"),
+        ([X, 0], TypeError, "got list"),
         (Items([]), ValueError, "holds no examples"),
         (Items([(X, 0), X]), TypeError, "item 1 of the data set must be"),
         (Items([("x", 0)]), TypeError, "item 0 of the data set must be"),
-        (Items([(X, 0.5)]), TypeError, "y in item 0 of the data set must be an integer, came 0.5"),
-        (Items([(X, "cat")]), TypeError, "came 'cat'"),
+        (Items([(X, 0.5)]), TypeError, "y in item 0 of the data set must be an integer, got 0.5"),
+        (Items([(X, "cat")]), TypeError, "got 'cat'"),
         (Items([(X, 0), (X[:2], 0)]), ValueError, "must have one shape and type"),
         (Items([(X, 0), (X.double(), 0)]), ValueError, "must have one shape and type"),
         (Items([(X, 0), (X * 255 + 1, 1)]), ValueError, r"must lie in \[0, 1\]"),
         (Items([(X / 0, 0)]), ValueError, "NaN or infinite"),
         (Items([(Image.new("L", (2, 2)), 0), (Image.new("L", (3, 2)), 0)]), ValueError, "item 1 .*3×2 pixels"),
-        ((X, LABELS), ValueError, r"labels must have shape \(3,\), came \(2,\)"),
+        ((X, LABELS), ValueError, r"labels must have shape \(3,\), got \(2,\)"),
         ((X.int(), torch.arange(3)), TypeError, "uint8 or float32"),
         (datasets.Dataset.from_dict({"image": [1], "label": [0]}), ValueError, "must hold encoded images"),
         (datasets.Dataset.from_dict({"x": [1], "label": [0]}), ValueError, "no column image or img"),
-        (datasets.DatasetDict(), TypeError, "came DatasetDict"),
+        (datasets.DatasetDict(), TypeError, "got DatasetDict"),
     ],
 )
 def test_as_image_set_errors(source, error, message):
@@ -576,7 +576,7 @@ def test_as_image_set_errors(source, error, message):
 
 
 def test_limit_must_be_positive():
-    with pytest.raises(ValueError, match="limit must be ≥ 1, came 0"):
+    with pytest.raises(ValueError, match="limit must be ≥ 1, got 0"):
         as_image_set((BYTES, LABELS), limit=0)
 
 
@@ -809,8 +809,8 @@ def test_augment_draws_every_shift_equally_often():
 @pytest.mark.parametrize(
     ("x", "arguments", "message"),
     [
-        (torch.rand(2, 1, 3, 3), {"shift": 3}, "shift must be in 0…2, came 3"),
-        (torch.rand(2, 1, 3, 3), {"shift": -1}, "shift must be in 0…2, came -1"),
+        (torch.rand(2, 1, 3, 3), {"shift": 3}, "shift must be in 0…2, got 3"),
+        (torch.rand(2, 1, 3, 3), {"shift": -1}, "shift must be in 0…2, got -1"),
     ],
 )
 def test_augment_errors(x, arguments, message):

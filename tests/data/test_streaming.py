@@ -182,7 +182,7 @@ def test_webdataset_shards(tmp_path):
     ("changes", "said"),
     [
         ({"labels": [0] * 50 + [3] + [0] * 9}, r"label 3, but the model has 3 classes"),
-        ({"labels": [0] * 50 + [-1] + [0] * 9}, r"label must hold integers ≥ 0, came -1"),
+        ({"labels": [0] * 50 + [-1] + [0] * 9}, r"label must hold integers ≥ 0, got -1"),
         ({"count": 50}, r"ended after 50 of 60 examples"),
     ],
 )
@@ -202,7 +202,7 @@ def test_colour_that_comes_late_is_refused(monkeypatch):
 
 
 def test_what_is_no_stream_is_refused():
-    with pytest.raises(TypeError, match=r"IterableDataset, as load_dataset\(…, streaming=True\) gives, came list"):
+    with pytest.raises(TypeError, match=r"IterableDataset, as load_dataset\(…, streaming=True\) gives, got list"):
         im.ImageStream([], 5)
     with pytest.raises(ValueError, match="examples must be at least 1"):
         im.ImageStream(source(), 0)

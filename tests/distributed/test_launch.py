@@ -232,7 +232,7 @@ def test_the_processes_of_torchrun_and_slurm_are_found(monkeypatch):
         assert not launch.is_first()
         with pytest.raises(ValueError, match="torchrun started 2 processes on each of 2 machines"):
             planned(4, None, CPU)
-        with pytest.raises(ValueError, match="devices must be 1 or the 4 processes that are there already, came 2"):
+        with pytest.raises(ValueError, match="devices must be 1 or the 4 processes that are there already, got 2"):
             members(2, CPU)
         assert members(1, CPU).count == 1
     with monkeypatch.context() as patch:
@@ -256,11 +256,11 @@ def test_the_processes_of_torchrun_and_slurm_are_found(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"devices": 0}, "devices must be at least 1, came 0"),
+        ({"devices": 0}, "devices must be at least 1, got 0"),
         ({"nodes": 2}, "nodes=2 needs .*MASTER_ADDR and MASTER_PORT.*NODE_RANK"),
-        ({"devices": 2, "batch_size": 1}, "batch_size must leave each of 2 processes an example, came batches of 1"),
-        ({"devices": 2, "sync_batch_norm": True}, "sync_batch_norm needs several GPUs, came 2 processes on cpu"),
-        ({"parallel": "fsdp"}, 'parallel="fsdp" needs several processes, came one'),
+        ({"devices": 2, "batch_size": 1}, "batch_size must leave each of 2 processes an example, got batches of 1"),
+        ({"devices": 2, "sync_batch_norm": True}, "sync_batch_norm needs several GPUs, got 2 processes on cpu"),
+        ({"parallel": "fsdp"}, 'parallel="fsdp" needs several processes, got one'),
         ({"devices": 2, "parallel": "fsdp", "ema": 0.9}, 'parallel="fsdp" does not support ema: leave it out'),
         (
             {"devices": 2, "parallel": "fsdp", "validation_set": (torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]))},

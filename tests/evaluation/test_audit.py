@@ -222,9 +222,9 @@ def test_a_surrogate_of_a_model_that_draws(trained, images):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"surrogates": {}}, ValueError, "surrogates must hold at least one model, came none"),
-        ({"surrogates": nn.Linear(64, 10)}, TypeError, "surrogates must map names to models, came Linear"),
-        ({"surrogates": {"": nn.Linear(64, 10)}}, ValueError, "a model's name must be a text, came ''"),
+        ({"surrogates": {}}, ValueError, "surrogates must hold at least one model, got none"),
+        ({"surrogates": nn.Linear(64, 10)}, TypeError, "surrogates must map names to models, got Linear"),
+        ({"surrogates": {"": nn.Linear(64, 10)}}, ValueError, "a model's name must be a text, got ''"),
         ({"surrogates": {"a": print}}, TypeError, "surrogate 'a': model must be a torch.nn.Module"),
         ({"surrogates": {"a": nn.Linear(3, 10)}}, ValueError, "surrogate 'a': the model fails on x of shape"),
         (

@@ -155,7 +155,7 @@ def test_an_attack_that_works_in_place_moves_nothing():
 def test_an_image_that_is_no_image_is_refused():
     model, x, y, _, _ = linear_problem()
     for point, words in [(lambda x, y, i: x * math.nan, "NaN"), (lambda x, y, i: x[:, :3], "shape")]:
-        with pytest.raises(ValueError, match=f"attack 'bad' must return finite x_adv .* came {words}"):
+        with pytest.raises(ValueError, match=f"attack 'bad' must return finite x_adv .* got {words}"):
             im.evaluate(model, (x, y), {"bad": Scripted(im.Linf(0.1), point)})
 
 
@@ -424,7 +424,7 @@ def test_wilson_is_scipys(total, confidence):
 
 def test_impossible_counts_are_refused():
     for correct, total in [(-1, 3), (4, 3), (0, 0)]:
-        with pytest.raises(ValueError, match=f"came {correct} of {total}"):
+        with pytest.raises(ValueError, match=f"got {correct} of {total}"):
             wilson(correct, total)
     for counts in [(-1, 0, 3), (2, 2, 3), (0, 0, 0)]:
         with pytest.raises(ValueError, match="counts must be"):
@@ -483,7 +483,7 @@ def test_labels_and_images_must_fit_before_the_first_attack():
         pytest.fail("attacked")
 
     idle = {"idle": Scripted(im.Linf(0.1), never)}
-    with pytest.raises(ValueError, match=r"the labels of test_set must be in 0…3, came values from 4 to 4"):
+    with pytest.raises(ValueError, match=r"the labels of test_set must be in 0…3, got values from 4 to 4"):
         im.evaluate(network(), (images, torch.where(torch.arange(40) < 39, labels, 4)), idle, batch_size=39)
     narrow = idle | {"narrow": im.PGD(im.Linf(0.1, bounds=(0.0, 0.5)))}
     with pytest.raises(ValueError, match=r"attack 'narrow' does not fit the images of test_set .* within the bounds"):
@@ -493,19 +493,19 @@ def test_labels_and_images_must_fit_before_the_first_attack():
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
-        ({"attacks": {"clean": PGD}}, ValueError, "a text other than clean, worst_case, came 'clean'"),
-        ({"attacks": {"worst_case": PGD}}, ValueError, "came 'worst_case'"),
-        ({"attacks": {"": PGD}}, ValueError, "came ''"),
+        ({"attacks": {"clean": PGD}}, ValueError, "a text other than clean, worst_case, got 'clean'"),
+        ({"attacks": {"worst_case": PGD}}, ValueError, "got 'worst_case'"),
+        ({"attacks": {"": PGD}}, ValueError, "got ''"),
         ({"attacks": {"a": 3}}, TypeError, None),
         ({"attacks": {"a": lambda *_: None}}, TypeError, None),
         ({"attacks": [PGD]}, TypeError, None),
         ({"attacks": {"a": PGD, "a_relative": PGD}}, ValueError, "would share the column a_relative_fosc"),
-        ({"devices": 0}, ValueError, "devices must be at least 1, came 0"),
+        ({"devices": 0}, ValueError, "devices must be at least 1, got 0"),
         ({"devices": 2.0}, TypeError, None),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, came 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"batch_size": 2.5}, TypeError, None),
-        ({"quantize": 0}, ValueError, "quantize must be in 1…16 or None, came 0"),
-        ({"quantize": 17}, ValueError, "quantize must be in 1…16 or None, came 17"),
+        ({"quantize": 0}, ValueError, "quantize must be in 1…16 or None, got 0"),
+        ({"quantize": 17}, ValueError, "quantize must be in 1…16 or None, got 17"),
         ({"seed": 1.5}, TypeError, None),
         ({"precision": "half"}, (ValueError, TypeError), None),
         ({"test_set": 3}, TypeError, None),

@@ -77,7 +77,7 @@ class Branching(nn.Module):
     [
         (built(), "model.pt", None, "unknown ending of path '.pt'; did you mean '.pt2'"),
         (nn.Flatten(), "model.pt2", None, "input_shape must be given"),
-        (nn.Flatten(), "model.pt2", (0, 3), r"input_shape must be positive integers, came \(0, 3\)"),
+        (nn.Flatten(), "model.pt2", (0, 3), r"input_shape must be positive integers, got \(0, 3\)"),
         (Fixed(), "model.pt2", (1, 2, 2), "torch.export cannot export the model|does not take 1 images"),
         (Drawing(), "model.pt2", (1, 2, 2), "model.pt2 would answer otherwise than the model: logits differ by"),
         (Branching(), "model.pt2", (1, 2, 2), "torch.export cannot export the model"),

@@ -151,7 +151,7 @@ def test_a_function_of_the_current_directory(here):
     assert not model.training
     assert sys.path == path
     for source, error, message in (
-        ("mine:number", TypeError, "mine:number must return a torch.nn.Module, came int"),
+        ("mine:number", TypeError, "mine:number must return a torch.nn.Module, got int"),
         ("mine:broken", ValueError, "mine:broken fails: KeyError: 'lost"),
         ("mine:wants", ValueError, "mine:wants fails: TypeError: .*argument"),
         ("mine:nothing", ValueError, "mine:nothing fails: AttributeError: .*nothing"),
@@ -408,7 +408,7 @@ def test_a_normalisation_on_the_command_line(here, capsys, digits, monkeypatch):
     after = said(capsys, "evaluate", "any", *EVALUATED, *option)
     assert (after.status, after.err) == (0, "")
     assert said(capsys, "evaluate", "any", *EVALUATED, "--normalize", "[0.5]").status == 2
-    for value, message in (("[[0.5]]", "MEAN"), ("[[0.5],[0]]", "std > 0"), ("[[0.5],[1,2]]", "came 1 and 2")):
+    for value, message in (("[[0.5]]", "MEAN"), ("[[0.5],[0]]", "std > 0"), ("[[0.5],[1,2]]", "got 1 and 2")):
         wrong = said(capsys, "evaluate", "any", *EVALUATED, "--normalize", value)
         assert (wrong.status, wrong.err.count("\n")) == (2, 1)
         assert message in wrong.err

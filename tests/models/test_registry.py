@@ -241,20 +241,20 @@ def test_digits_are_learnt_in_seconds():
     ("arguments", "message"),
     [
         ({"name": "mnist-cn"}, "did you mean 'mnist-cnn'"),
-        ({"input_shape": (1, 3, 28)}, "at least 4×4 pixels, came .1, 3, 28"),
+        ({"input_shape": (1, 3, 28)}, "at least 4×4 pixels, got .1, 3, 28"),
         ({"name": "cifar-cnn", "input_shape": (3, 7, 32)}, "at least 8×8 pixels"),
         ({"input_shape": (28, 28)}, r"\(C, H, W\)"),
         ({"input_shape": (1, 0, 28)}, "positive integers"),
-        ({"num_classes": 1}, "num_classes must be an integer ≥ 2, came 1"),
+        ({"num_classes": 1}, "num_classes must be an integer ≥ 2, got 1"),
         ({"depth": 10}, "unknown option of mnist-cnn 'depth'"),
         ({"name": "wideresnet", "dept": 10}, "did you mean 'depth'"),
         ({"name": "wideresnet", "depth": 30}, r"depth must be 6n \+ 4"),
         ({"name": "wideresnet", "depth": 4}, r"depth must be 6n \+ 4"),
-        ({"name": "wideresnet", "width": 0}, "width must be ≥ 1, came 0"),
+        ({"name": "wideresnet", "width": 0}, "width must be ≥ 1, got 0"),
         ({"normalize": ([0.5], [0.0])}, "std > 0"),
         ({"normalize": ([float("nan")], [1.0])}, "finite"),
-        ({"normalize": ([0.5, 0.5], [1.0, 1.0])}, r"a channel \(1\), came 2 and 2"),
-        ({"normalize": ([0.5],)}, r"\(mean, std\), came 1"),
+        ({"normalize": ([0.5, 0.5], [1.0, 1.0])}, r"a channel \(1\), got 2 and 2"),
+        ({"normalize": ([0.5],)}, r"\(mean, std\), got 1"),
     ],
 )
 def test_errors(arguments, message):
@@ -264,5 +264,5 @@ def test_errors(arguments, message):
 
 
 def test_option_of_a_wrong_type():
-    with pytest.raises(TypeError, match="depth must be an integer, came '10'"):
+    with pytest.raises(TypeError, match="depth must be an integer, got '10'"):
         build_model("wideresnet", input_shape=(3, 8, 8), depth="10")

@@ -250,7 +250,7 @@ def test_batchnorm_without_running_statistics_is_refused(affine):
 
 
 def test_what_is_no_model(untyped):
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, came function"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
         Oracle(lambda x: x)
 
 
@@ -273,10 +273,10 @@ def test_a_model_that_cannot_be_copied():
         (lambda z: (z, z), "tuple"),
     ],
 )
-def test_an_answer_that_is_not_logits(change, came):
+def test_an_answer_that_is_not_logits(change, got):
     model = Net(lambda net, x: change(net.layer(x.flatten(1))), layer=nn.Linear(72, 4))
     x, y = batch()
-    sentence = rf"model must return logits of shape \(6, classes ≥ 2\), came {came}"
+    sentence = rf"model must return logits of shape \(6, classes ≥ 2\), got {came}"
     with pytest.raises(ValueError, match=sentence):
         Oracle(model).logits(x)
     with pytest.raises(ValueError, match=sentence):
@@ -291,7 +291,7 @@ def test_inputs_the_model_does_not_take():
 @pytest.mark.parametrize("loss", [lambda z, y: z.sum(), lambda z, y: z])
 def test_a_loss_must_return_one_value_an_example(loss):
     x, y = batch()
-    with pytest.raises(ValueError, match=r"loss must return one value an example \(6,\), came"):
+    with pytest.raises(ValueError, match=r"loss must return one value an example \(6,\), got"):
         Oracle(convnet()).gradient(x, y, loss)
 
 

@@ -141,7 +141,7 @@ def test_the_state_comes_back_bit_for_bit(folder):
     assert (folder / "metrics.jsonl").read_text() == '{"fosc": null}\n'
     other, theirs = state(1)
     came = torch.zeros_like(kept)
-    assert load_state(folder, {"model": other}, theirs, came) == position()
+    assert load_state(folder, {"model": other}, theirs, got) == position()
     assert torch.equal(came, kept)
     torch.testing.assert_close(other.state_dict(), net.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(theirs.state_dict(), optimizer.state_dict(), rtol=0, atol=0)

@@ -1088,7 +1088,7 @@ def test_a_gradient_that_is_no_number():
 @pytest.mark.parametrize("name", ["data", "validation_set"])
 def test_labels_outside_the_classes(tmp_path, name):
     told = {"data": "train_set", "validation_set": "validation_set"}[name]
-    with pytest.raises(ValueError, match=rf"{told} labels must be in 0…2, came values from 1 to 3"):
+    with pytest.raises(ValueError, match=rf"{told} labels must be in 0…2, got values from 1 to 3"):
         train(**{name: (DATA[0], DATA[1] + 1)}, epochs=1, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -1108,23 +1108,23 @@ def test_labels_outside_the_classes(tmp_path, name):
         ({"device": "cdua"}, ValueError, r"unknown device 'cdua'; did you mean 'cuda'\?"),
         ({"device": "meta"}, ValueError, "unknown device 'meta'"),
         ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not there: torch sees"),
-        ({"epochs": 0}, ValueError, "epochs must be an integer ≥ 1, came 0"),
-        ({"epochs": 1.5}, ValueError, r"epochs must be an integer ≥ 1, came 1\.5"),
-        ({"batch_size": 0}, ValueError, "batch_size must be an integer ≥ 1, came 0"),
-        ({"lr": 0.0}, ValueError, r"lr must be a finite number > 0, came 0\.0"),
-        ({"lr": math.nan}, ValueError, "lr must be a finite number > 0, came nan"),
-        ({"momentum": -0.1}, ValueError, r"momentum must be a finite number ≥ 0, came -0\.1"),
-        ({"weight_decay": math.inf}, ValueError, "weight_decay must be a finite number ≥ 0, came inf"),
-        ({"clip": 0.0}, ValueError, r"clip must be > 0 or None, came 0\.0"),
-        ({"clip": math.nan}, ValueError, "clip must be > 0 or None, came nan"),
-        ({"ema": 1.0}, ValueError, r"ema must be in \(0, 1\) or None, came 1\.0"),
-        ({"lr_drops": (20, 40)}, ValueError, r"lr_drops must lie in \(0, 1\), came \(20, 40\)"),
-        ({"seed": 1.5}, TypeError, r"seed must be an integer, came 1\.5"),
-        ({"shift": 6}, ValueError, "shift must be in 0…5, came 6"),
-        ({"strategy": ATTACK}, TypeError, r"strategy must have attack_at\(progress, history\), came PGD"),
+        ({"epochs": 0}, ValueError, "epochs must be an integer ≥ 1, got 0"),
+        ({"epochs": 1.5}, ValueError, r"epochs must be an integer ≥ 1, got 1\.5"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer ≥ 1, got 0"),
+        ({"lr": 0.0}, ValueError, r"lr must be a finite number > 0, got 0\.0"),
+        ({"lr": math.nan}, ValueError, "lr must be a finite number > 0, got nan"),
+        ({"momentum": -0.1}, ValueError, r"momentum must be a finite number ≥ 0, got -0\.1"),
+        ({"weight_decay": math.inf}, ValueError, "weight_decay must be a finite number ≥ 0, got inf"),
+        ({"clip": 0.0}, ValueError, r"clip must be > 0 or None, got 0\.0"),
+        ({"clip": math.nan}, ValueError, "clip must be > 0 or None, got nan"),
+        ({"ema": 1.0}, ValueError, r"ema must be in \(0, 1\) or None, got 1\.0"),
+        ({"lr_drops": (20, 40)}, ValueError, r"lr_drops must lie in \(0, 1\), got \(20, 40\)"),
+        ({"seed": 1.5}, TypeError, r"seed must be an integer, got 1\.5"),
+        ({"shift": 6}, ValueError, "shift must be in 0…5, got 6"),
+        ({"strategy": ATTACK}, TypeError, r"strategy must have attack_at\(progress, history\), got PGD"),
         ({"data": [1, 2]}, TypeError, "a data set must be"),
         ({"data": examples(4, classes=2)[0]}, TypeError, "a data set must be"),
-        ({"model": "mlp"}, TypeError, r"model must be a torch\.nn\.Module, came str"),
+        ({"model": "mlp"}, TypeError, r"model must be a torch\.nn\.Module, got str"),
         ({"data": (DATA[0][..., :5], DATA[1])}, ValueError, r"the model fails on x of shape \(2, 1, 6, 5\)"),
     ],
 )

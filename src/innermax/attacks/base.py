@@ -60,7 +60,7 @@ class Problem:
         if final not in get_args(Final):
             raise unknown("final", final, get_args(Final))
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer, came {seed!r}")
+            raise TypeError(f"seed must be an integer, got {seed!r}")
         check_inputs(x)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         feasible = threat.around(x)
@@ -135,7 +135,7 @@ class VerdictAttack(ABC):
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Linf | L2 | L1):
-            raise TypeError(f"threat must be a threat model such as Linf(8 / 255), came {self.threat!r}")
+            raise TypeError(f"threat must be a threat model such as Linf(8 / 255), got {self.threat!r}")
 
     def __call__(
         self,

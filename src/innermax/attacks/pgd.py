@@ -50,7 +50,7 @@ class PGD:
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat):
-            raise TypeError(f"threat must be a threat model such as Linf(8 / 255), came {self.threat!r}")
+            raise TypeError(f"threat must be a threat model such as Linf(8 / 255), got {self.threat!r}")
         check_count(self.steps, "steps")
         check_count(self.restarts, "restarts")
         if self.restarts > 1 and not self.random_start:
@@ -58,9 +58,9 @@ class PGD:
         if self.gauge not in get_args(Gauge):
             raise unknown("gauge", self.gauge, get_args(Gauge))
         if self.stop_at is not None and (isinstance(self.stop_at, bool) or not isinstance(self.stop_at, int | float)):
-            raise TypeError(f"stop_at must be a number or None, came {self.stop_at!r}")
+            raise TypeError(f"stop_at must be a number or None, got {self.stop_at!r}")
         if self.stop_at is not None and not self.stop_at >= 0:
-            raise ValueError(f"stop_at must be ≥ 0 or None, came {self.stop_at}")
+            raise ValueError(f"stop_at must be ≥ 0 or None, got {self.stop_at}")
         self.objective()
         self.step_sizes()
 
@@ -79,11 +79,11 @@ class PGD:
                 else (float(self.step_size),) * self.steps
             )
         except (TypeError, ValueError):
-            raise TypeError(f"step_size must be None, a number, numbers or 'annealed', came {self.step_size}") from None
+            raise TypeError(f"step_size must be None, a number, numbers or 'annealed', got {self.step_size}") from None
         if len(sizes) != self.steps:
-            raise ValueError(f"step_size must hold one length a step ({self.steps}), came {len(sizes)}")
+            raise ValueError(f"step_size must hold one length a step ({self.steps}), got {len(sizes)}")
         if not all(size > 0 for size in sizes):
-            raise ValueError(f"step_size must be > 0, came {self.step_size}")
+            raise ValueError(f"step_size must be > 0, got {self.step_size}")
         return sizes
 
     def objective(self) -> Loss:
@@ -124,7 +124,7 @@ class PGD:
         if start is not None:
             check_inputs(start, "start")
             if start.shape != x.shape:
-                raise ValueError(f"start must have x's shape {tuple(x.shape)}, came {tuple(start.shape)}")
+                raise ValueError(f"start must have x's shape {tuple(x.shape)}, got {tuple(start.shape)}")
             start = self.threat.project(start.to(problem.feasible.x.dtype), problem.feasible.x)
         with problem.oracle.private_randomness(seed):
             result = self._best(problem, start, final)
@@ -174,7 +174,7 @@ def CW(threat: Threat, steps: int = 30, confidence: float = 0.0) -> PGD:
     An example whose margin has reached the cap has a zero gradient: it has fallen, and stays where it is.
     """
     if not (math.isfinite(confidence) and confidence >= 0):
-        raise ValueError(f"confidence must be a finite number ≥ 0, came {confidence}")
+        raise ValueError(f"confidence must be a finite number ≥ 0, got {confidence}")
     return PGD(threat, steps=steps, loss=CappedMargin(confidence))
 
 

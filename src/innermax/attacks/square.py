@@ -45,15 +45,15 @@ class Square(VerdictAttack):
         check_count(self.queries, "queries")
         check_count(self.restarts, "restarts")
         if isinstance(self.p_init, bool) or not isinstance(self.p_init, int | float):
-            raise TypeError(f"p_init must be a number, came {self.p_init!r}")
+            raise TypeError(f"p_init must be a number, got {self.p_init!r}")
         if not 0 < self.p_init <= 1:
-            raise ValueError(f"p_init must be in (0, 1], came {self.p_init}")
+            raise ValueError(f"p_init must be in (0, 1], got {self.p_init}")
 
     def check(self, problem: Problem) -> None:
         """Raises ValueError where inputs are no images or a label is to be reached."""
         super().check(problem)
         if problem.feasible.x.ndim != 4:
-            raise ValueError(f"x must be images (B, C, H, W) for Square, came {tuple(problem.feasible.x.shape)}")
+            raise ValueError(f"x must be images (B, C, H, W) for Square, got {tuple(problem.feasible.x.shape)}")
 
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
         """What was found, without FOSC, given the clean inputs' logits."""

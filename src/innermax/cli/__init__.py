@@ -82,6 +82,6 @@ def _recipes(words: list[str]) -> None:
     from innermax.cli.settings import recipe_names, recipe_text
 
     if words and words[0] not in ("-h", "--help"):
-        raise ValueError(f"recipes takes no arguments, came {' '.join(words)}")
+        raise ValueError(f"recipes takes no arguments, got {' '.join(words)}")
     for name in recipe_names():
         print(f"{name:20} {recipe_text(name).splitlines()[0].removeprefix('# ')}")

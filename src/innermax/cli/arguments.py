@@ -14,7 +14,7 @@ _FRACTION = r"^(\d+\.?\d*)/(\d+\.?\d*)$"
 
 def check_count(name: str, count: int | None) -> None:
     if count is not None and count < 1:
-        raise ValueError(f"{name} must be at least 1, came {count}")
+        raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def check_file(option: str, path: str | None) -> None:

@@ -121,5 +121,5 @@ def _normalized(model: Any, normalize: Any) -> Any:
 
     pair = IMAGENET_STATISTICS if normalize == "imagenet" else normalize
     if len(pair) != 2:
-        raise ValueError(f"normalize must be imagenet or [MEAN,STD], came {normalize}")
+        raise ValueError(f"normalize must be imagenet or [MEAN,STD], got {normalize}")
     return torch.nn.Sequential(im.Normalize(*pair), model)

@@ -31,7 +31,7 @@ def _run_export(source: str, chosen: Any) -> None:
 
     path = Path(source)
     if chosen.push is not None and chosen.format != "hub":
-        raise ValueError(f"push uploads the format hub, came {chosen.format}")
+        raise ValueError(f"push uploads the format hub, got {chosen.format}")
     if chosen.to is None and chosen.push is None and not path.is_dir():
         raise ValueError(f"{source} is no folder: say with --to what to write")
     best = chosen.best and (path / "best.safetensors").is_file()

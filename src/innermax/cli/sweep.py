@@ -46,7 +46,7 @@ def _planned(parser: Any, recipe: str, options: dict[str, list[str]]) -> tuple[l
     own = {"run_dir", *SweepSettings.__annotations__}
     for name, given in options.items():
         if name.partition(".")[0] in own and len(given) > 1:
-            raise ValueError(f"{name} is the whole sweep's and takes one value, came {' '.join(given)}")
+            raise ValueError(f"{name} is the whole sweep's and takes one value, got {' '.join(given)}")
         if name == "overwrite":
             raise ValueError("sweep takes no overwrite: remove the folder of a run to make it again")
     plans: list[Plan] = []
@@ -85,7 +85,7 @@ def _listed(words: Sequence[str]) -> dict[str, list[str]]:
             name = option.replace("-", "_")
             found.setdefault(name, []).extend([value] if equals else [])
         elif name is None:
-            raise ValueError(f"sweep takes options after the recipe, came {word}")
+            raise ValueError(f"sweep takes options after the recipe, got {word}")
         else:
             found[name].append(word)
     return {name: values or ["true"] for name, values in found.items()}

@@ -22,10 +22,10 @@ def augment(
     back: undoes it, but for what had moved out. Raises ValueError for other shapes and shifts.
     """
     if x.ndim != 4 or key.shape != x.shape[:1]:
-        raise ValueError(f"augment takes x (B, C, H, W) and key (B,), came {tuple(x.shape)} and {tuple(key.shape)}")
+        raise ValueError(f"augment takes x (B, C, H, W) and key (B,), got {tuple(x.shape)} and {tuple(key.shape)}")
     height, width = x.shape[2:]
     if not 0 <= shift < min(height, width):
-        raise ValueError(f"shift must be in 0…{min(height, width) - 1}, came {shift!r}")
+        raise ValueError(f"shift must be in 0…{min(height, width) - 1}, got {shift!r}")
     draws = uniform(key, 3)
     mirrored = (draws[:, 2] < 0.5)[:, None, None, None]
     if flip and not back:

@@ -89,7 +89,7 @@ def stacked(rows: Iterator[Row], count: int) -> tuple[Tensor, Tensor]:
         while part := list(islice(reading, _fitting(first.image.numel() * sample.itemsize))):
             others = [other for other in (_kind(row.image) for row in part) if other != kind]
             if others:
-                raise ValueError(f"the data set's images must have one shape and type, came {kind} and {others[0]}")
+                raise ValueError(f"the data set's images must have one shape and type, got {kind} and {others[0]}")
             labels.extend(row.label for row in part)
             yield torch.stack([row.image for row in part]).detach().to("cpu", dtype).numpy()
 

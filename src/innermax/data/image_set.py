@@ -26,17 +26,17 @@ class ImageSet:
         images = self.images
         if images.dtype == torch.uint8:
             if images.ndim != 4 or images.numel() == 0:
-                raise ValueError(f"uint8 images must have shape (N, C, H, W) with N ≥ 1, came {tuple(images.shape)}")
+                raise ValueError(f"uint8 images must have shape (N, C, H, W) with N ≥ 1, got {tuple(images.shape)}")
         elif images.dtype == torch.float32:
             check_inputs(images, "images")
             low, high = (float(value) for value in images.aminmax())
             if low < 0 or high > 1:
-                raise ValueError(f"float images must lie in [0, 1], came values from {low:g} to {high:g}")
+                raise ValueError(f"float images must lie in [0, 1], got values from {low:g} to {high:g}")
         else:
-            raise TypeError(f"images must be uint8 or float32, came {images.dtype}")
+            raise TypeError(f"images must be uint8 or float32, got {images.dtype}")
         check_labels(self.labels, len(images), name="labels")
         if images.device != self.labels.device:
-            raise ValueError(f"images and labels must be on one device, came {images.device} and {self.labels.device}")
+            raise ValueError(f"images and labels must be on one device, got {images.device} and {self.labels.device}")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -60,14 +60,14 @@ def load_data(name_or_path: str | Path, *, validation: float | int | None = None
     elif Path(name_or_path).is_dir():
         name, splits = Path(name_or_path).resolve().name, _folder(Path(name_or_path))
     elif Path(name_or_path).exists():
-        raise ValueError(f"a data set's path must be a folder, came the file {name}")
+        raise ValueError(f"a data set's path must be a folder, got the file {name}")
     else:
         raise unknown("data set or folder", name, _NAMES)
     train, held_out = splits.train, splits.validation
     if held_out is None:
         train, held_out = _hold_out(train, validation)
     elif validation is not None:
-        raise ValueError(f"{name} has a validation split of its own: leave validation out, came {validation!r}")
+        raise ValueError(f"{name} has a validation split of its own: leave validation out, got {validation!r}")
     largest = max(int(split.labels.max()) for split in (train, held_out, splits.test) if split is not None)
     classes = len(splits.class_names) if splits.class_names else largest + 1
     return Data(name, train, held_out, splits.test, classes, splits.class_names)
@@ -96,7 +96,7 @@ def _hold_out(train: ImageSet, validation: float | int | None) -> tuple[ImageSet
     elif validation == 0 or (isinstance(validation, int) and not isinstance(validation, bool) and validation > 0):
         count = int(validation)
     else:
-        raise ValueError(f"validation must be a fraction in (0, 1), a count ≥ 0 or None, came {validation!r}")
+        raise ValueError(f"validation must be a fraction in (0, 1), a count ≥ 0 or None, got {validation!r}")
     if count >= total:
         raise ValueError(f"validation = {validation!r} leaves nothing of the {total} training examples")
     if count == 0:
@@ -122,7 +122,7 @@ def _root(root: Path | None) -> Path | None:
     """The folder of local data sets: the one told, or the environment's; none is an answer, a wrong one is not."""
     told = os.environ.get("INNERMAX_DATA") if root is None else str(root)
     if told and not Path(told).is_dir():
-        raise ValueError(f"{'INNERMAX_DATA' if root is None else 'root'} must name a folder, came {told!r}")
+        raise ValueError(f"{'INNERMAX_DATA' if root is None else 'root'} must name a folder, got {told!r}")
     return Path(told) if told else None
 
 

@@ -97,7 +97,7 @@ def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
     types, ValueError for empty data, images of several shapes and values outside [0, 1].
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be ≥ 1, came {limit!r}")
+        raise ValueError(f"limit must be ≥ 1, got {limit!r}")
     if isinstance(dataset, tuple) and len(dataset) == 2 and all(isinstance(part, Tensor) for part in dataset):
         dataset = _from_tensors(*dataset)
     if isinstance(dataset, ImageSet):
@@ -110,7 +110,7 @@ def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
         return _from_items(dataset, len(dataset) if limit is None else min(limit, len(dataset)))
     raise TypeError(
         "a data set must be an ImageSet, a tuple of two tensors (images, labels), a torch Dataset with a length "
-        f"or a Hugging Face Dataset (one split), came {type(dataset).__name__}"
+        f"or a Hugging Face Dataset (one split), got {type(dataset).__name__}"
     )
 
 
@@ -153,10 +153,10 @@ def _rows(table: Any, where: str, start: int, *, follow_paths: bool = False) -> 
 
     image, label = find_columns(table.schema.names, where)
     if not pa.types.is_integer(table[label].type) or table[label].null_count:
-        raise ValueError(f"column {label} of {where} must hold integers, none missing, came {table[label].type}")
+        raise ValueError(f"column {label} of {where} must hold integers, none missing, got {table[label].type}")
     kind = table[image].type
     if not pa.types.is_struct(kind) or not {"bytes", "path"} <= {field.name for field in kind}:
-        raise ValueError(f"column {image} of {where} must hold encoded images, struct<bytes, path>, came {kind}")
+        raise ValueError(f"column {image} of {where} must hold encoded images, struct<bytes, path>, got {kind}")
     images = pc.struct_field(table[image], "bytes").to_pylist()
     if follow_paths:
         paths = pc.struct_field(table[image], "path").to_pylist()
@@ -185,9 +185,9 @@ def _items(dataset: Any, count: int) -> Iterator[Row]:
     for number in range(count):
         name, item = f"item {number} of the data set", dataset[number]
         if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], (Tensor, Image.Image)):
-            raise TypeError(f"{name} must be (x, y) with x a tensor or PIL image, came {type(item).__name__}")
+            raise TypeError(f"{name} must be (x, y) with x a tensor or PIL image, got {type(item).__name__}")
         try:
             label = operator.index(item[1])
         except TypeError:
-            raise TypeError(f"y in {name} must be an integer, came {item[1]!r}") from None
+            raise TypeError(f"y in {name} must be an integer, got {item[1]!r}") from None
         yield Row(name, item[0], label)

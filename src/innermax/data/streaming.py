@@ -70,7 +70,7 @@ class ImageStream:
         check_count(self.buffer, "buffer")
         if not all(hasattr(self.source, name) for name in ("shuffle", "set_epoch", "decode")):
             raise TypeError(
-                "source must be a Hugging Face IterableDataset, as load_dataset(…, streaming=True) gives, came "
+                "source must be a Hugging Face IterableDataset, as load_dataset(…, streaming=True) gives, got "
                 f"{type(self.source).__name__}"
             )
         rows = list(islice(_rows(self.source.decode(False)), min(_HEAD, self.examples)))
@@ -180,8 +180,8 @@ def _rows(source: Any) -> Iterator[Row]:
             columns = find_columns(list(row), "the stream")
         name, (image, label) = f"example {number} of the stream", (row[column] for column in columns)
         if not isinstance(image, dict) or not {"bytes", "path"} <= image.keys():
-            raise ValueError(f"{name}: column {columns[0]} must hold encoded images, came {type(image).__name__}")
+            raise ValueError(f"{name}: column {columns[0]} must hold encoded images, got {type(image).__name__}")
         if not isinstance(label, int) or label < 0:
-            raise ValueError(f"{name}: column {columns[1]} must hold integers ≥ 0, came {label!r}")
+            raise ValueError(f"{name}: column {columns[1]} must hold integers ≥ 0, got {label!r}")
         encoded = image["bytes"] if image["bytes"] is not None else image["path"] and Path(image["path"])
         yield Row(name, encoded, label)

@@ -52,7 +52,7 @@ def planned(devices: int | None, nodes: int | None, device: torch.device) -> Pla
         return found
     plan = Plan(devices or 1, nodes or 1, starts=(devices or 1) * (nodes or 1) > 1)
     if plan.count > 1 and device.index is not None:
-        raise ValueError(f"device must name no single GPU where there are {plan.count} processes, came {device}")
+        raise ValueError(f"device must name no single GPU where there are {plan.count} processes, got {device}")
     check_devices(plan.devices, device)
     if plan.nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys():
         raise ValueError(
@@ -112,8 +112,6 @@ def check_devices(devices: int, device: torch.device) -> None:
     """Raises unless there are so many devices of this kind; on a CPU any number of processes."""
     check_count(devices, "devices")
     if devices > 1 and device.type not in ("cpu", "cuda"):
-        raise ValueError(f"devices={devices} needs cpu or cuda, came the device {device}")
+        raise ValueError(f"devices={devices} needs cpu or cuda, got the device {device}")
     if devices > 1 and device.type == "cuda" and torch.cuda.device_count() < devices:
-        raise ValueError(
-            f"devices must be at most the {torch.cuda.device_count()} GPUs that torch sees, came {devices}"
-        )
+        raise ValueError(f"devices must be at most the {torch.cuda.device_count()} GPUs that torch sees, got {devices}")

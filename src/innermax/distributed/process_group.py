@@ -201,7 +201,7 @@ def members(processes: int, device: torch.device) -> Ranks:
     if processes == 1 or count == 1:
         return Ranks(0, 1, device)
     if count != processes:
-        raise ValueError(f"devices must be 1 or the {count} processes that are there already, came {processes}")
+        raise ValueError(f"devices must be 1 or the {count} processes that are there already, got {processes}")
     if found is None:
         return Ranks(dist.get_rank(), count, device)
     return joined(found, device, timeout=_LONGEST)

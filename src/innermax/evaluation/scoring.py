@@ -171,7 +171,7 @@ class Bench:
         x, x_adv = feasible.x, result.x_adv
         if x_adv.shape != x.shape or not bool(torch.isfinite(x_adv).all()):
             wrong = f"shape {tuple(x_adv.shape)}" if x_adv.shape != x.shape else "NaN or infinite values"
-            raise ValueError(f"attack {name!r} must return finite x_adv of shape {tuple(x.shape)}, came {wrong}")
+            raise ValueError(f"attack {name!r} must return finite x_adv of shape {tuple(x.shape)}, got {wrong}")
         x_adv = x_adv.detach().to(x)
         # Points of X(x) stay as they are, bit for bit: a rounding can turn the verdict on one that just fell.
         inside = feasible.contains(x_adv, _TOLERANCE).reshape(-1, *[1] * (x.ndim - 1))
@@ -197,13 +197,13 @@ def check_arguments(
 ) -> None:
     """Raises for any argument that is wrong by itself."""
     if not isinstance(attacks, Mapping):
-        raise TypeError(f"attacks must map names to attacks, came {type(attacks).__name__}")
+        raise TypeError(f"attacks must map names to attacks, got {type(attacks).__name__}")
     taken = dict.fromkeys(("index", "label", "clean_prediction", "clean_correct", "seed"), "")
     for name, attack in attacks.items():
         if not isinstance(name, str) or name == "" or name in _RESERVED:
-            raise ValueError(f"an attack's name must be a text other than {', '.join(_RESERVED)}, came {name!r}")
+            raise ValueError(f"an attack's name must be a text other than {', '.join(_RESERVED)}, got {name!r}")
         if not callable(attack) or not isinstance(getattr(attack, "threat", None), Threat):
-            raise TypeError(f"attacks[{name!r}] must be an attack such as PGD(Linf(8 / 255)), came {attack!r}")
+            raise TypeError(f"attacks[{name!r}] must be an attack such as PGD(Linf(8 / 255)), got {attack!r}")
         for field in ("success", *(field.name for field in fields(AttackRows))):
             column = f"{name}_{field}"
             if column in taken:
@@ -215,11 +215,11 @@ def check_arguments(
         "seed": seed,
     }.items():
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{argument} must be an integer, came {value!r}")
+            raise TypeError(f"{argument} must be an integer, got {value!r}")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, came {batch_size}")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if quantize is not None and not 1 <= quantize <= 16:
-        raise ValueError(f"quantize must be in 1…16 or None, came {quantize}")
+        raise ValueError(f"quantize must be in 1…16 or None, got {quantize}")
     if precision not in get_args(Precision):
         raise unknown("precision", precision, get_args(Precision))
 
@@ -227,12 +227,12 @@ def check_arguments(
 def check_models(argument: str, models: Mapping[str, nn.Module]) -> None:
     """Raises unless models maps at least one name to a model."""
     if not isinstance(models, Mapping):
-        raise TypeError(f"{argument} must map names to models, came {type(models).__name__}")
+        raise TypeError(f"{argument} must map names to models, got {type(models).__name__}")
     if not models:
-        raise ValueError(f"{argument} must hold at least one model, came none")
+        raise ValueError(f"{argument} must hold at least one model, got none")
     for name, model in models.items():
         if not isinstance(name, str) or name == "":
-            raise ValueError(f"a model's name must be a text, came {name!r} in {argument}")
+            raise ValueError(f"a model's name must be a text, got {name!r} in {argument}")
         with about(argument.removesuffix("s"), name):
             unwrapped(model)
 

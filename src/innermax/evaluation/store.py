@@ -180,9 +180,7 @@ class Parts:
 def check_column(column: Column, name: str, count: int) -> None:
     """Raises ValueError unless the column of that name holds what it should, for so many examples."""
     if column.shape != (count,) or column.dtype.kind not in _KINDS.get(name, _NUMBERS):
-        raise ValueError(
-            f"column {name[:60]} must hold {count} numbers of its kind, came {column.dtype} {column.shape}"
-        )
+        raise ValueError(f"column {name[:60]} must hold {count} numbers of its kind, got {column.dtype} {column.shape}")
     if name in ("prediction", "label") and column.size and int(column.min()) < 0:
         raise ValueError(f"column {name} holds a class below 0")
 

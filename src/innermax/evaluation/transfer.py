@@ -170,7 +170,7 @@ def transfer(
     for argument, models in {"surrogates": surrogates, "targets": targets}.items():
         check_models(argument, models)
     if not attacks:
-        raise ValueError("attacks must hold at least one attack, came none")
+        raise ValueError("attacks must hold at least one attack, got none")
     white_box = _white_box(surrogates, targets)
     images = as_image_set(test_set)
     _, place = on_device(next(iter(surrogates.values())), images, device)

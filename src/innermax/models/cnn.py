@@ -50,7 +50,7 @@ def _cnn(
     channels, *sizes = input_shape
     shrink = 2 ** len(blocks)  # each max-pool halves, rounding down
     if min(sizes) < shrink:
-        raise ValueError(f"input_shape must be at least {shrink}×{shrink} pixels, came {tuple(input_shape)}")
+        raise ValueError(f"input_shape must be at least {shrink}×{shrink} pixels, got {tuple(input_shape)}")
     layers: list[nn.Module] = []
     for block in blocks:
         for before, after in pairwise((channels, *block)):

@@ -109,5 +109,5 @@ def _shape(model: nn.Module, told: Sequence[int] | None) -> tuple[int, ...]:
     if shape is None:
         raise ValueError("input_shape must be given for a model that innermax did not build, such as (3, 32, 32)")
     if not all(isinstance(size, int) and size >= 1 for size in shape):
-        raise ValueError(f"input_shape must be positive integers, came {tuple(shape)}")
+        raise ValueError(f"input_shape must be positive integers, got {tuple(shape)}")
     return tuple(shape)

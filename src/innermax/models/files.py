@@ -89,7 +89,7 @@ def _located(path: Path, source: str, revision: str | None, described: bool) -> 
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")) or path.suffix in _FILE_SUFFIXES:
         raise ValueError(f"no model at {source}: expected a folder, a .safetensors file or a Hub id such as user/name")
     if at and (not told or revision not in (None, told)):
-        raise ValueError(f"{source} must name one revision after its @, came {told!r} and revision={revision!r}")
+        raise ValueError(f"{source} must name one revision after its @, got {told!r} and revision={revision!r}")
     from huggingface_hub import hf_hub_download
 
     revision = told or revision

@@ -123,7 +123,7 @@ def _from_function(module: str, function: str) -> nn.Module:
         except Exception as error:  # anything: it is other people's code
             raise ValueError(f"{module}:{function} fails: {in_short(error)}") from error
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{module}:{function} must return a torch.nn.Module, came {type(model).__name__}")
+        raise TypeError(f"{module}:{function} must return a torch.nn.Module, got {type(model).__name__}")
     return model.eval()
 
 

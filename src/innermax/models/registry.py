@@ -42,11 +42,11 @@ def build_model(
         raise unknown("model", name, MODELS)
     shape = list(input_shape)
     if len(shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in shape):
-        raise ValueError(f"input_shape must be (C, H, W), three positive integers, came {tuple(shape)}")
+        raise ValueError(f"input_shape must be (C, H, W), three positive integers, got {tuple(shape)}")
     if shape[1] * shape[2] > _MOST_PIXELS:
-        raise ValueError(f"input_shape must be at most {_MOST_PIXELS:,} pixels, came {tuple(shape)}")
+        raise ValueError(f"input_shape must be at most {_MOST_PIXELS:,} pixels, got {tuple(shape)}")
     if not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f"num_classes must be an integer ≥ 2, came {num_classes!r}")
+        raise ValueError(f"num_classes must be an integer ≥ 2, got {num_classes!r}")
     settings = _settings(name, options)
     model = MODELS[name](num_classes, shape, **settings)
     config: dict[str, Any] = {"model": name, "num_classes": num_classes, "input_shape": shape, **settings}
@@ -66,17 +66,15 @@ def _settings(name: str, options: dict[str, Any]) -> dict[str, Any]:
         if option not in known:
             raise unknown(f"option of {name}", option, [*known, "normalize"])
         if known[option].annotation is int and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"{option} must be an integer, came {value!r}")
+            raise TypeError(f"{option} must be an integer, got {value!r}")
     return {key: options.get(key, parameter.default) for key, parameter in known.items()}
 
 
 def _mean_and_std(normalize: Sequence[Sequence[float]], channels: int) -> tuple[list[float], list[float]]:
     """normalize as two lists of one number a channel."""
     if len(normalize) != 2:
-        raise ValueError(f"normalize must be (mean, std), came {len(normalize)} values")
+        raise ValueError(f"normalize must be (mean, std), got {len(normalize)} values")
     mean, std = ([float(value) for value in values] for values in normalize)
     if len(mean) != channels or len(std) != channels:
-        raise ValueError(
-            f"normalize must hold one mean and std a channel ({channels}), came {len(mean)} and {len(std)}"
-        )
+        raise ValueError(f"normalize must hold one mean and std a channel ({channels}), got {len(mean)} and {len(std)}")
     return mean, std

@@ -17,9 +17,9 @@ def wideresnet(num_classes: int, input_shape: Sequence[int], *, depth: int = 34,
     depth: 6n + 4 with 1 ≤ n ≤ 166; width: ≥ 1; anything else raises ValueError.
     """
     if not 10 <= depth <= 1000 or depth % 6 != 4:
-        raise ValueError(f"depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, 34, …, 1000), came {depth!r}")
+        raise ValueError(f"depth must be 6n + 4 with n ≥ 1 (10, 16, 22, 28, 34, …, 1000), got {depth!r}")
     if width < 1:
-        raise ValueError(f"width must be ≥ 1, came {width!r}")
+        raise ValueError(f"width must be ≥ 1, got {width!r}")
     stages = (16 * width, 32 * width, 64 * width)
     return _preact(num_classes, input_shape[0], stem=16, stages=stages, blocks=(depth - 4) // 6)
 

@@ -13,7 +13,7 @@ IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module under torch.compile, DataParallel, DDP or Fabric. Raises TypeError for anything else."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, came {type(model).__name__}")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     while True:
         if hasattr(model, "_orig_mod"):
             model = cast(nn.Module, model._orig_mod)
@@ -35,9 +35,9 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std) or len(mean) == 0:
-            raise ValueError(f"mean and std must hold one number a channel each, came {len(mean)} and {len(std)}")
+            raise ValueError(f"mean and std must hold one number a channel each, got {len(mean)} and {len(std)}")
         if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
-            raise ValueError(f"mean and std must be finite and std > 0, came {list(mean)} and {list(std)}")
+            raise ValueError(f"mean and std must be finite and std > 0, got {list(mean)} and {list(std)}")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 

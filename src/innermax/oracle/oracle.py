@@ -186,7 +186,7 @@ class Oracle:
             logits = self._forward(self._placed(point), len(x))
             value = loss(logits, label)
             if value.shape != (len(x),):
-                raise ValueError(f"loss must return one value an example ({len(x)},), came {tuple(value.shape)}")
+                raise ValueError(f"loss must return one value an example ({len(x)},), got {tuple(value.shape)}")
             # A sum, not a mean: no example's gradient may depend on how many others there are.
             gradient = torch.autograd.grad(value.sum(), point, allow_unused=True)[0] if value.requires_grad else None
         if gradient is None:
@@ -232,8 +232,8 @@ class Oracle:
                 raise
             raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {in_short(error)}") from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
-            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the model must return logits of shape ({batch}, classes ≥ 2), came {came}")
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"the model must return logits of shape ({batch}, classes ≥ 2), got {found}")
         return logits.double() if logits.dtype == torch.float64 else logits.float()
 
     def _fold(self, example: Tensor) -> None:

@@ -59,7 +59,7 @@ def stories(shown: Any, pictures: int, device: torch.device | str | None) -> lis
         several = list(shown) if isinstance(shown, list | tuple) else [shown]
         shown = dict(zip(_names(several), several, strict=True))
     if not shown:
-        raise ValueError("evaluations_or_runs must hold at least one, came none")
+        raise ValueError("evaluations_or_runs must hold at least one, got none")
     return [_story(str(name), value, pictures // len(shown), device) for name, value in shown.items()]
 
 
@@ -101,7 +101,7 @@ def _story(name: str, value: Any, pictures: int, device: torch.device | str | No
             return Story(name, read_evaluation(path), missing=missing)
     raise TypeError(
         "evaluations_or_runs must hold evaluations, runs, exhibits, run folders or an evaluation's JSON files, "
-        f"came {type(value).__name__} for {name!r}"
+        f"got {type(value).__name__} for {name!r}"
     )
 
 

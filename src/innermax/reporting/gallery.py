@@ -173,7 +173,7 @@ def _check(images: ImageSet, attacks: Mapping[str, Attack], evaluation: Evaluati
         )
     for name, attack in attacks.items():
         if evaluation.settings.attacks.get(name) != repr(attack):
-            raise ValueError(f"attacks must be the evaluation's: {name!r} is not, came {attack!r}")
+            raise ValueError(f"attacks must be the evaluation's: {name!r} is not, got {attack!r}")
 
 
 def _pictures(

@@ -48,9 +48,9 @@ def report(
             path cannot be written.
     """
     if isinstance(pictures, bool) or not isinstance(pictures, int):
-        raise TypeError(f"pictures must be an integer, came {pictures!r}")
+        raise TypeError(f"pictures must be an integer, got {pictures!r}")
     if pictures < 0:
-        raise ValueError(f"pictures must be at least 0, came {pictures}")
+        raise ValueError(f"pictures must be at least 0, got {pictures}")
     path = Path(path)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"path {path} cannot be written: it is a folder, or its folder does not exist")

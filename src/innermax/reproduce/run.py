@@ -48,7 +48,7 @@ def reproduce(
         ValueError: an unknown piece or scale, minutes < 0, or no Matplotlib (pip install 'innermax[report]').
     """
     if minutes is not None and not minutes >= 0:
-        raise ValueError(f"minutes must be ≥ 0 or None, came {minutes}")
+        raise ValueError(f"minutes must be ≥ 0 or None, got {minutes}")
     for name in names:
         if name not in PIECES:
             raise unknown("piece", name, PIECES)

@@ -103,7 +103,7 @@ def due_every(every: int | str | None) -> Callable[[], bool]:
     match = _PACE.fullmatch(str(every))
     if match is None or float(match[1]) == 0 or (match[2] is None and "." in match[1]):
         raise ValueError(
-            f"checkpoint_every must be a number of updates or a time such as 10min, 90s or 2h, came {every}"
+            f"checkpoint_every must be a number of updates or a time such as 10min, 90s or 2h, got {every}"
         )
     if match[2] is None:
         counted, updates = itertools.count(1), int(match[1])
@@ -209,8 +209,8 @@ def _optimizer_state(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optim
 
 def _check_like(name: str, value: Tensor, other: Tensor) -> None:
     if value.shape != other.shape or value.is_floating_point() != other.is_floating_point():
-        came, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (value, other))
-        raise ValueError(f"{name} is {came} instead of {wanted}")
+        found, wanted = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (value, other))
+        raise ValueError(f"{name} is {found} instead of {wanted}")
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:

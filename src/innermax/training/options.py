@@ -55,7 +55,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raises for options out of range."""
     for name in ("epochs", "batch_size", "keep_checkpoints"):
         if not isinstance(options[name], int) or options[name] < 1:
-            raise ValueError(f"{name} must be an integer ≥ 1, came {options[name]!r}")
+            raise ValueError(f"{name} must be an integer ≥ 1, got {options[name]!r}")
     for name, kind in (
         ("optimizer", Optimizer),
         ("lr_schedule", LearningRate),
@@ -68,37 +68,37 @@ def check_options(options: Mapping[str, Any]) -> None:
     if isinstance(options["logger"], str) and options["logger"] not in get_args(LoggerName):
         raise unknown("logger", options["logger"], get_args(LoggerName))
     if options["logger"] is not None and not isinstance(options["logger"], str | Logger):
-        raise TypeError(f"logger must be a name or a logger of Lightning's, came {options['logger']!r}")
+        raise TypeError(f"logger must be a name or a logger of Lightning's, got {options['logger']!r}")
     if not isinstance(options["seed"], int):
-        raise TypeError(f"seed must be an integer, came {options['seed']!r}")
+        raise TypeError(f"seed must be an integer, got {options['seed']!r}")
     chosen_device(options["device"])
     due_every(options["checkpoint_every"])
     if not 0 < options["lr"] < math.inf:
-        raise ValueError(f"lr must be a finite number > 0, came {options['lr']}")
+        raise ValueError(f"lr must be a finite number > 0, got {options['lr']}")
     for name in ("momentum", "weight_decay"):
         if not 0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be a finite number ≥ 0, came {options[name]}")
+            raise ValueError(f"{name} must be a finite number ≥ 0, got {options[name]}")
     if options["clip"] is not None and not options["clip"] > 0:
-        raise ValueError(f"clip must be > 0 or None, came {options['clip']}")
+        raise ValueError(f"clip must be > 0 or None, got {options['clip']}")
     if options["ema"] is not None and not 0 < options["ema"] < 1:
-        raise ValueError(f"ema must be in (0, 1) or None, came {options['ema']}")
+        raise ValueError(f"ema must be in (0, 1) or None, got {options['ema']}")
     if not all(0 < drop < 1 for drop in options["lr_drops"]):
-        raise ValueError(f"lr_drops must lie in (0, 1), came {options['lr_drops']}")
+        raise ValueError(f"lr_drops must lie in (0, 1), got {options['lr_drops']}")
     if not callable(getattr(options["strategy"], "attack_at", None)):
-        raise TypeError(f"strategy must have attack_at(progress, history), came {options['strategy']!r}")
+        raise TypeError(f"strategy must have attack_at(progress, history), got {options['strategy']!r}")
 
 
 def check_parallel(options: Mapping[str, Any], plan: Plan, device: torch.device, examples: int) -> None:
     """Raises where a training's options do not go with so many processes."""
     smallest = examples // math.ceil(examples / options["batch_size"])
     if plan.count > smallest:
-        raise ValueError(f"batch_size must leave each of {plan.count} processes an example, came batches of {smallest}")
+        raise ValueError(f"batch_size must leave each of {plan.count} processes an example, got batches of {smallest}")
     if options["sync_batch_norm"] and (plan.count == 1 or device.type != "cuda"):
-        raise ValueError(f"sync_batch_norm needs several GPUs, came {plan.count} processes on {device.type}")
+        raise ValueError(f"sync_batch_norm needs several GPUs, got {plan.count} processes on {device.type}")
     if options["parallel"] != "fsdp":
         return
     if plan.count == 1:
-        raise ValueError('parallel="fsdp" needs several processes, came one')
+        raise ValueError('parallel="fsdp" needs several processes, got one')
     for name, nothing, instead in (
         ("validation_set", None, "leave it out (validation 0) and evaluate the saved model"),
         ("ema", None, "leave it out"),

@@ -38,7 +38,7 @@ def wilson(correct: int, total: int, confidence: float = 0.95) -> tuple[float, f
     Raises ValueError unless 0 ≤ correct ≤ total, total ≥ 1 and 0 < confidence < 1.
     """
     if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"wilson needs 0 ≤ correct ≤ total and total ≥ 1, came {correct} of {total}")
+        raise ValueError(f"wilson needs 0 ≤ correct ≤ total and total ≥ 1, got {correct} of {total}")
     z = _normal_quantile(confidence)
     share, spread = correct / total, z * z / total
     middle = (share + spread / 2) / (1 + spread)
@@ -54,7 +54,7 @@ def paired_difference(only_first: int, only_second: int, total: int, confidence:
     Raises ValueError for negative counts, more of them than total, total < 1, and confidence outside (0, 1).
     """
     if min(only_first, only_second) < 0 or only_first + only_second > total or total < 1:
-        raise ValueError(f"counts must be ≥ 0 and add up to at most total, came {only_first}, {only_second} of {total}")
+        raise ValueError(f"counts must be ≥ 0 and add up to at most total, got {only_first}, {only_second} of {total}")
     # Wald's interval after 1/2 is added to each of the four cells, Agresti & Min's recommendation: unlike Wald's own it
     # holds its level where few examples differ; Newcombe's (1998) method 10 does too, at twice the formulas.
     cells, discordant = total + 2, only_first + only_second + 1
@@ -69,12 +69,12 @@ def student(values: Sequence[float], confidence: float = 0.95) -> Interval:
     from scipy.stats import t
 
     if len(values) < 2:
-        raise ValueError(f"an interval over values needs at least two of them, came {len(values)}")
+        raise ValueError(f"an interval over values needs at least two of them, got {len(values)}")
     half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return Interval(fmean(values), fmean(values) - half, fmean(values) + half, confidence)
 
 
 def _normal_quantile(confidence: float) -> float:
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be in (0, 1), came {confidence!r}")
+        raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
     return NormalDist().inv_cdf((1 + confidence) / 2)

@@ -103,7 +103,7 @@ def value_as(kind: Any, value: Any, name: str) -> Any:
         hints = get_type_hints(kind)
         missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
         if not set(missing) <= value.keys() <= hints.keys():
-            raise ValueError(f"{name} must hold {', '.join(hints)}, came {', '.join(value)[:200]}")
+            raise ValueError(f"{name} must hold {', '.join(hints)}, got {', '.join(value)[:200]}")
         return kind(**{key: value_as(hints[key], part, f"{name}.{key}") for key, part in value.items()})  # type: ignore[operator]
     if get_origin(kind) is dict and isinstance(value, dict):
         return {key: value_as(arguments[1], part, f"{name}.{key[:60]}") for key, part in value.items()}
@@ -115,11 +115,11 @@ def value_as(kind: Any, value: Any, name: str) -> Any:
         return value
     if kind is float and (value is None or type(value) in (int, float)):
         if value is not None and not is_number(value):
-            raise ValueError(f"{name} must be a finite number, came {str(value)[:20]}")
+            raise ValueError(f"{name} must be a finite number, got {str(value)[:20]}")
         return math.nan if value is None else value
     if kind in (int, str, bool) and type(value) is kind:
         return value
-    raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)}, came {type(value).__name__}")
+    raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)}, got {type(value).__name__}")
 
 
 def is_row(value: Any) -> bool:

@@ -30,19 +30,19 @@ def shortened(value: object) -> str:
 def check_count(value: object, name: str) -> None:
     """Raises unless value is an integer ≥ 1."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, came {value!r}")
+        raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
-        raise ValueError(f"{name} must be at least 1, came {value}")
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_inputs(x: Tensor, name: str = "x") -> None:
     """Raises unless x is a non-empty finite float tensor (B, *features)."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, came {type(x).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be a float tensor, came {x.dtype}; scale uint8 images to [0, 1] first")
+        raise TypeError(f"{name} must be a float tensor, got {x.dtype}; scale uint8 images to [0, 1] first")
     if x.ndim < 2 or x.numel() == 0:
-        raise ValueError(f"{name} must have shape (B, *features) with B ≥ 1, came {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape (B, *features) with B ≥ 1, got {tuple(x.shape)}")
     low, high = x.detach().aminmax()  # NaN where one is; and no mask as large as x, which may be larger than memory
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise ValueError(f"{name} holds NaN or infinite values")
@@ -51,12 +51,12 @@ def check_inputs(x: Tensor, name: str = "x") -> None:
 def check_labels(labels: Tensor, batch: int, classes: int | None = None, name: str = "y") -> None:
     """Raises unless labels are int64 (B,) in 0…classes − 1."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor, came {type(labels).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, came {labels.dtype}")
+        raise TypeError(f"{name} must be int64, got {labels.dtype}")
     if labels.shape != (batch,):
-        raise ValueError(f"{name} must have shape ({batch},), came {tuple(labels.shape)}")
+        raise ValueError(f"{name} must have shape ({batch},), got {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (classes is not None and high >= classes):
         allowed = "≥ 0" if classes is None else f"in 0…{classes - 1}"
-        raise ValueError(f"{name} must be {allowed}, came values from {low} to {high}")
+        raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")
