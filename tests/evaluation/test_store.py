@@ -132,7 +132,9 @@ def _child(folder):
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_table(whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["innermax.evaluation", "innermax.evaluation.store", "pyarrow.parquet", "pytest"])
+    context.set_forkserver_preload(
+        ["innermax.evaluation.evaluate", "innermax.evaluation.store", "pyarrow.parquet", "pytest"]
+    )
     moments, folder = random.Random(7), tmp_path / "rows"
     kept = 0
     for _ in range(5):

@@ -309,7 +309,7 @@ def test_a_model_that_needs_no_normalisation_is_left_in_peace(digits):
         x, y = (data.images, data.labels) if model is not weak else (data.images, data.labels.flip(0))
         if isinstance(model[0], nn.Conv2d):
             x, y = images(300)
-        assert list(misgivings(model, im.Oracle(model), im.data.as_image_set((x, y)), CPU)) == []
+        assert list(misgivings(model, im.Oracle(model), as_image_set((x, y)), CPU)) == []
 
 
 @pytest.mark.parametrize(
