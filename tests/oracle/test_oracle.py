@@ -264,7 +264,7 @@ def test_a_model_that_cannot_be_copied():
 
 
 @pytest.mark.parametrize(
-    ("change", "came"),
+    ("change", "got"),
     [
         (lambda z: z[:, 0], r"\(6,\)"),
         (lambda z: z[:3], r"\(3, 4\)"),
@@ -276,7 +276,7 @@ def test_a_model_that_cannot_be_copied():
 def test_an_answer_that_is_not_logits(change, got):
     model = Net(lambda net, x: change(net.layer(x.flatten(1))), layer=nn.Linear(72, 4))
     x, y = batch()
-    sentence = rf"model must return logits of shape \(6, classes ≥ 2\), got {came}"
+    sentence = rf"model must return logits of shape \(6, classes ≥ 2\), got {got}"
     with pytest.raises(ValueError, match=sentence):
         Oracle(model).logits(x)
     with pytest.raises(ValueError, match=sentence):
