@@ -46,6 +46,6 @@ trainer = L.Trainer(
 )
 trainer.fit(model, loader)
 for row in adversary.history:
-    print(f"epoch {row['epoch'] + 1}: {row['gradients']:.1f} gradients an example, c_t {row['threshold']}")
+    print(f"epoch {row['epoch'] + 1}: {row['gradients']:.1f} gradients per example, c_t {row['threshold']}")
 evaluation = im.evaluate(model.network, data.test, {"pgd-20": im.PGD(threat, steps=20)}, audit=False)
 print(f"clean {evaluation.accuracy['clean'].value:.1%}, under PGD-20 {evaluation.accuracy['pgd-20'].value:.1%}")
