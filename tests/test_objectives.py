@@ -1,10 +1,22 @@
 """Objectives: hand-written formulas, and gradients worked out on paper."""
 
+import re
+
+import jaxtyping
 import pytest
 import torch
 from torch import nn
 
+from innermax.cli import main
 from innermax.objectives import OBJECTIVES, cross_entropy, find_objective, loss_weighted
+
+
+@pytest.fixture
+def untyped():
+    """Without runtime type checking, whose errors would come before the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
@@ -80,3 +92,14 @@ def test_finding_an_objective():
     assert find_objective(own) is own
     with pytest.raises(ValueError, match=r"unknown objective 'cross-entropy'; did you mean 'cross_entropy'\?"):
         find_objective("cross-entropy")
+
+
+def test_an_objective_is_a_name_or_a_function(untyped):
+    with pytest.raises(TypeError, match=r"objective must be a name or a function, got \['cross_entropy'\]"):
+        find_objective(["cross_entropy"])
+
+
+def test_the_command_line_offers_every_objective(capsys):
+    assert main(["train", "digits", "--help"]) == 0
+    choices = re.search(r"--objective \{([\w,]+)\}", capsys.readouterr().out)
+    assert choices[1].split(",") == [*OBJECTIVES]

@@ -2,15 +2,20 @@
 
 import copy
 import math
+import subprocess
+import sys
+import textwrap
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import jaxtyping
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import innermax as im
-from innermax.strategies import Strategy
+from innermax.strategies import STRATEGIES, Strategy, build_strategy
 
 ATTACK = im.PGD(im.Linf(0.1), steps=10)
 PAPER = replace(ATTACK, gauge="ball")
@@ -279,3 +284,49 @@ def test_what_is_no_attack(untyped, kind, attack):
 def test_bad_arguments(untyped, make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_strategy_is_built_by_its_name():
+    options = {"curriculum": {"patience": 2}, "fgsm-pgd": {"switch": 0.5}, "dynamic": {"c_max": 0.3, "shape": "cosine"}}
+    assert {name: build_strategy(name, ATTACK, **options.get(name, {})) for name in STRATEGIES} == {
+        "unsecured": im.Unsecured(),
+        "standard": im.Standard(ATTACK),
+        "curriculum": im.Curriculum(ATTACK, patience=2),
+        "fgsm-pgd": im.FGSMThenPGD(ATTACK, switch=0.5),
+        "dynamic": im.Dynamic(ATTACK, c_max=0.3, shape="cosine"),
+        "warm-start": im.WarmStart(ATTACK),
+    }
+
+
+def test_a_strategy_that_is_not_there():
+    with pytest.raises(ValueError, match="unknown strategy 'dynamik'; did you mean 'dynamic'"):
+        build_strategy("dynamik", ATTACK)
+    with pytest.raises(TypeError, match="c_max"):
+        build_strategy("standard", ATTACK, c_max=0.5)
+
+
+def test_every_strategy_has_its_place_in_the_documentation():
+    docs = Path(__file__).parents[1] / "docs"
+    for page in ("concepts/strategies.md", "reference/strategies.md"):
+        told = (docs / page).read_text()
+        assert all(kind.__name__ in told for kind in STRATEGIES.values()), page
+
+
+def test_a_strategy_that_is_added_is_on_the_command_line(tmp_path):
+    """An entry in the registry is all that it takes."""
+    code = """
+        import dataclasses, sys
+        import innermax as im
+        from innermax.cli import main
+        from innermax.strategies import STRATEGIES
+
+        @dataclasses.dataclass(frozen=True)
+        class Mine(im.Standard):
+            pass
+
+        STRATEGIES["mine"] = Mine
+        words = ["--strategy", "mine", "--epochs", "1", "--attacks="]
+        assert main(["train", "digits", *words, "--run-dir", "run"]) == 0
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True, capture_output=True)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["training"]["strategy"]["name"] == "Mine"

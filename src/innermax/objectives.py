@@ -32,13 +32,20 @@ def loss_weighted(
     return (losses if epoch == 0 else losses * losses.detach()).mean(), logits
 
 
+# By name, for `im.train`, the command line and recipes.
 OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "loss_weighted": loss_weighted}
 
 
 def find_objective(objective: str | Objective) -> Objective:
-    """An objective by its name, or the function itself. Raises ValueError for an unknown name."""
+    """The objective of a name in OBJECTIVES, or the function itself.
+
+    Raises:
+        ValueError, TypeError: the name is unknown, or it is neither a name nor a function.
+    """
     if callable(objective):
         return objective
+    if not isinstance(objective, str):
+        raise TypeError(f"objective must be a name or a function, got {objective!r}")
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
     return OBJECTIVES[objective]

@@ -4,8 +4,9 @@ A strategy is a short value with one pure function, `attack_at(progress, history
 history is what was measured in the epochs so far, one mapping an epoch, as in a run's metrics.jsonl.
 """
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
@@ -219,6 +220,29 @@ class WarmStart:
         sizes = tuple(self.attack.threat.eps * 0.5**step for step in range(1, self.steps + 1))
         attack = replace(self.attack, steps=self.steps, step_size=sizes, stop_at=None)
         return attack if self.floor is None else replace(attack, stop_at=self.floor, gauge="relative")
+
+
+# By name, for the command line and the paper's settings. Each takes the attack first, if it has one, then its options.
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "unsecured": Unsecured,
+    "standard": Standard,
+    "curriculum": Curriculum,
+    "fgsm-pgd": FGSMThenPGD,
+    "dynamic": Dynamic,
+    "warm-start": WarmStart,
+}
+
+
+def build_strategy(name: str, attack: PGD, **options: Any) -> Strategy:
+    """The strategy of a name in STRATEGIES against an attack, with options of its own, such as Dynamic's c_max.
+
+    Raises:
+        ValueError, TypeError: the name is unknown, or the strategy does not take the attack or an option.
+    """
+    if name not in STRATEGIES:
+        raise unknown("strategy", name, STRATEGIES)
+    build = STRATEGIES[name]
+    return build(attack, **options) if "attack" in inspect.signature(build).parameters else build(**options)
 
 
 def _falling(shape: Shape, share: float) -> float:

@@ -72,7 +72,7 @@ def test_unknown_names():
         reproduce(["table1"], scale="ful")
     with pytest.raises(ValueError, match="unknown piece 'tabel1'; did you mean 'table1'"):
         reproduce(["tabel1"])
-    with pytest.raises(ValueError, match="unknown defence 'dynamik'; did you mean 'dynamic'"):
+    with pytest.raises(ValueError, match="unknown strategy 'dynamik'; did you mean 'dynamic'"):
         TINY.strategy("dynamik")
 
 

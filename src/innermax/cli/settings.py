@@ -4,20 +4,28 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from innermax import strategies
 from innermax.attacks.pgd import PGD
 from innermax.attacks.search import Gauge
+from innermax.objectives import OBJECTIVES
 from innermax.oracle.oracle import Precision
-from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Shape, Standard, Strategy, Unsecured, WarmStart
+from innermax.strategies import STRATEGIES, Shape, Strategy
 from innermax.threat import Norm, Threat, build_threat
 from innermax.utils.serialization import parsed_yaml
 from innermax.utils.validation import unknown
 
 TABLE = "fgsm,pgd-10,pgd-20,cw-30"  # the attacks of the paper's tables
-StrategyName = Literal["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "warm-start"]
+
+if TYPE_CHECKING:
+    StrategyName = str
+    ObjectiveName = str
+else:  # what the command line offers
+    StrategyName = Literal[*STRATEGIES]
+    ObjectiveName = Literal[*OBJECTIVES]
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class RecipeSettings:
     init: str | None = None
     strategy: StrategyName = "dynamic"
     switch: float = 1 / 6
-    objective: Literal["cross_entropy", "loss_weighted"] = "cross_entropy"
+    objective: ObjectiveName = "cross_entropy"
     attacks: str = TABLE
 
 
@@ -204,17 +212,13 @@ def build_strategy(
     switch: float,
 ) -> Strategy:
     """The defence of a name."""
-    strategies: dict[StrategyName, Strategy] = {
-        "unsecured": Unsecured(),
-        "standard": Standard(attack),
-        "curriculum": Curriculum(attack, curriculum.full_at, curriculum.patience),
-        "fgsm-pgd": FGSMThenPGD(attack, switch),
-        "dynamic": Dynamic(attack, dynamic.c_max, dynamic.zero_at, dynamic.shape),
-        "warm-start": WarmStart(attack, warm.steps, warm.floor),
+    options: dict[str, dict[str, Any]] = {
+        "curriculum": vars(curriculum),
+        "fgsm-pgd": {"switch": switch},
+        "dynamic": vars(dynamic),
+        "warm-start": vars(warm),
     }
-    if name not in strategies:
-        raise unknown("strategy", name, strategies)
-    return strategies[name]
+    return strategies.build_strategy(name, attack, **options.get(name, {}))
 
 
 def recipe_names() -> list[str]:

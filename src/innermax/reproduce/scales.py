@@ -6,7 +6,7 @@ from typing import Any
 
 from innermax.attacks.guided_pgd import GuidedPGD
 from innermax.attacks.pgd import PGD
-from innermax.strategies import Curriculum, Dynamic, FGSMThenPGD, Standard, Strategy, Unsecured
+from innermax.strategies import Strategy, build_strategy
 from innermax.threat import Linf
 from innermax.training.options import LearningRate
 from innermax.utils.validation import unknown
@@ -55,17 +55,11 @@ class Setting:
         return replace(PGD(self.threat, self.steps), **changes)
 
     def strategy(self, name: str) -> Strategy:
-        """A defence of the paper by its name."""
-        defences: dict[str, Strategy] = {
-            "unsecured": Unsecured(),
-            "standard": Standard(self.pgd()),
-            "curriculum": Curriculum(self.pgd(), self.zero_at),
-            "fgsm-pgd": FGSMThenPGD(self.pgd()),
-            "dynamic": Dynamic(self.pgd(gauge="ball"), 0.5, self.zero_at),
-        }
-        if name not in defences:
-            raise unknown("defence", name, defences)
-        return defences[name]
+        """A strategy by its name, as the paper sets it: Dynamic on the closed form of FOSC, with c_max = 0.5."""
+        if name == "dynamic":
+            return build_strategy(name, self.pgd(gauge="ball"), c_max=0.5, zero_at=self.zero_at)
+        options = {"full_at": self.zero_at} if name == "curriculum" else {}
+        return build_strategy(name, self.pgd(), **options)
 
 
 @dataclass(frozen=True)
