@@ -146,7 +146,7 @@ def start_of(
         return seed
     if kind == "torchattacks":
         return torchattacks_pgd(model, threat, x, y, seed, steps=0)
-    return threat.around(x).sample(randomness.keys(seed, torch.arange(len(x)), 0))
+    return threat.around(x).sample(randomness.hash_keys(seed, torch.arange(len(x)), 0))
 
 
 @torch.no_grad()

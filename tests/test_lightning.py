@@ -68,7 +68,9 @@ def test_the_module_trains_on_what_the_attack_finds():
     oracle = im.Oracle.fast(ours, X[:16], "float32")
     for number, index in enumerate(torch.arange(96).split(32)):
         oracle.refresh()
-        x_adv = ATTACK(oracle, X[index], Y[index], seed=randomness.number(4, 0, 0), index=index, final="none").x_adv
+        x_adv = ATTACK(
+            oracle, X[index], Y[index], seed=randomness.derive_seed(4, 0, 0), index=index, final="none"
+        ).x_adv
         assert torch.equal(module.seen[number], x_adv)
         assert float((x_adv - X[index]).abs().max()) > 0.1
         optimizer.zero_grad()

@@ -76,7 +76,7 @@ def test_the_source_distribution_is_whole_and_light(tmp_path):
 
 
 def test_the_wheel_runs_in_an_empty_environment(wheel, tmp_path):
-    """Installed beside the packages that are here, but not beside this source: the demo, shortened, from elsewhere.
+    """Installed beside the packages that are here, but not beside this source: the demo, shorten, from elsewhere.
 
     `make wheel-test` does the same with nothing but what pip installs for the wheel.
     """

@@ -83,7 +83,7 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
         x, y = batch[image], batch[label]
         oracle = self._refreshed(pl_module, x)
         index = torch.arange(self._seen, self._seen + len(x), device=x.device)
-        seed = randomness.number(self.seed, trainer.current_epoch, trainer.global_rank)
+        seed = randomness.derive_seed(self.seed, trainer.current_epoch, trainer.global_rank)
         result = attack(oracle, x, y, seed=seed, index=index, final="none")
         self._keep(x, y)
         batch[image] = result.x_adv.to(x.dtype)

@@ -91,7 +91,7 @@ class Threat(ABC):
         feasible = self.around(x)
         index = torch.arange(len(x), device=x.device) if index is None else index
         check_labels(index, len(x), name="index")
-        return feasible.sample(randomness.keys(seed, index))
+        return feasible.sample(randomness.hash_keys(seed, index))
 
     def maximizer(self, gradient: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """argmax over x' ∈ X(x) of ⟨x', gradient⟩: the vertex behind the gap; coordinates without gradient stay."""

@@ -302,7 +302,7 @@ def test_apgd_is_the_papers_algorithm(norm):
     result = APGD(threat, steps=50)(model, x, y, seed=4)
     survived = (~result.misclassified).nonzero()[:, 0].tolist()
     assert len(survived) >= 2
-    start = threat.around(x).sample(randomness.keys(4, torch.arange(5), 0, 0))
+    start = threat.around(x).sample(randomness.hash_keys(4, torch.arange(5), 0, 0))
     for row in survived:
         best, value = naive_apgd(model, x[row], y[row], start[row], 50, 0.15, norm)
         assert result.loss[row].item() == pytest.approx(value, rel=1e-9)
@@ -662,7 +662,7 @@ def test_autoattack_asks_survivors_only(short):
     fell_by = []
     for number, make in enumerate(SMALL.values()):
         rows = alive.nonzero()[:, 0]
-        part = make(threat)(model, x[rows], y[rows], seed=randomness.number(5, number), index=rows, final="loss")
+        part = make(threat)(model, x[rows], y[rows], seed=randomness.derive_seed(5, number), index=rows, final="loss")
         gradients[rows] += part.gradient_calls
         forwards[rows] += part.forward_calls - 1
         fell_by.append(int(part.misclassified.sum()))

@@ -671,7 +671,7 @@ def single_searches(attack, model, x, y, seed, restarts):
     oracle, feasible, index = Oracle(model), attack.threat.around(x), torch.arange(len(x))
     found = []
     for restart in range(restarts):
-        start = feasible.sample(randomness.keys(seed, index, restart))
+        start = feasible.sample(randomness.hash_keys(seed, index, restart))
         found.append(search(oracle, feasible, start, y, attack.objective(), attack.step_sizes()))
     return found
 
@@ -746,7 +746,7 @@ def test_only_survivors_start_again():
     expected_rows, calls = [], torch.zeros(12, dtype=torch.int64)
     fallen = torch.zeros(12, dtype=torch.bool)
     for restart in range(4):
-        start = feasible[rows].sample(randomness.keys(1, rows, restart))
+        start = feasible[rows].sample(randomness.hash_keys(1, rows, restart))
         found = search(oracle, feasible[rows], start, y[rows], cross_entropy, attack.step_sizes(), **options)
         expected_rows += [int((found.steps >= k).sum()) for k in range(3)]
         calls[rows] += found.gradient_calls
@@ -815,7 +815,7 @@ def test_further_restarts_start_at_random():
     start = x.clone()
     found = attack(model, x, y, seed=4, start=start)
     single = replace(attack, restarts=1)
-    begun = [start, *(attack.threat.around(x).sample(randomness.keys(4, torch.arange(12), r)) for r in (1, 2))]
+    begun = [start, *(attack.threat.around(x).sample(randomness.hash_keys(4, torch.arange(12), r)) for r in (1, 2))]
     losses = torch.stack([single(model, x, y, start=one).loss for one in begun])
     fallen = torch.stack([single(model, x, y, start=one).misclassified for one in begun])
     assert torch.equal(found.misclassified, fallen.any(0))

@@ -32,7 +32,7 @@ from innermax.data.augmentation import augment
 from innermax.data.image_set import Data, ImageSet
 from innermax.data.load import hub_id, load_data
 from innermax.data.readers import as_image_set, from_parquet
-from innermax.utils.randomness import keys, uniform
+from innermax.utils.randomness import hash_keys, uniform
 
 LOCAL = os.environ.get("INNERMAX_DATA")
 needs_real_data = pytest.mark.skipif(not LOCAL, reason="INNERMAX_DATA names no folder with the real data sets")
@@ -763,13 +763,13 @@ def test_augment_against_the_naive_way(data):
     flip = data.draw(st.booleans())
     seed = data.draw(st.integers(0, 2**63 - 1))
     x = torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(seed % 1000))
-    before, key = x.clone(), keys(seed, torch.arange(batch))
+    before, key = x.clone(), hash_keys(seed, torch.arange(batch))
     assert torch.equal(augment(x, key, shift=shift, flip=flip), naive(x, key, shift, flip))
     assert torch.equal(x, before)
 
 
 def test_augmentation_is_undone():
-    x, key = torch.rand(64, 3, 9, 9), keys(3, torch.arange(64))
+    x, key = torch.rand(64, 3, 9, 9), hash_keys(3, torch.arange(64))
     inside = torch.zeros(64, 3, 9, 9)
     inside[:, :, 2:7, 2:7] = x[:, :, 2:7, 2:7]  # what no shift by two pixels moves out
     for options in ({"shift": 2}, {"flip": True}, {"shift": 2, "flip": True}):
@@ -782,7 +782,7 @@ def test_augmentation_is_undone():
 
 
 def test_augment_depends_on_the_example_alone():
-    x, key = torch.rand(40, 3, 6, 6), keys(7, torch.arange(40))
+    x, key = torch.rand(40, 3, 6, 6), hash_keys(7, torch.arange(40))
     state = torch.get_rng_state()
     together = augment(x, key, shift=2, flip=True)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
@@ -791,19 +791,19 @@ def test_augment_depends_on_the_example_alone():
         torch.cat([augment(x[i : i + 1], key[i : i + 1], shift=2, flip=True) for i in range(40)]), together
     )
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(augment(x, keys(8, torch.arange(40)), shift=2, flip=True), together)
+    assert not torch.equal(augment(x, hash_keys(8, torch.arange(40)), shift=2, flip=True), together)
 
 
 def test_augment_draws_every_shift_equally_often():
     x = torch.zeros(9_000, 1, 5, 5)
     x[:, 0, 2, 2] = 1
-    moved = augment(x, keys(0, torch.arange(9_000)), shift=1)
+    moved = augment(x, hash_keys(0, torch.arange(9_000)), shift=1)
     counts = moved.sum(0)[0, 1:4, 1:4]
     assert float(counts.sum()) == 9_000
     assert float((counts - 1_000).abs().max()) < 150  # 5 standard deviations
     x = torch.zeros(4_000, 1, 1, 2)
     x[..., 0] = 1
-    assert abs(float(augment(x, keys(0, torch.arange(4_000)), flip=True)[..., 0].mean()) - 0.5) < 0.04
+    assert abs(float(augment(x, hash_keys(0, torch.arange(4_000)), flip=True)[..., 0].mean()) - 0.5) < 0.04
 
 
 @pytest.mark.parametrize(
@@ -815,7 +815,7 @@ def test_augment_draws_every_shift_equally_often():
 )
 def test_augment_errors(x, arguments, message):
     with pytest.raises(ValueError, match=message):
-        augment(x, keys(0, torch.arange(2)), **arguments)
+        augment(x, hash_keys(0, torch.arange(2)), **arguments)
 
 
 # --- the real data sets

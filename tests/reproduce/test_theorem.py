@@ -209,11 +209,11 @@ def runs(*rows: tuple[float, int, int]) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(("batch", "shortened"), [(0, False), (2, True), (400, False)])
-def test_algorithm_1_is_gradient_descent_on_approximate_maximizers(problem, batch, shortened):
+def test_algorithm_1_is_gradient_descent_on_approximate_maximizers(problem, batch, shorten):
     """Against a plain loop, at η = min(1/L, √(Δ/(Lσ²T))): noise shortens the step only where it is large."""
     theta, T, L = problem.start.numpy(), 20, problem.smoothness
     rate = math.sqrt(problem.descent / (L * (problem.noise**2 / batch) * T)) if batch else math.inf
-    assert (rate < 1 / L) is shortened
+    assert (rate < 1 / L) is shorten
     columns = algorithm_1(problem, T, *runs((0.05, batch, 5)))
     for t in range(T):
         found = [plain_search(problem, theta, i, 0.05) for i in range(8)]

@@ -22,7 +22,7 @@ from torch import nn
 import innermax as im
 from innermax.training import run_folder
 from innermax.training.checkpoints import due_every, load_state, save_state, states
-from innermax.utils.files import Held, alone, load_tensors, write_bytes
+from innermax.utils.files import LockHeld, load_tensors, lock_file, write_bytes
 
 THREAT = im.Linf(0.1)
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -141,7 +141,7 @@ def test_the_state_comes_back_bit_for_bit(folder):
     assert (folder / "metrics.jsonl").read_text() == '{"fosc": null}\n'
     other, theirs = state(1)
     came = torch.zeros_like(kept)
-    assert load_state(folder, {"model": other}, theirs, got) == position()
+    assert load_state(folder, {"model": other}, theirs, came) == position()
     assert torch.equal(came, kept)
     torch.testing.assert_close(other.state_dict(), net.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(theirs.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
@@ -248,12 +248,12 @@ def _hold(folder):
 
 def test_a_lock_is_for_one_at_a_time(tmp_path):
     path = tmp_path / "deep" / "lock"
-    with alone(path, "this"):
-        with pytest.raises(Held, match=rf"^this is in use by process {os.getpid()} on "), alone(path, "this"):
+    with lock_file(path, "this"):
+        with pytest.raises(LockHeld, match=rf"^this is in use by process {os.getpid()} on "), lock_file(path, "this"):
             pass
-        with alone(path.with_name("other"), "that"):
+        with lock_file(path.with_name("other"), "that"):
             pass
-    with alone(path, "this"):
+    with lock_file(path, "this"):
         pass
 
 
@@ -335,10 +335,10 @@ def test_where_the_system_has_no_locks(tmp_path, monkeypatch):
     for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         refusing(number)
         warned = pytest.warns(UserWarning, match=r"lock cannot be locked here \(.*\): see that nothing else uses it")
-        with warned, alone(tmp_path / "lock", "it"):
+        with warned, lock_file(tmp_path / "lock", "it"):
             assert f"process {os.getpid()}" in (tmp_path / "lock").read_text()
     refusing(errno.EIO)
-    with pytest.raises(OSError, match="Input/output error"), alone(tmp_path / "lock", "it"):
+    with pytest.raises(OSError, match="Input/output error"), lock_file(tmp_path / "lock", "it"):
         raise AssertionError
 
 

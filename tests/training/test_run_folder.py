@@ -188,9 +188,9 @@ def test_a_foreign_folder_is_refused(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from innermax import runs
+from innermax.training import run_folder
 Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-runs.open_folder(Path(sys.argv[1]), {"training": {"seed": 3, "lr": 0.1}, "settings": {}}, sys.argv[2] == "overwrite")
+run_folder.open_folder(Path(sys.argv[1]), {"training": {"seed": 3, "lr": 0.1}, "settings": {}}, sys.argv[2] == "overwrite")
 """
 
 

@@ -146,8 +146,8 @@ def reference(model, thresholds, *, steps, eps, gauge, batch_size, lr, drops, mo
         order = randomness.permutation(seed, len(labels), ORDER, epoch)
         for index in order.split(batch_size):
             x, y = images[index], labels[index]
-            draws = randomness.number(seed, loop._ATTACK, epoch)
-            start = LINF.around(x).sample(randomness.keys(draws, index, 0))  # of the first and only restart
+            draws = randomness.derive_seed(seed, loop._ATTACK, epoch)
+            start = LINF.around(x).sample(randomness.hash_keys(draws, index, 0))  # of the first and only restart
             model.eval()
             x_adv, calls, gauges = controlled_pgd(model, x, y, start, threshold, steps, eps / 4, eps, gauge)
             model.train()
@@ -220,11 +220,11 @@ def test_a_warm_start_goes_on_where_the_epoch_before_ended(floor, moved):
     for number, (x, y, x_adv) in enumerate(shown):
         epoch, batch = divmod(number, 3)
         index = randomness.permutation(0, 24, ORDER, epoch).split(8)[batch]
-        keys = randomness.keys(0, index, loop._AUGMENT, epoch)
+        keys = randomness.hash_keys(0, index, loop._AUGMENT, epoch)
         start = None
         if epoch > 0:
             start = x + augment(kept[index], keys, **moved)
-        seed = randomness.number(0, loop._ATTACK, epoch)
+        seed = randomness.derive_seed(0, loop._ATTACK, epoch)
         found = strategy.attack_at(0.0)(model.eval(), x, y, seed=seed, index=index, start=start)
         calls += (found.gradient_calls - (found.steps == 2).long()).tolist()  # the test's last gradient is not paid for
         torch.testing.assert_close(x_adv, found.x_adv, rtol=0, atol=1e-3)

@@ -21,8 +21,8 @@ from innermax.cli import main
 from innermax.evaluation.result import Evaluation
 from innermax.training import run_folder
 from innermax.training.checkpoints import _digest, states
-from innermax.utils.files import alone, load_tensors, no_link, save_tensors, write_bytes
-from innermax.utils.serialization import parsed_json, parsed_yaml
+from innermax.utils.files import alone, load_tensors, refuse_link, save_tensors, write_bytes
+from innermax.utils.serialization import parse_json, parse_yaml
 from tests.helpers import hostile
 
 EXAMPLES = int(os.environ.get("INNERMAX_FUZZ", "0"))  # of each kind; checks/fuzz.py tries many more
@@ -176,7 +176,7 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
 def test_yaml_bombs(tmp_path, capsys, bomb):
     began = time.monotonic()
     with pytest.raises(ValueError, match="not readable as YAML: ") as error:
-        parsed_yaml(bomb)
+        parse_yaml(bomb)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
     (tmp_path / "bomb.yaml").write_text(bomb)
@@ -187,23 +187,23 @@ def test_yaml_bombs(tmp_path, capsys, bomb):
 
 
 def test_yaml_of_plain_values():
-    assert parsed_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}, e: 2}") == {
+    assert parse_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}, e: 2}") == {
         "a": [1, 2],
         "b": [1, 2],
         "c": {"d": 1, "e": 2},
     }
-    assert parsed_yaml("") is None
+    assert parse_yaml("") is None
     for odd in ("!!timestamp x", "!!bool x", "!!int ''", "2001-99-99", "? [1]\n: 2", "!!float x", "a: " + "9" * 5000):
         with pytest.raises(ValueError, match="not readable as YAML: "):
-            parsed_yaml(odd)
+            parse_yaml(odd)
 
 
 def test_json_bombs():
     for bomb in ("[" * 100_000, "[" * 100 + "]" * 100, '{"a":' * 70 + "1" + "}" * 70, "9" * 5000, b"\xff", "{"):
         with pytest.raises(ValueError, match="not readable as JSON: ") as error:
-            parsed_json(bomb)
+            parse_json(bomb)
         assert "\n" not in str(error.value)
-    assert parsed_json("[" * 63 + "]" * 63)
+    assert parse_json("[" * 63 + "]" * 63)
 
 
 def test_classes_without_end_make_no_table_of_their_pairs(kinds, tmp_path):
@@ -227,7 +227,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     (tmp_path / "lock").symlink_to(precious)
     with pytest.raises(OSError, match="lock"), alone(tmp_path / "lock", "the folder"):
         pass
-    with pytest.raises(OSError, match="lock"), open(tmp_path / "lock", "a", opener=no_link):
+    with pytest.raises(OSError, match="lock"), open(tmp_path / "lock", "a", opener=refuse_link):
         pass
     assert precious.read_text() == "mine"
 

@@ -69,7 +69,7 @@ class AutoAttack(VerdictAttack):
         """What was found, without FOSC, given the clean inputs' logits."""
         found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
         for number, attack in enumerate(self.attacks()):
-            own = replace(problem, seed=randomness.number(problem.seed, number))
+            own = replace(problem, seed=randomness.derive_seed(problem.seed, number))
             found = pursued(found, partial(_by, attack, own, clean))
         return self._seen_clearly(problem, clean, found) if problem.oracle.lowered else found
 

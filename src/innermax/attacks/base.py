@@ -99,7 +99,7 @@ class Problem:
 
     def keys(self, *streams: int | Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """One key an example for random draws; streams: restart numbers and the like."""
-        return randomness.keys(self.seed, self.index, *streams)
+        return randomness.hash_keys(self.seed, self.index, *streams)
 
     def won(self, point: Float[Tensor, "b ..."], logits: Float[Tensor, "b classes"]) -> Tensor:
         """(B,) where the adversary has what it wants at a point with these logits; never on bf16's word alone."""

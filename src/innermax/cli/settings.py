@@ -15,7 +15,7 @@ from innermax.objectives import OBJECTIVES
 from innermax.oracle.oracle import Precision
 from innermax.strategies import STRATEGIES, Shape, Strategy
 from innermax.threat import Norm, Threat, build_threat
-from innermax.utils.serialization import parsed_yaml
+from innermax.utils.serialization import parse_yaml
 from innermax.utils.validation import unknown
 
 TABLE = "fgsm,pgd-10,pgd-20,cw-30"  # the attacks of the paper's tables
@@ -262,4 +262,4 @@ _Loader.add_constructor("!fraction", _fraction)
 
 def read_yaml(text: str) -> Any:
     """YAML as recipes use it: plain values, and fractions such as 8/255. Raises ValueError for anything else."""
-    return parsed_yaml(text, _Loader)
+    return parse_yaml(text, _Loader)

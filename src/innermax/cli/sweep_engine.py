@@ -14,8 +14,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from innermax.utils.files import LOCK, Held, alone, write_json
-from innermax.utils.serialization import differences, parsed_json
+from innermax.utils.files import LOCK, LockHeld, lock_file, write_json
+from innermax.utils.serialization import differences, parse_json
 from innermax.utils.validation import check_count
 
 EngineName = Literal["local", "submitit"]
@@ -110,7 +110,7 @@ def sweep(
     if not (folder / _INDEX).exists() and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise ValueError(f"run_dir {folder} exists and holds no sweep of innermax; choose another folder")
     plans = _named_as_known(folder, plans)
-    with alone(folder / LOCK, f"run_dir {folder}"):
+    with lock_file(folder / LOCK, f"run_dir {folder}"):
         waiting = [plan for plan in plans if not is_finished(folder / plan.name)]
         if chosen.engine == "submitit":
             start, workers = _submitit(folder, chosen.submitit or {}), chosen.workers or max(1, len(waiting))
@@ -197,9 +197,9 @@ def _is_held(run: Path) -> bool:
     if not (run / LOCK).exists():
         return False
     try:
-        with alone(run / LOCK, str(run)):
+        with lock_file(run / LOCK, str(run)):
             return False
-    except Held:
+    except LockHeld:
         return True
 
 
@@ -322,7 +322,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = parsed_json(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, dict):

@@ -12,7 +12,7 @@ from rich.table import Table
 from innermax.cli.sweep_engine import is_finished, known_runs
 from innermax.utils.files import write_bytes, write_json
 from innermax.utils.intervals import student
-from innermax.utils.serialization import parsed_json
+from innermax.utils.serialization import parse_json
 
 _SEED = "seed"
 
@@ -60,8 +60,8 @@ def sweep_rows(folder: Path) -> list[Row]:
 def run_measures(run: Path) -> dict[str, float]:
     """A finished run's measures, by the names of `Row.measures`. Raises ValueError where its files are damaged."""
     try:
-        scored = parsed_json((run / "evaluation.json").read_bytes())
-        history = [parsed_json(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
+        scored = parse_json((run / "evaluation.json").read_bytes())
+        history = [parse_json(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
         return {
             **{name: float(value["value"]) for name, value in scored["accuracy"].items()},
             "worst_case": float(scored["worst_case"]["value"]),

@@ -18,7 +18,7 @@ def augment(
 ) -> Float[Tensor, "b c h w"]:
     """x, each example mirrored left to right (flip: half of them) and moved by up to ±shift pixels, zeros moving in.
 
-    key: int64 (B,) from `randomness.keys`, the only thing an example's draws depend on; shift: 0…min(H, W) − 1;
+    key: int64 (B,) from `randomness.hash_keys`, the only thing an example's draws depend on; shift: 0…min(H, W) − 1;
     back: undoes it, but for what had moved out. Raises ValueError for other shapes and shifts.
     """
     if x.ndim != 4 or key.shape != x.shape[:1]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from innermax.data.decoding import Row, decoded, stacked
 from innermax.data.image_set import ImageSet
-from innermax.utils.serialization import parsed_json
+from innermax.utils.serialization import parse_json
 from innermax.utils.validation import unknown
 
 _IMAGE_COLUMNS = ("image", "img")
@@ -82,7 +82,7 @@ def from_hugging_face(dataset: Any, count: int, where: str, *, follow_paths: boo
 def read_class_names(schema: Any) -> tuple[str, ...] | None:
     """The label column's class names, as Hugging Face writes them into an Arrow schema, where they are there."""
     try:
-        features = parsed_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[find_columns(list(features), "")[1]]["names"]
         return tuple(map(str, names)) if isinstance(names, list) else None
     except (KeyError, TypeError, ValueError):

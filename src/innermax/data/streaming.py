@@ -120,7 +120,7 @@ class ImageStream:
 
     def _parts(self, sizes: list[int], place: int, seed: int, epoch: int, share: Share) -> Iterator[_Part]:
         """The rows of each batch, of a size each, from a place in the epoch's order on; of all only the share's."""
-        shuffled = self.source.decode(False).shuffle(seed=randomness.number(seed) % 2**32, buffer_size=self.buffer)
+        shuffled = self.source.decode(False).shuffle(seed=randomness.derive_seed(seed) % 2**32, buffer_size=self.buffer)
         shuffled.set_epoch(epoch)  # last: what is made of a stream begins again at epoch 0
         # Not with the stream's own skip, behind which the order of shards does not change with the epoch.
         rows = islice(_rows(shuffled), place, None)

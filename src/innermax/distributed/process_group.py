@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from innermax.distributed.fsdp import shard
 from innermax.distributed.launch import Parallel, Plan, launched
-from innermax.utils.validation import in_short
+from innermax.utils.validation import summarize_error
 
 T = TypeVar("T")
 _LONGEST = timedelta(days=7)  # in which the slowest of several processes ends its share of an evaluation
@@ -142,7 +142,7 @@ class Ranks:
             time.sleep(_PATIENCE)
             raise ChildProcessError(
                 f"rank {self.rank} of {self.count} has lost the others: one of them has ended, or cannot be reached "
-                f"({in_short(error)[:200]})."
+                f"({summarize_error(error)[:200]})."
             ) from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from innermax.utils.intervals import wilson
-from innermax.utils.serialization import value_as
+from innermax.utils.serialization import convert
 
 Verdict = Literal["no failure found", "not converged", "gradients masked", "randomised"]
 TOLERANCE = 0.005  # a robust accuracy that is wrong by more has failed
@@ -154,7 +154,7 @@ class Audit:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Audit":
         """What `to_dict` gave, after JSON without NaN. Raises ValueError where it is something else."""
-        read: Audit = value_as(cls, document, "audit")
+        read: Audit = convert(cls, document, "audit")
         return read
 
 

@@ -182,7 +182,7 @@ def _looked(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
     """How the model answers, and what its gradients are worth, at random points of X(x)."""
     some = sample[_spread(len(sample), _LOOKED_AT, subject.device)]
     exact, feasible = subject.exact, subject.threats[0].around(some.x)
-    point = feasible.sample(randomness.keys(subject.seed, some.index, _STREAM))
+    point = feasible.sample(randomness.hash_keys(subject.seed, some.index, _STREAM))
     logits, again = exact.logits(some.x), exact.logits(some.x)
     spread = (logits.amax(1) - logits.amin(1)).clamp(min=1e-30)
     own, free = exact.gradient(point, some.y, cross_entropy), exact.gradient(point, some.y, margin)
@@ -253,7 +253,7 @@ def _trace(attack: PGD, subject: Subject, some: Sample, told: SearchEvidence) ->
     late, feasible = max(len(sizes) // 10, 1), attack.threat.around(some.x)
     start = feasible.x
     if attack.random_start:
-        start = feasible.sample(randomness.keys(subject.seed, some.index, 0))
+        start = feasible.sample(randomness.hash_keys(subject.seed, some.index, 0))
     begun = oracle.gradient(start, some.y, loss).loss
     early = search(oracle, feasible, start, some.y, loss, sizes[:-late], final="loss")
     end = search(oracle, feasible, early.x_adv, some.y, loss, sizes[-late:], final="loss")
@@ -369,7 +369,7 @@ def _again(subject: Subject, sample: Sample) -> Iterator[Search]:
 def _fell(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, list[AttackResult]]:
     """(n,) whom a search makes fall, and its results."""
     fell, results = torch.zeros(len(sample), dtype=torch.bool, device=subject.device), []
-    seed = randomness.number(subject.seed, _STREAM) if one.name != "more steps" else subject.seed
+    seed = randomness.derive_seed(subject.seed, _STREAM) if one.name != "more steps" else subject.seed
     for start in range(0, len(one.rows), subject.batch_size):
         rows = one.rows[start : start + subject.batch_size]
         part = sample[rows]

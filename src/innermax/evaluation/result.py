@@ -17,7 +17,7 @@ from innermax.evaluation.scoring import (
 from innermax.evaluation.store import CLEAN, AttackRows, Column, check_column
 from innermax.utils.files import write_bytes
 from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
-from innermax.utils.serialization import parsed_json, value_as
+from innermax.utils.serialization import convert, parse_json
 from innermax.utils.validation import unknown
 
 if TYPE_CHECKING:
@@ -170,9 +170,9 @@ class Evaluation:
     def from_json(cls, text: str) -> "Evaluation":
         """What `to_json` wrote. Raises ValueError where the text is something else."""
         try:
-            document = parsed_json(text)
+            document = parse_json(text)
             examples, attacks = document["examples"], document["examples"]["attacks"]
-            settings = value_as(Settings, document["settings"], "settings")
+            settings = convert(Settings, document["settings"], "settings")
             if {CLEAN, "worst_case"} & attacks.keys():
                 raise ValueError(f"no attack is called {CLEAN} or worst_case")
             return cls(
@@ -183,9 +183,7 @@ class Evaluation:
                     name: AttackRows(**{key: _column(values, key, settings.count) for key, values in rows.items()})
                     for name, rows in attacks.items()
                 },
-                seconds={
-                    name: value_as(float, document["convergence"][name]["seconds"], "seconds") for name in attacks
-                },
+                seconds={name: convert(float, document["convergence"][name]["seconds"], "seconds") for name in attacks},
                 audit=None if document.get("audit") is None else Audit.from_dict(document["audit"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -133,7 +133,7 @@ class Bench:
                 index = torch.arange(start, stop)
                 x, y = self.images.batch(index.to(self.images.images.device))
                 # For models that draw; the caller's random state is put aside.
-                torch.manual_seed(randomness.number(self.seed, start))
+                torch.manual_seed(randomness.derive_seed(self.seed, start))
                 yield index.to(self.device), x.to(self.device), y.to(self.device)
             if self.progress is not None:
                 self.progress(name, stop, len(self.images))

@@ -33,7 +33,7 @@ from innermax.models.wrappers import unwrapped
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.utils.files import write_bytes
 from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
-from innermax.utils.serialization import parsed_json, value_as
+from innermax.utils.serialization import convert, parse_json
 from innermax.utils.validation import unknown
 
 T = TypeVar("T")
@@ -105,9 +105,9 @@ class Transfer:
     def from_json(cls, text: str) -> "Transfer":
         """What `to_json` wrote. Raises ValueError where the text is something else."""
         try:
-            document = parsed_json(text)
+            document = parse_json(text)
             examples = document["examples"]
-            settings = value_as(Settings, document["settings"], "settings")
+            settings = convert(Settings, document["settings"], "settings")
 
             def correct(values: Any) -> Column:
                 column = np.array(values)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from innermax.models.wrappers import unwrapped
-from innermax.utils.randomness import keys, uniform
-from innermax.utils.validation import in_short, unknown
+from innermax.utils.randomness import hash_keys, uniform
+from innermax.utils.validation import summarize_error, unknown
 
 Answer = Callable[[Tensor], Tensor]
 _BATCHES = (1, 2, 5)  # sizes at which the file has to answer as the model does
@@ -60,7 +60,7 @@ def _to_program(network: nn.Module, example: Tensor, path: Path) -> Answer:
     except OSError:
         raise
     except Exception as error:  # whatever tracing raises
-        raise ValueError(f"torch.export cannot export the model: {in_short(error)}") from error
+        raise ValueError(f"torch.export cannot export the model: {summarize_error(error)}") from error
     answer: Answer = torch.export.load(path).module()
     return answer
 
@@ -71,7 +71,7 @@ def _to_onnx(network: nn.Module, example: Tensor, path: Path) -> Answer:
         import onnxruntime
         import onnxscript  # noqa: F401  torch.onnx.export asks for it
     except ImportError as error:
-        raise ValueError(f"ONNX needs pip install 'innermax[onnx]': {in_short(error)}") from error
+        raise ValueError(f"ONNX needs pip install 'innermax[onnx]': {summarize_error(error)}") from error
     options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "external_data": False}
     try:
         torch.onnx.export(
@@ -80,7 +80,7 @@ def _to_onnx(network: nn.Module, example: Tensor, path: Path) -> Answer:
     except OSError:
         raise
     except Exception as error:  # whatever tracing raises
-        raise ValueError(f"torch.onnx cannot export the model: {in_short(error)}") from error
+        raise ValueError(f"torch.onnx cannot export the model: {summarize_error(error)}") from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
@@ -92,7 +92,7 @@ def _compare(network: nn.Module, answer: Answer, shape: Sequence[int], path: Pat
         try:
             theirs, ours = answer(x), network(x)
         except Exception as error:  # a batch size that was fixed comes as anything
-            raise ValueError(f"{path.name} does not take {size} images: {in_short(error)}") from error
+            raise ValueError(f"{path.name} does not take {size} images: {summarize_error(error)}") from error
         difference = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else math.inf
         if not difference <= _CLOSE * (1 + float(ours.abs().max())):
             raise ValueError(f"{path.name} would answer otherwise than the model: logits differ by {difference:.1e}")
@@ -100,7 +100,7 @@ def _compare(network: nn.Module, answer: Answer, shape: Sequence[int], path: Pat
 
 def _images(size: int, shape: Sequence[int]) -> Tensor:
     """(size, *shape) inputs in [0, 1]."""
-    return uniform(keys(0, torch.arange(size)), math.prod(shape)).reshape(size, *shape)
+    return uniform(hash_keys(0, torch.arange(size)), math.prod(shape)).reshape(size, *shape)
 
 
 def _shape(model: nn.Module, told: Sequence[int] | None) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from innermax.models.registry import build_model
 from innermax.models.wrappers import unwrapped
 from innermax.utils.files import load_tensors, save_tensors, write_json
-from innermax.utils.serialization import parsed_json
+from innermax.utils.serialization import parse_json
 
 # A path that ends so is a file's, never a Hub id, which may hold a dot as well.
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json")
@@ -107,7 +107,7 @@ def _built(path: Path) -> nn.Module:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no file")
-        config = parsed_json(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable model description: {error}; pass model= for a network of yours"

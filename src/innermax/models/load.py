@@ -17,7 +17,7 @@ from torch.fx.graph import CodeGen
 
 from innermax.models.files import load_saved_model
 from innermax.models.wrappers import Normalize
-from innermax.utils.validation import in_short
+from innermax.utils.validation import summarize_error
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -105,13 +105,13 @@ def _from_timm(name: str) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except Exception as error:  # its torchvision, built for another torch, raises what it likes
-        raise ValueError(f"timm:{name} needs timm (pip install 'innermax[timm]'): {in_short(error)}") from error
+        raise ValueError(f"timm:{name} needs timm (pip install 'innermax[timm]'): {summarize_error(error)}") from error
     try:
         network: nn.Module = timm.create_model(name, pretrained=True)
     except Exception as error:  # timm's own, the Hub client's or the system's
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close and "nknown model" in str(error) else ""
-        raise ValueError(f"timm:{name} cannot be had: {in_short(error)}{hint}") from error
+        raise ValueError(f"timm:{name} cannot be had: {summarize_error(error)}{hint}") from error
     told = attrgetter("pretrained_cfg")(network)
     return nn.Sequential(OrderedDict(normalize=Normalize(told["mean"], told["std"]), network=network)).eval()
 
@@ -121,7 +121,7 @@ def _from_function(module: str, function: str) -> nn.Module:
         try:
             model = attrgetter(function)(importlib.import_module(module))()
         except Exception as error:  # anything: it is other people's code
-            raise ValueError(f"{module}:{function} fails: {in_short(error)}") from error
+            raise ValueError(f"{module}:{function} fails: {summarize_error(error)}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"{module}:{function} must return a torch.nn.Module, got {type(model).__name__}")
     return model.eval()
@@ -142,7 +142,7 @@ def _from_program(path: str) -> nn.Module:
     try:
         program = export.load(path)
     except Exception as error:  # zip's, pickle's, torch's
-        raise ValueError(f"{path} is not a readable torch.export program: {in_short(error)}") from error
+        raise ValueError(f"{path} is not a readable torch.export program: {summarize_error(error)}") from error
     try:
         return Exported(program).eval()
     except ValueError as error:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from innermax.oracle.input_convolution import InputConvolution
-from innermax.utils.validation import in_short
+from innermax.utils.validation import summarize_error
 
 _AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -57,7 +57,7 @@ def fold(network: nn.Module) -> Folded:
         pairs = tuple(_fold_modules(network, ""))
         if not pairs:
             raise
-        return Folded(network, pairs, untraced=in_short(failure))
+        return Folded(network, pairs, untraced=summarize_error(failure))
 
 
 def _rewritten(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:

@@ -21,7 +21,7 @@ from innermax.models.wrappers import unwrapped
 from innermax.oracle.cuda_graphs import Replayed
 from innermax.oracle.folding import Folded, fold
 from innermax.oracle.threads import Workers
-from innermax.utils.validation import in_short, unknown
+from innermax.utils.validation import summarize_error, unknown
 
 Precision = Literal["auto", "float32", "bf16"]
 T = TypeVar("T")
@@ -230,7 +230,7 @@ class Oracle:
         except Exception as error:  # anything: it may be other people's code
             if out_of_memory(error):
                 raise
-            raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {in_short(error)}") from error
+            raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {summarize_error(error)}") from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"the model must return logits of shape ({batch}, classes ≥ 2), got {found}")
@@ -244,7 +244,7 @@ class Oracle:
             # In its present state last: that is the one to go on with.
             errors = [_difference(folded, network, self._placed(example)) for network in (_learned(exact), exact)]
         except Exception as failure:  # noqa: BLE001  whatever tracing raises, the unfolded network is right
-            reason = in_short(failure)
+            reason = summarize_error(failure)
         else:
             same = all(error <= 1e-4 for error in errors)
             reason = "" if same else f"folding changes logits by {max(errors):.1e} of their size"

@@ -19,7 +19,7 @@ from innermax.threat import build_threat
 from innermax.training.run_folder import told_settings
 from innermax.training.train import Run
 from innermax.utils.files import read_config
-from innermax.utils.serialization import is_row, parsed_json
+from innermax.utils.serialization import is_row, parse_json
 
 _AGREEING = 0.99  # share of clean predictions by which the model that was evaluated is known
 _PROBED = 200  # images
@@ -187,7 +187,7 @@ def _environment(path: Path) -> dict[str, Any]:
 
 def _json(path: Path, text: str) -> Any:
     try:
-        return parsed_json(text)
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

@@ -13,7 +13,7 @@ from innermax.evaluation.result import Evaluation
 from innermax.models.files import load_saved_model as from_pretrained
 from innermax.models.files import save_model
 from innermax.utils.files import write_bytes
-from innermax.utils.validation import in_short
+from innermax.utils.validation import summarize_error
 from innermax.utils.version import __version__
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def push_to_hub(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
         except Exception as error:  # a lost connection comes as the Hub client's own, its HTTP client's or the system's
-            raise ValueError(f"{repo_id} cannot be pushed to the Hugging Face Hub: {in_short(error)}") from error
+            raise ValueError(f"{repo_id} cannot be pushed to the Hugging Face Hub: {summarize_error(error)}") from error
     return address
 
 

@@ -20,7 +20,7 @@ from innermax.distributed.launch import chosen_device
 from innermax.models.files import write_model
 from innermax.reproduce.scales import Setting, Training
 from innermax.utils.environment import environment
-from innermax.utils.files import Held, alone, write_json
+from innermax.utils.files import LockHeld, lock_file, write_json
 from innermax.utils.serialization import describe
 
 Answer = dict[str, Any]
@@ -136,8 +136,8 @@ class Workshop:
         """Inside, no other process does the same; the system takes the lock back from one that was killed."""
         with ExitStack() as stack:
             try:
-                stack.enter_context(alone(self.models / f"{name}.lock", name))
-            except Held:
+                stack.enter_context(lock_file(self.models / f"{name}.lock", name))
+            except LockHeld:
                 raise Busy(name) from None
             yield
 

@@ -92,7 +92,7 @@ def _shares(batch: Int[Tensor, " r"], seed: Int[Tensor, " r"], t: int, n: int) -
     shares = torch.full((len(batch), n), 1 / n, dtype=torch.float64)
     for size in set(batch.tolist()) - {0}:
         rows = batch == size
-        drawn = (randomness.uniform(randomness.keys(0, seed[rows], t, size), size) * n).long()
+        drawn = (randomness.uniform(randomness.hash_keys(0, seed[rows], t, size), size) * n).long()
         counts = torch.zeros(len(drawn), n, dtype=torch.float64)
         shares[rows] = counts.scatter_add(1, drawn, torch.full_like(drawn, 1 / size, dtype=torch.float64))
     return shares

@@ -13,7 +13,7 @@ from innermax.reproduce.artifact import Piece
 from innermax.reproduce.cache import Answer, Busy, Question, Workshop
 from innermax.reproduce.scales import Scale, find_scale
 from innermax.utils.files import write_bytes, write_json
-from innermax.utils.validation import in_short, unknown
+from innermax.utils.validation import summarize_error, unknown
 
 _ALL = (*tables.PIECES, *figures.PIECES, *theorem.PIECES, *ablations.PIECES, *efficiency.PIECES, *best.PIECES)
 PIECES: dict[str, Piece] = {piece.name: piece for piece in _ALL}
@@ -69,7 +69,7 @@ def _require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"pictures need pip install 'innermax[report]': {in_short(error)}") from error
+        raise ValueError(f"pictures need pip install 'innermax[report]': {summarize_error(error)}") from error
 
 
 def _answer(asked: Sequence[Question], workshop: Workshop, time_left: Callable[[], bool]) -> bool:

@@ -111,7 +111,7 @@ class Problem:
 
 def build_problem(spread: float, examples: int = 8, dimensions: int = 4) -> Problem:
     """Random examples with a mean of 0 and √Var = 4/3; random offsets with a mean of 0, the largest spread·με."""
-    key = randomness.keys(0, torch.arange(examples))
+    key = randomness.hash_keys(0, torch.arange(examples))
     draws = 2 * randomness.uniform(key, 2 * dimensions).double() - 1
     draws = draws - draws.mean(0)
     centres, offsets = draws[:, :dimensions], draws[:, dimensions:]

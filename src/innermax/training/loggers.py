@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from innermax.utils.files import write_json
-from innermax.utils.serialization import parsed_json
-from innermax.utils.validation import in_short
+from innermax.utils.serialization import parse_json
+from innermax.utils.validation import summarize_error
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 FILE = "logger.json"  # in a run folder: what the run is called where it is logged, so that a resumed one goes on there
@@ -91,7 +91,7 @@ def _opened(name: LoggerName, folder: Path) -> Logger:
             return cast(Logger, TensorBoardLogger(folder, "tensorboard", "", default_hp_metric=False))
         logger = _wandb(folder, _known(folder, name)) if name == "wandb" else _mlflow(folder, _known(folder, name))
     except ImportError as error:
-        raise ValueError(f"logger {name!r} needs pip install 'innermax[loggers]': {in_short(error)}") from error
+        raise ValueError(f"logger {name!r} needs pip install 'innermax[loggers]': {summarize_error(error)}") from error
     write_json(folder / FILE, {name: logger.version})
     return cast(Logger, logger)
 
@@ -99,7 +99,7 @@ def _opened(name: LoggerName, folder: Path) -> Logger:
 def _known(folder: Path, name: str) -> str | None:
     """What the folder's run is called there."""
     path = folder / FILE
-    told = parsed_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+    told = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
     known = told.get(name) if isinstance(told, dict) else None
     if known is not None and not isinstance(known, str):
         raise ValueError(f"{path} is damaged: {name}'s run has no name")

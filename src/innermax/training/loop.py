@@ -37,7 +37,7 @@ from innermax.training.optimizer import build_optimizer, learning_rate
 from innermax.training.progress import Progress
 from innermax.training.time_left import TrainingClock
 from innermax.utils import randomness
-from innermax.utils.files import no_link
+from innermax.utils.files import refuse_link
 
 _GAUGED_BATCHES = 20  # how many batches an epoch also compute the gauge of their final iterates
 _SHOWN = 8  # examples in a logger's picture
@@ -150,7 +150,7 @@ class Loop:
         x = self._moved(x, mine)
         x_adv, cost = x, {}
         if attack is not None:
-            seed = randomness.number(self.options["seed"], _ATTACK, self.epoch)
+            seed = randomness.derive_seed(self.options["seed"], _ATTACK, self.epoch)
             start = None
             if self.kept is not None and self.epoch > 0:
                 start = x + self._moved(self.kept[mine].to(x.dtype), mine)
@@ -186,7 +186,7 @@ class Loop:
         shift, flip = self.options["shift"], self.options["flip"]
         if not (shift or flip):
             return images
-        keys = randomness.keys(self.options["seed"], index, _AUGMENT, self.epoch)
+        keys = randomness.hash_keys(self.options["seed"], index, _AUGMENT, self.epoch)
         return augment(images, keys, shift=shift, flip=flip, back=back)
 
     def _descend(
@@ -198,7 +198,7 @@ class Loop:
         """
         # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
         own = (self.ranks.rank,) if self.ranks.rank > 0 else ()
-        torch.manual_seed(randomness.number(self.options["seed"], _MODEL, self.epoch, self.batch, *own))
+        torch.manual_seed(randomness.derive_seed(self.options["seed"], _MODEL, self.epoch, self.batch, *own))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(moment, self.options)
         skips = self.options["on_nan"] == "skip"
@@ -247,7 +247,7 @@ class Loop:
         if self.folder is not None and self.ranks.first:
             path = self.folder / "nonfinite.jsonl"
             told = {"epoch": self.epoch, "batch": self.batch, "error": str(error), "examples": examples}
-            with open(path, "a", encoding="utf-8", opener=no_link) as file:
+            with open(path, "a", encoding="utf-8", opener=refuse_link) as file:
                 file.write(json.dumps(told) + "\n")
             error.add_note(f"{path} lists them all.")
 

@@ -10,7 +10,7 @@ import yaml
 from innermax.utils.environment import environment
 from innermax.utils.files import is_vacant, read_config, write_bytes, write_json
 from innermax.utils.serialization import differences
-from innermax.utils.validation import shortened
+from innermax.utils.validation import shorten
 
 STATES = "checkpoints"  # the folder of what a run goes on from
 
@@ -75,17 +75,17 @@ def told_settings(folder: Path) -> dict[str, Any]:
     told = read_config(folder).get("settings") or {}
     path = folder / "config.yaml"
     if not isinstance(told, dict):
-        raise ValueError(f"{path}: settings must be a mapping, got {shortened(told)}")
+        raise ValueError(f"{path}: settings must be a mapping, got {shorten(told)}")
     data, threat = told.get("data"), told.get("threat")
     if data is not None and not isinstance(data, str):
-        raise ValueError(f"{path}: settings.data must be a name or a folder, got {shortened(data)}")
+        raise ValueError(f"{path}: settings.data must be a name or a folder, got {shorten(data)}")
     if threat is not None and not (
         isinstance(threat, dict)
         and threat.keys() == {"norm", "eps"}
         and isinstance(threat["norm"], str)
         and isinstance(threat["eps"], int | float)
     ):
-        raise ValueError(f"{path}: settings.threat must hold norm and eps, got {shortened(threat)}")
+        raise ValueError(f"{path}: settings.threat must hold norm and eps, got {shorten(threat)}")
     return {name: value for name, value in (("data", data), ("threat", threat)) if value is not None}
 
 

@@ -32,7 +32,7 @@ from innermax.training.loop import Loop
 from innermax.training.options import LearningRate, OnNaN, Optimizer, check_options, check_parallel, describe_training
 from innermax.training.progress import show_progress
 from innermax.training.spawn import trained_elsewhere
-from innermax.utils.files import LOCK, alone
+from innermax.utils.files import LOCK, lock_file
 from innermax.utils.validation import check_labels
 
 
@@ -193,7 +193,7 @@ class _Job:
             return
         overwrite = self.options["overwrite"]
         run_folder.check_folder(self.folder, self.configuration, overwrite)
-        stack.enter_context(alone(self.folder / LOCK, f"run_dir {self.folder}"))
+        stack.enter_context(lock_file(self.folder / LOCK, f"run_dir {self.folder}"))
         run_folder.open_folder(self.folder, self.configuration, overwrite)
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, tensors in them, and locks."""
+"""Files: atomic writes, tensors, locks."""
 
 import errno
 import hashlib
@@ -17,32 +17,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from innermax.utils.serialization import parsed_json, parsed_yaml
+from innermax.utils.serialization import parse_json, parse_yaml
 
 IN_MEMORY = 2 * 2**30  # bytes of images; a tensor of more is kept in a file
-LOCK = "lock"  # of the process that works in a folder
+LOCK = "lock"  # the file in a folder that the process working there holds
 
 
-class Held(ValueError):
-    """Another process has the lock; the message says which."""
+class LockHeld(ValueError):
+    """Another process holds the lock; the message says which."""
 
 
 @contextmanager
-def alone(path: Path, what: str) -> Iterator[None]:
-    """Inside, no other process does the same with `what`; the system takes the lock back from one that was killed.
+def lock_file(path: Path, what: str) -> Iterator[None]:
+    """Context manager: holds a lock on a file, so that one process at a time works with `what`.
+
+    The system releases the lock of a process that is killed.
 
     Raises:
-        Held: one does already; it says which.
+        LockHeld: another process holds it; the message says which.
     """
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8", opener=no_link) as lock:
+    with open(path, "a+", encoding="utf-8", opener=refuse_link) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise Held(f"{what} is in use by {lock.read().strip() or 'another process'}") from None
+            raise LockHeld(f"{what} is in use by {lock.read().strip() or 'another process'}") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
@@ -56,7 +58,7 @@ def alone(path: Path, what: str) -> Iterator[None]:
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether there is no folder, or in it only what a process left that was killed before it had a config.yaml."""
+    """Whether a folder is missing, empty, or holds only the remains of a process killed before it wrote config.yaml."""
     if not folder.exists():
         return True
     return folder.is_dir() and all(path.name in ("config.yaml.part", LOCK) for path in folder.iterdir())
@@ -66,7 +68,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A run's configuration. Raises ValueError where it is not readable."""
     path = folder / "config.yaml"
     try:
-        config = parsed_yaml(path.read_text(encoding="utf-8"))
+        config = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable configuration: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
@@ -85,7 +87,10 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or as it was before. OSError says which file, and why not."""
+    """Writes a file atomically: afterwards it is complete, or as it was before.
+
+    Raises OSError, which names the file and the reason.
+    """
     partial = path.with_name(path.name + ".part")
     try:
         partial.unlink(missing_ok=True)  # a link there would lead elsewhere
@@ -102,13 +107,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
-def no_link(path: str, flags: int) -> int:
-    """An opener for `open` that raises OSError for a symbolic link, which would lead to another file."""
+def refuse_link(path: str, flags: int) -> int:
+    """An opener for `open` that raises OSError for a symbolic link instead of following it."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes a value as JSON, whole or not at all."""
+    """Writes a value as JSON, atomically."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -123,7 +128,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-            meta = parsed_json((file.metadata() or {}).get("innermax", "{}"))
+            meta = parse_json((file.metadata() or {}).get("innermax", "{}"))
             if not isinstance(meta, dict):
                 raise ValueError("what stands beside the tensors is no object")
     except (SafetensorError, OSError, ValueError) as error:

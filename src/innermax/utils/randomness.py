@@ -19,8 +19,8 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
-def keys(seed: int, index: Int[Tensor, " b"], *streams: int | Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """One 64-bit key an example: the hash of seed, example number and any further stream numbers, of each or of all."""
+def hash_keys(seed: int, index: Int[Tensor, " b"], *streams: int | Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    """(B,) one 64-bit key an example: the hash of seed, example number and streams (one for all, or one each)."""
     key = torch.full_like(index, _wrap(seed))
     for part in (index, *streams):
         value = torch.full_like(index, _wrap(part)) if isinstance(part, int) else part
@@ -28,9 +28,9 @@ def keys(seed: int, index: Int[Tensor, " b"], *streams: int | Int[Tensor, " b"])
     return key
 
 
-def number(seed: int, *streams: int) -> int:
+def derive_seed(seed: int, *streams: int) -> int:
     """A derived seed in [0, 2⁶³): the hash of a seed and stream numbers."""
-    return int(keys(seed, torch.zeros(1, dtype=torch.int64), *streams)) & 0x7FFFFFFFFFFFFFFF
+    return int(hash_keys(seed, torch.zeros(1, dtype=torch.int64), *streams)) & 0x7FFFFFFFFFFFFFFF
 
 
 def uniform(key: Int[Tensor, " b"], count: int) -> Float[Tensor, "b n"]:
@@ -48,7 +48,7 @@ def normal(key: Int[Tensor, " b"], count: int) -> Float[Tensor, "b n"]:
 
 def permutation(seed: int, count: int, *streams: int) -> Int[Tensor, " n"]:
     """A random order of 0…count − 1."""
-    generator = torch.Generator().manual_seed(number(seed, *streams))
+    generator = torch.Generator().manual_seed(derive_seed(seed, *streams))
     return torch.randperm(count, generator=generator)
 
 

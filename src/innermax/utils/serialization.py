@@ -1,4 +1,7 @@
-"""YAML and JSON that anybody may have written, as plain values: nothing is executed, and their size is bounded."""
+"""JSON and YAML from untrusted files as plain values, and values as plain YAML.
+
+Nothing in a file is executed, and its size is bounded.
+"""
 
 import json
 import math
@@ -12,13 +15,16 @@ import numpy as np
 import yaml
 from torch import Tensor
 
-_DEEPEST = 64  # values in values
-_LARGEST = 20_000  # values of a YAML document, aliases counted as what they stand for; some seconds' reading
+_DEEPEST = 64  # levels of nesting
+_LARGEST = 20_000  # values of a YAML document, each alias counted in full; they take some seconds to read
 _LONGEST = 2**20  # characters of a YAML document
 
 
-def parsed_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, in one line, where it is none or nested deeper than 64 values."""
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises ValueError, in one line, where it is not JSON or is nested more than 64 levels deep.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -31,11 +37,11 @@ def parsed_json(text: str | bytes) -> Any:
     raise ValueError(f"not readable as JSON: values are nested deeper than {_DEEPEST}")
 
 
-def parsed_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """The value of a YAML text of plain values.
 
-    Raises ValueError, in one line, where it is none, is longer than 1 Mi characters, or holds more than 20,000 values
-    or any nested deeper than 64, aliases counted as what they stand for.
+    Raises ValueError, in one line, where it is not YAML, is longer than 1 Mi characters, holds more than 20,000 values,
+    or is nested more than 64 levels deep. An alias counts as much as what it refers to.
     """
     if len(text) > _LONGEST:
         raise ValueError(f"not readable as YAML: {len(text):,} characters are more than the {_LONGEST:,} allowed")
@@ -45,7 +51,7 @@ def parsed_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> A
         node = reading.get_single_node()
         if node is None:
             return None
-        _measured(node, {})
+        _measure_node(node, {})
         return reading.construct_document(node)
     # PyYAML's constructors of numbers, dates and mappings let through what Python's own raise.
     except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
@@ -59,7 +65,7 @@ def _parts(whole: Any) -> Any:
 
 
 def _limit(reading: yaml.SafeLoader) -> None:
-    """Lets a loader raise ValueError as soon as it has found too many values, or too deep ones."""
+    """Makes a loader raise ValueError as soon as it meets too many values or levels."""
     compose, count, depth = reading.compose_node, 0, 0
 
     def limited(parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -80,23 +86,23 @@ def _check(size: int, depth: int) -> None:
         raise ValueError(f"values are nested deeper than {_DEEPEST}")
 
 
-def _measured(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node stands for, and how deep they are nested; ValueError where that is too much."""
+def _measure_node(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values a node expands to, and how deep; raises ValueError above the limits."""
     if id(node) not in known:
         known[id(node)] = (_LARGEST + 1, 0)  # for an alias of itself, inside it
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
         pairs = isinstance(node, yaml.MappingNode)
-        found = [_measured(part, known) for part in ([one for pair in parts for one in pair] if pairs else parts)]
+        found = [_measure_node(part, known) for part in ([one for pair in parts for one in pair] if pairs else parts)]
         size, depth = 1 + sum(size for size, _ in found), 1 + max((depth for _, depth in found), default=0)
         _check(size, depth)
         known[id(node)] = size, depth
     return known[id(node)]
 
 
-def value_as(kind: Any, value: Any, name: str) -> Any:
-    """A plain value as an annotation has it: dataclasses from mappings, tuples from lists, and null is NaN for a float.
+def convert(kind: Any, value: Any, name: str) -> Any:
+    """A plain value as the type `kind`: dataclasses from mappings, tuples from lists, NaN for a float that is null.
 
-    Raises ValueError, with the value's name, where it is something else.
+    Raises ValueError, which names the value, where it does not fit.
     """
     arguments = get_args(kind)
     if is_dataclass(kind) and isinstance(value, dict):
@@ -104,11 +110,11 @@ def value_as(kind: Any, value: Any, name: str) -> Any:
         missing = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
         if not set(missing) <= value.keys() <= hints.keys():
             raise ValueError(f"{name} must hold {', '.join(hints)}, got {', '.join(value)[:200]}")
-        return kind(**{key: value_as(hints[key], part, f"{name}.{key}") for key, part in value.items()})  # type: ignore[operator]
+        return kind(**{key: convert(hints[key], part, f"{name}.{key}") for key, part in value.items()})  # type: ignore[operator]
     if get_origin(kind) is dict and isinstance(value, dict):
-        return {key: value_as(arguments[1], part, f"{name}.{key[:60]}") for key, part in value.items()}
+        return {key: convert(arguments[1], part, f"{name}.{key[:60]}") for key, part in value.items()}
     if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(value_as(arguments[0], part, name) for part in value)
+        return tuple(convert(arguments[0], part, name) for part in value)
     if get_origin(kind) is Literal and isinstance(value, str) and value in arguments:
         return value
     if isinstance(kind, UnionType) and (value is None or type(value) in arguments):
@@ -123,12 +129,12 @@ def value_as(kind: Any, value: Any, name: str) -> Any:
 
 
 def is_row(value: Any) -> bool:
-    """Whether a value is a row of measures, as a training writes one an epoch: numbers, null, and lists of numbers."""
+    """Whether a value is one epoch's row of metrics.jsonl: numbers, null, and lists of numbers."""
     return isinstance(value, dict) and all(map(_is_measure, value, value.values()))
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number of a size that floats and 64-bit integers have."""
+    """Whether a value is a finite float or a 64-bit integer."""
     if isinstance(value, int):
         return abs(value) < 2**63
     return isinstance(value, float) and math.isfinite(value)
@@ -145,7 +151,7 @@ def _is_measure(name: str, value: Any) -> bool:
 
 
 def added_field(default: Any) -> Any:
-    """A dataclass field that came after values of its class had been named: at its default, no name tells it."""
+    """A field added to a dataclass whose values already name files: `describe` leaves it out at its default."""
     return field(default=default, metadata={"added": True})
 
 
@@ -153,8 +159,8 @@ def describe(value: object) -> Any:
     """A value as plain YAML: dataclasses by name and fields, functions by name, arrays and NumPy's numbers as lists
     and numbers.
 
-    Answers, run folders and folders of rows are known by it: it never depends on the process, and says the same of a
-    value when its class gains an `added_field`.
+    Answers, run folders and folders of rows are recognised by it: it is the same in every process, and stays the same
+    when the value's class gains an `added_field`.
     """
     if is_dataclass(value) and not isinstance(value, type):
         told = [f for f in fields(value) if not (f.metadata.get("added") and getattr(value, f.name) == f.default)]

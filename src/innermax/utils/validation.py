@@ -1,4 +1,4 @@
-"""What every door of the library checks, and the sentences it answers with."""
+"""Checks that all public functions share, and the wording of their errors."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,20 +8,20 @@ from torch import Tensor
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not among the known ones; suggests the nearest."""
+    """The error for an unknown name, which suggests the nearest known one."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
 
 
-def in_short(failure: Exception) -> str:
+def summarize_error(failure: Exception) -> str:
     """An exception's type and first sentence."""
     lines = str(failure).strip().splitlines()
     return ": ".join([type(failure).__name__, *(line.partition(". ")[0] for line in lines[:1])])
 
 
-def shortened(value: object) -> str:
+def shorten(value: object) -> str:
     """A value as an error shows it, however long it is."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:40]} … {text[-38:]}"
