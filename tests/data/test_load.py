@@ -687,7 +687,7 @@ import ctypes
 import sys
 from pathlib import Path
 import innermax as im
-from innermax import decoding
+from innermax.data import decoding
 import torch
 
 def told(name):
