@@ -190,7 +190,8 @@ import os, signal, sys
 from pathlib import Path
 from innermax.training import run_folder
 Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-run_folder.open_folder(Path(sys.argv[1]), {"training": {"seed": 3, "lr": 0.1}, "settings": {}}, sys.argv[2] == "overwrite")
+configuration = {"training": {"seed": 3, "lr": 0.1}, "settings": {}}
+run_folder.open_folder(Path(sys.argv[1]), configuration, sys.argv[2] == "overwrite")
 """
 
 
