@@ -36,16 +36,21 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).parents[1]
-_SEARCHES = ("attacks", "autoattack", "guided")
-# Module → its test files.
+# Module → the files and folders of tests/ that test it.
 MODULES: dict[str, tuple[str, ...]] = {
-    "threat": ("threat",),
-    **{f"attacks/{name}": _SEARCHES for name in ("search", "gradient", "apgd", "fab", "square", "guided", "base")},
-    **{f"attacks/{name}": _SEARCHES for name in ("ensemble", "named")},
-    "attacks/trace": ("report", "audit"),
-    "strategies": ("strategies",),
-    "checkpoints": ("checkpoints", "states"),
-    "states": ("states", "checkpoints"),
+    "threat": ("test_threat.py",),
+    "objectives": ("test_objectives.py", "attacks"),
+    "strategies": ("test_strategies.py",),
+    **{f"attacks/{name}": ("attacks",) for name in ("search", "base", "pgd", "apgd", "fab", "square", "guided_pgd")},
+    **{f"attacks/{name}": ("attacks",) for name in ("autoattack", "named")},
+    "attacks/trace": ("reporting/test_page.py", "evaluation/test_audit.py"),
+    "oracle/oracle": ("oracle",),
+    "oracle/folding": ("oracle",),
+    "models/files": ("models/test_files.py", "training/test_checkpoints.py"),
+    "training/checkpoints": ("training/test_checkpoints.py", "models/test_files.py"),
+    "training/loop": ("training", "test_strategies.py"),
+    "evaluation/scoring": ("evaluation",),
+    "evaluation/store": ("evaluation",),
 }
 _SLOW = "killed_at_any_moment"  # a test that takes longer than all others of its file
 _PATIENCE = 60.0  # seconds beside ten times what the tests take: then the mutant hangs
@@ -140,7 +145,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         shutil.rmtree(folder, ignore_errors=True)
-        for name in ("src", "tests"):
+        for name in ("src", "tests", "bench"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy2(ROOT / "pyproject.toml", folder)
 
@@ -171,7 +176,7 @@ class Bench:
         """What became of a mutant: "killed" by a test, "timeout", "import" where it does not start, or "survived"."""
         path, failed = self.folder / f"src/innermax/{mutant.module}.py", self.folder / "failed"
         failed.unlink(missing_ok=True)
-        files = sorted({test.partition("::")[0].removeprefix("tests/test_").removesuffix(".py") for test in order})
+        files = sorted({test.partition("::")[0].removeprefix("tests/") for test in order})
         path.write_text(mutant.source)
         try:
             status = self._forked(
@@ -187,7 +192,7 @@ class Bench:
         return {"outcome": "timeout" if status is None else "import"}
 
     def _words(self, tests: Sequence[str]) -> list[str]:
-        files = [f"{self.folder}/tests/test_{name}.py" for name in tests]
+        files = [f"{self.folder}/tests/{name}" for name in tests]
         plain = [word for name in ("randomly", "xdist", "cacheprovider") for word in ("-p", f"no:{name}")]
         return [f"--rootdir={self.folder}", *files, *plain, "--timeout=0", "-k", f"not {_SLOW}"]
 

@@ -1,0 +1,73 @@
+"""How src/innermax is laid out: which entries it has, which way imports run, how large functions and classes are."""
+
+import ast
+from functools import cache
+from graphlib import TopologicalSorter
+from itertools import chain
+from pathlib import Path
+
+import innermax
+
+ROOT = Path(innermax.__file__).parent
+# Top down: an import runs to a lower floor, or stays in its folder.
+FLOORS = (
+    ("cli",),
+    ("reproduce",),
+    ("__init__",),
+    ("reporting",),
+    ("training", "lightning"),
+    ("evaluation", "strategies"),
+    ("attacks",),
+    ("oracle",),
+    ("threat", "losses", "objectives", "models", "data", "distributed"),
+    ("utils",),
+)
+FLOOR = {entry: floor for floor, entries in enumerate(FLOORS) for entry in entries}
+FILES = {str(path.relative_to(ROOT).with_suffix("")): path for path in sorted(ROOT.rglob("*.py"))}
+# Lines of code, at most, and what may be longer for the reason given.
+FUNCTION, CLASS = 60, 250
+LONGER: dict[str, str] = {}
+
+
+@cache
+def syntax(module):
+    return ast.parse(FILES[module].read_text())
+
+
+def imports(module):
+    """The modules of innermax that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(syntax(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    paths = {name.replace(".", "/").removeprefix("innermax/") for name in found if name.split(".")[0] == "innermax"}
+    return {next((p for p in (path, str(Path(path).parent)) if p in FILES), "__init__") for path in paths}
+
+
+def lines_of_code(node):
+    """Lines of a function or class, its decorators, docstrings, comments and blank lines left out."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    inner = [n for n in ast.walk(node) if isinstance(n, documented) and ast.get_docstring(n, clean=False) is not None]
+    docstrings = set(chain.from_iterable(range(n.body[0].lineno, n.body[0].end_lineno + 1) for n in inner))
+    tokens = (n for n in ast.walk(node) if hasattr(n, "lineno"))
+    return len({line for n in tokens for line in (n.lineno, n.end_lineno) if line >= node.lineno} - docstrings)
+
+
+def test_the_top_level_has_the_entries_of_the_floors_and_nothing_more():
+    entries = {path.name.removesuffix(".py") for path in ROOT.iterdir()} - {"__pycache__"}
+    assert entries == {*FLOOR, "py.typed", "recipes"}
+
+
+def test_an_import_runs_downwards_or_stays_in_its_folder():
+    edges = [(module, other) for module in FILES for other in imports(module)]
+    entries = [(module, other, module.split("/")[0], other.split("/")[0]) for module, other in edges]
+    assert len(edges) > 500
+    assert [f"{m} imports {o}" for m, o, a, b in entries if a != b and FLOOR[a] >= FLOOR[b]] == []
+
+
+def test_no_imports_run_in_a_circle():
+    graph = {module: imports(module) - {module} for module in FILES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
