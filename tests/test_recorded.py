@@ -1,9 +1,10 @@
 """What version 0.1 named and wrote is still known: answers, run folders, folders of rows, checkpoints.
 
-recorded/ holds the names and fields of that version, a run that was interrupted in its second epoch, the same run as it
-ends without an interruption, and the rows of an evaluation.
+recorded/ holds the names and fields of that version, a hash of every answer that was kept, a run that was interrupted
+in its second epoch, the same run as it ends without an interruption, and the rows of an evaluation.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import fields, is_dataclass, make_dataclass
@@ -17,6 +18,7 @@ from torch import nn
 
 import innermax as im
 from innermax.objectives import cross_entropy
+from innermax.reproduce.answers import Answers
 from innermax.reproduce.cache import fingerprint
 from innermax.reproduce.run import PIECES
 from innermax.reproduce.scales import SCALES, Training
@@ -25,6 +27,7 @@ from innermax.utils.serialization import added_field, describe
 from innermax.utils.version import __version__
 
 RECORDED = Path(__file__).parent / "recorded"
+RESULTS = Path(__file__).parents[1] / "results"
 NAMES = json.loads((RECORDED / "names.json").read_text())
 THREAT = im.Linf(8 / 255)
 ATTACK = im.PGD(THREAT, steps=10)
@@ -75,6 +78,22 @@ def test_answers_and_trainings_keep_their_names(scale):
     trainings = {part for question in questions for part in parts(question) if isinstance(part, Training)}
     assert set(NAMES["answers"][scale]) <= set(map(fingerprint, questions))
     assert set(NAMES["trainings"][scale]) <= set(map(fingerprint, trainings))
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the source distribution leaves results out")
+def test_every_answer_is_kept_as_it_was():
+    recorded = json.loads((RECORDED / "answers.json").read_text())
+    packs = {scale: Answers(RESULTS / "paper" / scale / "answers.json.xz", []) for scale in SCALES}
+    found = set()
+    for scale, names in NAMES["answers"].items():
+        for name in recorded.keys() & set(names):
+            record = packs[scale].find(name)
+            assert record is not None, f"{name} is not in the answers of scale {scale}"
+            file = json.dumps(record, indent=2) + "\n"
+            assert hashlib.sha256(file.encode()).hexdigest().startswith(recorded[name])
+            found.add(name)
+    assert found == set(recorded)
+    assert len(recorded) == 422
 
 
 @pytest.mark.parametrize("name", NAMES["values"])

@@ -18,6 +18,7 @@ import innermax as im
 from innermax.attacks.pgd import PGD
 from innermax.cli import main
 from innermax.reproduce import cache, comparison, figures
+from innermax.reproduce.answers import Answers
 from innermax.reproduce.cache import Busy, Workshop, fingerprint
 from innermax.reproduce.comparison import Row, attacks_of
 from innermax.reproduce.experiments import Followed, Gauged, Scored, Trained, bits
@@ -31,9 +32,14 @@ SMOKE = SCALES["smoke"]
 TINY = replace(SMOKE.mnist, epochs=1, train=100)
 
 
+def workshop(folder, **options):
+    answers = Answers(folder / "results" / "smoke" / "answers.json.xz", [folder / "models" / "answers"])
+    return Workshop(answers, folder / "models", **options)
+
+
 @pytest.fixture
 def shop(tmp_path):
-    return Workshop(tmp_path / "answers", tmp_path / "models")
+    return workshop(tmp_path)
 
 
 def tiny(strategy="standard", seed=0, **changes):
@@ -93,7 +99,7 @@ def test_an_answer_is_measured_once(shop, monkeypatch):
 @pytest.mark.parametrize("largest", [10**6, 100])
 def test_a_network_is_laid_down_for_others(tmp_path, monkeypatch, largest):
     monkeypatch.setattr(cache, "_LARGEST", largest)
-    shop = Workshop(tmp_path / "answers", tmp_path / "models", shelf=tmp_path / "shelf")
+    shop = workshop(tmp_path, shelf=tmp_path / "shelf")
     run = shop.run(tiny())
     (folder,) = shop.shelf.iterdir()
     assert folder.name == fingerprint(tiny())
@@ -107,7 +113,7 @@ def test_a_network_is_laid_down_for_others(tmp_path, monkeypatch, largest):
 
 
 def test_the_best_epochs_network_is_laid_down_beside_the_last(tmp_path):
-    shop = Workshop(tmp_path / "answers", tmp_path / "models", shelf=tmp_path / "shelf")
+    shop = workshop(tmp_path, shelf=tmp_path / "shelf")
     best = shop.model(tiny(epochs=2), best=True).state_dict()
     name = fingerprint(tiny(epochs=2))
     assert {folder.name for folder in shop.shelf.iterdir()} == {name, f"{name}-best"}
@@ -378,7 +384,7 @@ def test_nothing_is_measured_twice(made, monkeypatch):
 def test_the_pages_numbers_are_the_answers(made):
     folder, _, _ = made
     numbers = json.loads((folder / "results" / "smoke" / "table1.json").read_text())["numbers"]
-    shop = Workshop(folder / "results" / "answers", folder / "models")
+    shop = workshop(folder)
     for training in SMOKE.trainings("mnist", "dynamic"):
         row = next(row for row in numbers["mnist"] if row["title"] == "Dynamic")
         answer = shop.known(Scored(training, attacks_of(SMOKE.mnist.eps), SMOKE.images["mnist"]))
@@ -388,7 +394,7 @@ def test_the_pages_numbers_are_the_answers(made):
 def test_the_gauge_by_epoch_is_what_was_recorded(made):
     folder, _, _ = made
     numbers = json.loads((folder / "results" / "smoke" / "overfitting.json").read_text())["numbers"]
-    shop = Workshop(folder / "results" / "answers", folder / "models")
+    shop = workshop(folder)
     for name in ("standard", "curriculum", "dynamic"):
         row = numbers[name.capitalize()]
         for training, fosc, validation in zip(
@@ -406,7 +412,8 @@ def test_what_time_does_not_allow_is_named(tmp_path):
     (page,) = reproduce(["table1"], scale="smoke", out=folder, cache=cache, minutes=0, say=lambda line: None)
     assert "**not run.**" in page.read_text()
     assert "| Dynamic | not run |" in page.read_text()
-    assert not list(folder.glob("answers/*"))
+    assert not list(folder.glob("*/answers*"))
+    assert not list(cache.glob("answers/*"))
 
 
 def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypatch):
@@ -448,9 +455,8 @@ def test_time_that_is_up_interrupts_a_scripts_background_job(tmp_path, monkeypat
 
 def test_time_that_is_up_while_another_process_works(tmp_path):
     folder, cache = tmp_path / "results", tmp_path / "models"
-    other = Workshop(folder / "answers", cache)
     (question,) = PIECES["theorem1"].questions(SMOKE)
-    with other._alone(fingerprint(question)):
+    with workshop(tmp_path)._alone(fingerprint(question)):
         (page,) = reproduce(["theorem1"], scale="smoke", out=folder, cache=cache, minutes=0.02, say=lambda line: None)
     assert "**not run.**" in page.read_text()
 

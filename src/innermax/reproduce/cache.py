@@ -18,9 +18,10 @@ import innermax as im
 from innermax.data.image_set import Data
 from innermax.distributed.launch import chosen_device
 from innermax.models.files import write_model
+from innermax.reproduce.answers import Answers
 from innermax.reproduce.scales import Setting, Training
 from innermax.utils.environment import environment
-from innermax.utils.files import LockHeld, lock_file, write_json
+from innermax.utils.files import LockHeld, lock_file
 from innermax.utils.serialization import describe
 
 Answer = dict[str, Any]
@@ -45,14 +46,14 @@ class Workshop:
     """Where answers and models are kept.
 
     Args:
-        answers: folder of one JSON file an answer.
+        answers: those that are kept.
         models: folder of one run folder a training.
         device: as for `im.train`.
         say: takes a line of progress.
         shelf: folder of a copy of each network that is trained here, for others; None: there is none.
     """
 
-    answers: Path
+    answers: Answers
     models: Path
     device: str = "auto"
     say: Callable[[str], None] = lambda line: None
@@ -60,30 +61,29 @@ class Workshop:
 
     def known(self, question: Question) -> Answer | None:
         """The answer that is kept, with the "environment" and "seconds" of when it was measured."""
-        path = self._path(question)
-        if not path.exists():
+        kept = self.answers.find(fingerprint(question))
+        if kept is None:
             return None
-        kept = json.loads(path.read_text(encoding="utf-8"))
         return {**kept["answer"], "environment": kept["environment"], "seconds": kept["seconds"]}
 
     def answered(self, question: Question) -> Answer:
         """The answer, measured if it is not kept yet. Raises Busy where another process is at it."""
-        with self._alone(self._path(question).stem):
+        name = fingerprint(question)
+        with self._alone(name):
             known = self.known(question)
             if known is not None:
                 return known
-            self.say(f"{self._path(question).stem} …")
+            self.say(f"{name} …")
             began = time.perf_counter()
             answer = question.answer(self)
             seconds = time.perf_counter() - began
-            self.answers.mkdir(parents=True, exist_ok=True)
             kept = {
                 "question": json.loads(json.dumps(describe(question)), parse_constant=str),  # JSON has no infinity
                 "answer": answer,
                 "environment": environment(seed_of(question)),
                 "seconds": round(seconds, 2),
             }
-            write_json(self._path(question), kept)
+            self.answers.add(name, kept)
         return {**answer, "environment": kept["environment"], "seconds": kept["seconds"]}
 
     def run(self, training: Training) -> im.Run:
@@ -127,9 +127,6 @@ class Workshop:
         if best and self.shelf is not None:
             lay_down(model, self.shelf / f"{name}-best")
         return model.to(chosen_device(self.device)).eval()
-
-    def _path(self, question: Question) -> Path:
-        return self.answers / f"{fingerprint(question)}.json"
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from innermax.reproduce import ablations, best, efficiency, figures, tables, theorem
+from innermax.reproduce.answers import Answers
 from innermax.reproduce.artifact import Piece
-from innermax.reproduce.cache import Answer, Busy, Question, Workshop
+from innermax.reproduce.cache import Answer, Busy, Question, Workshop, fingerprint
 from innermax.reproduce.scales import Scale, find_scale
 from innermax.utils.files import write_bytes, write_json
 from innermax.utils.validation import summarize_error, unknown
@@ -37,8 +38,9 @@ def reproduce(
     Args:
         names: of PIECES.
         scale: "smoke", "cpu" or "full", the paper's.
-        out: folder of the pages, of the answers in out/answers, and at scale "full" of the networks in out/models.
-        cache: folder of the trained models.
+        out: folder of the pages and, packed, of their answers: out/scale/answers.json.xz, which is read first; at
+            scale "full" also of the networks, in out/models. Answers in an out/answers of version 0.1 are read, too.
+        cache: folder of the trained models, and of each new answer as a file in cache/answers.
         minutes: begin nothing new after so many and interrupt what is running; None: until all is done. 0 shows what
             is known.
         device: as for `train`.
@@ -56,11 +58,13 @@ def reproduce(
     if any(piece.draw is not None for piece in pieces):
         _require_matplotlib()
     shelf = Path(out) / "models" if scale == "full" else None
-    workshop = Workshop(Path(out) / "answers", Path(cache), device, say, shelf)
+    pack, loose = Path(out) / chosen.name / "answers.json.xz", (Path(cache) / "answers", Path(out) / "answers")
+    workshop = Workshop(Answers(pack, loose), Path(cache), device, say, shelf)
     asked = list(dict.fromkeys(question for piece in pieces for question in piece.questions(chosen)))
     with _until(minutes) as time_left:
         if not _answer(asked, workshop, time_left):
             say("The time is up: the same command goes on from here.")
+    workshop.answers.pack_up(map(fingerprint, asked))
     return [_written(piece, chosen, workshop, Path(out)) for piece in pieces]
 
 
