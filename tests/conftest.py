@@ -3,6 +3,7 @@
 import signal
 
 import hypothesis
+import jaxtyping
 import pytest
 
 # The same examples in every run, in whatever order, and on a busy machine.
@@ -17,3 +18,11 @@ def _audits_only_where_they_are_tested(request, monkeypatch):
     """An audit's searches take longer than what most tests look at."""
     if request.module.__name__.rpartition(".")[2] not in ("test_audit", "test_docs"):
         monkeypatch.setattr("innermax.evaluation.evaluate._audit", lambda *_: None)
+
+
+@pytest.fixture
+def untyped():
+    """Without runtime type checking, whose errors would come before the library's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

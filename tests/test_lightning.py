@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jaxtyping
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -18,14 +17,6 @@ pytestmark = pytest.mark.filterwarnings("default")
 DATA = im.load_data("digits").train[:96]
 X, Y = DATA.batch(torch.arange(96))
 ATTACK = im.PGD(im.Linf(0.15), steps=3)
-
-
-@pytest.fixture
-def untyped():
-    """Without runtime type checking, whose errors would come before the library's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Classifier(L.LightningModule):

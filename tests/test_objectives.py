@@ -2,21 +2,12 @@
 
 import re
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
 
 from innermax.cli import main
 from innermax.objectives import OBJECTIVES, cross_entropy, find_objective, loss_weighted
-
-
-@pytest.fixture
-def untyped():
-    """Without runtime type checking, whose errors would come before the library's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

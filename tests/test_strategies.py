@@ -8,7 +8,6 @@ import textwrap
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -29,14 +28,6 @@ KINDS = {
     "automatic": im.Dynamic(ATTACK, "auto"),
     "warm": im.WarmStart(ATTACK),
 }
-
-
-@pytest.fixture
-def untyped():
-    """Without runtime type checking, whose errors would come before the library's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

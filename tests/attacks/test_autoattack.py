@@ -39,7 +39,6 @@ from tests.attacks.test_pgd import (
     same,
     snapshot,
 )
-from tests.attacks.test_pgd import untyped as untyped  # a fixture
 
 SMALL = {
     "apgd": lambda threat: APGD(threat, steps=9, restarts=2),

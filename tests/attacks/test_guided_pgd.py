@@ -21,7 +21,6 @@ from innermax.oracle.oracle import Oracle
 from innermax.threat import L2, Linf
 from tests.attacks.test_autoattack import RADII, crowd
 from tests.attacks.test_pgd import NORMS, Linear, Logged, convnet, half_trained, images, logits_of, same, snapshot
-from tests.attacks.test_pgd import untyped as untyped  # a fixture
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])

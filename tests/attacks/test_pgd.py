@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from dataclasses import fields, replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -24,14 +23,6 @@ from innermax.utils import randomness
 
 NORMS = {"linf": (Linf, 0.1), "l2": (L2, 0.5), "l1": (L1, 2.0)}
 UNBOUNDED = Linf(0.1, bounds=None)
-
-
-@pytest.fixture
-def untyped():
-    """Without runtime type checking, whose errors would come before the library's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def mlp(dtype=torch.float64, inputs=6, classes=3, seed=0):

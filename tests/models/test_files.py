@@ -238,16 +238,6 @@ def test_bad_descriptions(tmp_path, untyped, config, words):
     one_line(error, str(tmp_path / "config.json"), words)
 
 
-@pytest.fixture
-def untyped():
-    """Without runtime type checking, whose errors would come before the library's own."""
-    import jaxtyping
-
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.parametrize(
     "source",
     ["nowhere", "./user/name", "../user/name", "/user/name", "~/name", "a/b/c", "runs/model.pt", "runs/x.safetensors"],

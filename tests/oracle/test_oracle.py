@@ -3,7 +3,6 @@
 import copy
 from collections import Counter
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,14 +14,6 @@ from innermax.models.registry import build_model
 from innermax.models.wrappers import unwrapped
 from innermax.oracle.folding import fold
 from innermax.oracle.oracle import Oracle
-
-
-@pytest.fixture
-def untyped():
-    """Without runtime type checking, whose errors would come before the library's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class Net(nn.Module):

@@ -10,7 +10,6 @@ import signal
 import threading
 from dataclasses import dataclass, replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -94,14 +93,6 @@ def contents(folder):
         for path in folder.rglob("*")
         if path.is_file() and path.name != "lock"
     }
-
-
-@pytest.fixture
-def untyped():
-    """Without runtime type checking, whose errors would come before the library's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Algorithm 1

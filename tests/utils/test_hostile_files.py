@@ -6,7 +6,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 import yaml
@@ -25,6 +24,7 @@ from innermax.utils.files import alone, load_tensors, refuse_link, save_tensors,
 from innermax.utils.serialization import parse_json, parse_yaml
 from tests.helpers import hostile
 
+pytestmark = pytest.mark.usefixtures("untyped")
 EXAMPLES = int(os.environ.get("INNERMAX_FUZZ", "0"))  # of each kind; checks/fuzz.py tries many more
 SLOW = ("state", "run", "metrics", "environment", "evaluation", "recipe")  # how the names of slower kinds begin
 KINDS = [
@@ -52,14 +52,6 @@ KINDS = [
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
     return hostile.kinds(tmp_path_factory.mktemp("made") / "files")
-
-
-@pytest.fixture(autouse=True)
-def _untyped():
-    """Without runtime type checking, whose errors would come before the library's own."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_every_kind_is_tried_and_loads_as_it_is(kinds, tmp_path):
