@@ -20,7 +20,7 @@ from innermax.cli import main
 from innermax.evaluation.result import Evaluation
 from innermax.training import run_folder
 from innermax.training.checkpoints import _digest, states
-from innermax.utils.files import alone, load_tensors, refuse_link, save_tensors, write_bytes
+from innermax.utils.files import load_tensors, lock_file, refuse_link, save_tensors, write_bytes
 from innermax.utils.serialization import parse_json, parse_yaml
 from tests.helpers import hostile
 
@@ -217,7 +217,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     write_bytes(tmp_path / "config.json", b"theirs")
     assert (tmp_path / "config.json").read_bytes() == b"theirs"
     (tmp_path / "lock").symlink_to(precious)
-    with pytest.raises(OSError, match="lock"), alone(tmp_path / "lock", "the folder"):
+    with pytest.raises(OSError, match="lock"), lock_file(tmp_path / "lock", "the folder"):
         pass
     with pytest.raises(OSError, match="lock"), open(tmp_path / "lock", "a", opener=refuse_link):
         pass
