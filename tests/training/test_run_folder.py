@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,26 +227,40 @@ def test_a_run_killed_as_it_overwrites_another_is_still_a_run(tmp_path):
     now = {"training": {"seed": 3, "lr": 0.2}, "settings": {}}
     run_folder.open_folder(folder, now, True)
     assert read_config(folder) == now
-    assert set(map(str, contents(folder))) == {"config.yaml", "environment.json", "evaluation.json"}
+    assert set(map(str, contents(folder))) == {"config.yaml", "environment.json"}
 
 
-def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path):
+def test_overwrite_removes_what_innermax_wrote_of_the_run_and_nothing_else(tmp_path):
     folder = run_folder.open_folder(tmp_path / "run", configuration(lr=0.1), False)
     written = [
-        "metrics.jsonl",
-        "model.safetensors",
-        "best.safetensors",
-        "config.json",
+        *("metrics.jsonl", "model.safetensors", "best.safetensors", "config.json"),
         "checkpoints/epoch-000001-batch-00000000.safetensors",
+        *("evaluation.json", "report.html", "rows/a/rows.parquet", "model.onnx", "model.pt2", "tensorboard/events"),
+        *("hub/model.safetensors", "hub/config.json", "hub/README.md"),
     ]
-    for name in [*written, "tensorboard/events", "evaluation.json", "notes/diary.md"]:
-        (folder / name).parent.mkdir(exist_ok=True)
+    for name in [*written, "notes/diary.md"]:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text(name)
     run_folder.open_folder(folder, configuration(lr=0.2), True)
     assert read_config(folder) == configuration(lr=0.2)
-    assert set(map(str, contents(folder))) == {"config.yaml", "environment.json", "evaluation.json", "notes/diary.md"}
+    assert set(map(str, contents(folder))) == {"config.yaml", "environment.json", "notes/diary.md"}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"checkpoints", "notes"}
     assert (folder / "notes" / "diary.md").read_text() == "notes/diary.md"
-    assert (folder / "checkpoints").is_dir()
+
+
+def test_overwrite_leaves_what_is_not_innermaxs_beside_a_model_for_the_hub(tmp_path):
+    folder = run_folder.open_folder(tmp_path / "run", configuration(lr=0.1), False)
+    (folder / "hub").mkdir()
+    for name in ("model.safetensors", "paper.pdf"):
+        (folder / "hub" / name).write_text(name)
+    run_folder.open_folder(folder, configuration(lr=0.2), True)
+    assert [path.name for path in (folder / "hub").iterdir()] == ["paper.pdf"]
+    shutil.rmtree(folder / "hub")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").write_text("another's")
+    (folder / "hub").symlink_to(tmp_path / "other")
+    run_folder.open_folder(folder, configuration(lr=0.2), True)
+    assert (tmp_path / "other" / "model.safetensors").read_text() == "another's"
 
 
 @pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00x", b"- 1", b"", b"!!python/object:os.system {}"])

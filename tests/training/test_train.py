@@ -638,12 +638,13 @@ def test_a_foreign_folder_is_refused_and_overwrite_keeps_what_is_not_the_runs(tm
     assert contents(tmp_path) == {"thesis.tex": b"dear"}
     folder = tmp_path / "run"
     train(epochs=2, run_dir=folder, validation_set=VALIDATION)
+    (folder / "thesis.tex").write_text("dear")
     (folder / "evaluation.json").write_text("{}")
     run = train(epochs=1, run_dir=folder, overwrite=True)
     assert len(run.history) == 1
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
-    assert (folder / "evaluation.json").read_text() == "{}"
-    assert not (folder / "best.safetensors").exists()
+    assert (folder / "thesis.tex").read_text() == "dear"
+    assert not any((folder / name).exists() for name in ("best.safetensors", "evaluation.json"))
     assert same(weights(run.model), weights(train(epochs=1).model))
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from innermax.utils.validation import shorten
 STATES = "checkpoints"  # the folder of what a run goes on from
 
 
-# What a run writes beside its folders and config.yaml, by which it is known: that one is replaced, never removed.
+# What training, evaluating, reporting and exporting write into a run folder. It is known by config.yaml, which is
+# replaced and never removed.
+_FOLDERS = (STATES, "tensorboard", "rows")
 _FILES = (
     "environment.json",
     "metrics.jsonl",
@@ -24,7 +27,12 @@ _FILES = (
     "config.json",
     "logger.json",
     "nonfinite.jsonl",
+    "evaluation.json",
+    "report.html",
+    "model.onnx",
+    "model.pt2",
 )
+_HUB = ("model.safetensors", "config.json", "README.md")  # in the folder hub
 
 
 def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> Path:
@@ -90,8 +98,14 @@ def told_settings(folder: Path) -> dict[str, Any]:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what a run wrote, and nothing else."""
-    for name in (STATES, "tensorboard", "rows"):
+    """Removes what innermax wrote about the run before, and nothing else."""
+    for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
+    hub = folder / "hub"
+    if hub.is_dir() and not hub.is_symlink():  # a link leads to a folder that is no run's
+        for name in _HUB:
+            (hub / name).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something else, too
+            hub.rmdir()
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)

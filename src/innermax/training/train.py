@@ -125,7 +125,7 @@ def train(
         on_nan: what a loss, gradient or FOSC that is no finite number does: "stop" ends the run, "skip" leaves that
             batch out and counts it. Either way run_dir/nonfinite.jsonl names epoch, batch and examples.
         run_dir: folder of the run; None writes nothing.
-        overwrite: start afresh where run_dir holds a run.
+        overwrite: start afresh where run_dir holds a run, and remove all that innermax wrote there of the run before.
         checkpoint_every: how often the state is saved within an epoch, too: every so many updates, or a time such as
             "10min", "90s" or "2h". It is always saved at an epoch's end.
         keep_checkpoints: ≥ 1 states that stay. Where the newest is damaged, a run goes on from the one before.
