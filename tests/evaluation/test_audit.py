@@ -15,7 +15,7 @@ from torch import nn
 
 import innermax as im
 from innermax.cli import main
-from innermax.evaluation.audit import Audit, Evidence, Quantiles, SearchEvidence, certain_gain, judged
+from innermax.evaluation.audit import Audit, Evidence, Quantiles, SearchEvidence, certain_gain, judge
 from innermax.evaluation.result import Evaluation
 from innermax.losses import margin
 from innermax.oracle.oracle import Oracle
@@ -110,13 +110,13 @@ def test_the_cost_is_counted_call_by_call(trained, images, monkeypatch):
             return whole(self, x, *rest)
 
         monkeypatch.setattr(Oracle, name, counted)
-    before, original = {}, audit_probes.audited
+    before, original = {}, audit_probes.run_audit
 
     def noted(subject):
         before.update(asked)
         return original(subject)
 
-    monkeypatch.setattr("innermax.evaluation.evaluate.audited", noted)
+    monkeypatch.setattr("innermax.evaluation.evaluate.run_audit", noted)
     found = im.evaluate(trained, images, {"pgd": PGD}).audit.evidence
     assert found.gradients == asked["gradient"] - before["gradient"]
     assert found.forwards == asked["logits"] - before["logits"]
@@ -288,7 +288,7 @@ def evidence(**changed):
     ],
 )
 def test_verdicts(changed, verdict, cause):
-    audit = judged(evidence(**changed))
+    audit = judge(evidence(**changed))
     assert audit.verdict == verdict
     assert (cause is None and audit.causes == ()) or cause in audit.causes[0]
     assert bool(audit.advice) == (verdict != "no failure found")
@@ -355,7 +355,7 @@ def test_a_compiled_network_keeps_the_gradient_that_is_passed_straight_through()
 
 @pytest.mark.parametrize("width", [60, 80])
 def test_what_a_person_sees(width):
-    audit = judged(evidence(total_gain=0.123, zero_margin_gradient=1.0, passed=("round",), fallen={"margin": 7}))
+    audit = judge(evidence(total_gain=0.123, zero_margin_gradient=1.0, passed=("round",), fallen={"margin": 7}))
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(format_audit(audit))
     text = console.export_text()
@@ -363,7 +363,7 @@ def test_what_a_person_sees(width):
     flat = " ".join(text.split())
     for words in ("gradients masked", "at least 12.3 points", "(stopped by round)", "margin 7 of 25", "Advice: attack"):
         assert words in flat
-    console.print(format_audit(judged(evidence())))
+    console.print(format_audit(judge(evidence())))
     assert "no failure found" in " ".join(console.export_text().split())
     assert isinstance(audit, Audit)
 

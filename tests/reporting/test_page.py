@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import innermax as im
-from innermax.attacks.trace import traced
+from innermax.attacks.trace import trace_search
 from innermax.cli import main
 from innermax.reporting import charts, svg
 from innermax.reporting.gallery import spread_out
@@ -401,13 +401,13 @@ def test_a_trace_ends_where_its_attack_ends(trained):
     index = torch.arange(100, 140)
     for attack in (im.PGD(THREAT, 6), im.FGSM(THREAT), im.PGD(im.L2(0.5), 5, "annealed", random_start=False)):
         result = attack(run.model, x, y, seed=3, index=index)
-        trace = traced(attack, run.model, x, y, seed=3, index=index)
+        trace = trace_search(attack, run.model, x, y, seed=3, index=index)
         assert trace.loss.shape == (attack.steps + 1, 40)
         for name in ("loss", "fosc", "relative_fosc"):
             assert torch.allclose(getattr(trace, name)[-1], getattr(result, name), atol=1e-5, equal_nan=True)
     start = im.PGD(im.L2(0.5), 1, random_start=False)
     clean = nn.functional.cross_entropy(run.model(x), y, reduction="none")
-    assert torch.allclose(traced(start, run.model, x, y).loss[0], clean, atol=1e-5)
+    assert torch.allclose(trace_search(start, run.model, x, y).loss[0], clean, atol=1e-5)
 
 
 def test_the_gallery_holds_every_class_and_fate(trained):

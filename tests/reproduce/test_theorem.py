@@ -14,7 +14,7 @@ from scipy import optimize
 
 from innermax.reproduce import theorem
 from innermax.reproduce.convergence import _shares, algorithm_1, bounds, inner_maximization
-from innermax.reproduce.strongly_concave import Problem, build_problem
+from innermax.reproduce.strongly_concave import MinMaxProblem, build_problem
 from innermax.threat import Linf
 
 PROBLEMS = {name: build_problem(spread) for name, spread in theorem.SPREADS.items()}
@@ -24,17 +24,17 @@ R, S = MU * EPS / BETA, LAMBDA + BETA**2 / MU
 
 
 @pytest.fixture(params=[*PROBLEMS, "wide"])
-def problem(request) -> Problem:
+def problem(request) -> MinMaxProblem:
     return (PROBLEMS | {"wide": WIDE})[request.param]
 
 
-def loss(problem: Problem, theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def loss(problem: MinMaxProblem, theta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """f_i(θ, x_i) of each example, (n,), written out."""
     bowl = (LAMBDA / 2 * theta**2 + 2 * S * R**2 / math.pi * torch.cos(math.pi * theta / (2 * R))).sum()
     return bowl + ((BETA * theta + problem.offsets) * x - MU / 2 * (x - problem.centres) ** 2).sum(1)
 
 
-def slopes(problem: Problem, theta: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def slopes(problem: MinMaxProblem, theta: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(∇_θ f_i, ∇_x f_i) of each example by automatic differentiation."""
     x = x.clone().requires_grad_()
     jacobian = torch.autograd.functional.jacobian(lambda t: loss(problem, t, x), theta)
@@ -47,11 +47,11 @@ def points(count: int, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
     return scale * R * (2 * torch.rand(count, 4, generator=generator, dtype=torch.float64) - 1)
 
 
-def inside(problem: Problem, seed: int = 0) -> torch.Tensor:
+def inside(problem: MinMaxProblem, seed: int = 0) -> torch.Tensor:
     return problem.centres + EPS / (3 * R) * points(len(problem.centres), seed=seed)
 
 
-def full_gradient(problem: Problem, theta: torch.Tensor) -> torch.Tensor:
+def full_gradient(problem: MinMaxProblem, theta: torch.Tensor) -> torch.Tensor:
     return problem.gradients(theta, problem.maximizers(theta)).mean(-2)
 
 
@@ -158,7 +158,7 @@ def test_noise_is_attained_where_the_examples_are_shifted_alone():
 # --------------------------------------------------------------------------------------------------- Algorithm 1
 
 
-def plain_search(problem: Problem, theta: np.ndarray, i: int, delta: float) -> tuple[np.ndarray, int, float]:
+def plain_search(problem: MinMaxProblem, theta: np.ndarray, i: int, delta: float) -> tuple[np.ndarray, int, float]:
     """(x̂ − x_i, gradients, FOSC) of one example, by the book: the first iterate after x_i with FOSC ≤ δ."""
     slope, u, calls = BETA * theta + problem.offsets[i].numpy(), np.zeros(4), 1
     while True:

@@ -20,7 +20,7 @@ class Trace:
     relative_fosc: Float[Tensor, "steps b"]
 
 
-def traced(
+def trace_search(
     attack: PGD,
     model: nn.Module | Oracle,
     x: Float[Tensor, "b ..."],

@@ -173,14 +173,14 @@ def is_proxy(search: str) -> bool:
     return search in _PROXIES or search.startswith(SURROGATE)
 
 
-def randomised(evidence: Evidence) -> bool:
+def is_randomised(evidence: Evidence) -> bool:
     """Whether the same image twice gives different answers."""
     return evidence.repeat_difference > _DIFFERENT
 
 
-def judged(evidence: Evidence) -> Audit:
+def judge(evidence: Evidence) -> Audit:
     """The verdict on what was measured."""
-    if randomised(evidence) and not (evidence.averaged and evidence.total_gain <= TOLERANCE):
+    if is_randomised(evidence) and not (evidence.averaged and evidence.total_gain <= TOLERANCE):
         cause = f"the same image twice gives logits that differ by {evidence.repeat_difference:.2g} of their spread"
         advice = (
             "average over the model's answers (EOT): innermax evaluate RUN --attacks autoattack-rand, or "

@@ -32,8 +32,8 @@ from innermax.evaluation.audit import (
     SearchEvidence,
     certain_gain,
     is_proxy,
-    judged,
-    randomised,
+    is_randomised,
+    judge,
 )
 from innermax.losses import cross_entropy, margin
 from innermax.oracle.oracle import Answer, Oracle
@@ -132,7 +132,7 @@ class Search:
     shown: int = 1
 
 
-def audited(subject: Subject) -> Audit:
+def run_audit(subject: Subject) -> Audit:
     """The audit of an evaluation with at least one attack."""
     evidence = Evidence(
         examples=len(subject.survived),
@@ -143,12 +143,12 @@ def audited(subject: Subject) -> Audit:
         averaged=any(getattr(attack, "samples", 1) > 1 for attack in subject.attacks.values()),
     )
     if evidence.survivors == 0:
-        return judged(evidence)
+        return judge(evidence)
     sample = _sample(subject)
     evidence = replace(evidence, sampled=len(sample))
     evidence = _looked(subject, sample, evidence)
     evidence = _retraced(subject, sample, evidence)
-    return judged(_searched(subject, sample, evidence))
+    return judge(_searched(subject, sample, evidence))
 
 
 def _told(rows: Rows) -> SearchEvidence:
@@ -298,14 +298,14 @@ def _searched(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
         gradients=gradients,
         forwards=forwards,
     )
-    return evidence if randomised(evidence) else _with_large_eps(subject, sample[standing.nonzero()[:, 0]], evidence)
+    return evidence if is_randomised(evidence) else _with_large_eps(subject, sample[standing.nonzero()[:, 0]], evidence)
 
 
 def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[Search]:
     """The searches, the nearest to the evaluation's own first."""
     everyone = torch.arange(len(sample), device=subject.device)
     threats = [threat for threat in subject.threats if isinstance(threat, Linf | L2 | L1)]
-    if randomised(evidence):
+    if is_randomised(evidence):
         for threat in threats:
             yield Search("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.oracle, everyone, 8)
             yield from _elsewhere(subject, threat, everyone, 8)

@@ -15,7 +15,7 @@ from innermax.data.readers import as_image_set
 from innermax.distributed.launch import check_devices
 from innermax.distributed.process_group import members
 from innermax.evaluation.audit import Audit
-from innermax.evaluation.audit_probes import Subject, audited
+from innermax.evaluation.audit_probes import Subject, run_audit
 from innermax.evaluation.model_checks import misgivings
 from innermax.evaluation.parallel import Task, attack_together, exchanged
 from innermax.evaluation.result import Evaluation
@@ -204,4 +204,4 @@ def _audit(
         batch_size=bench.batch_size,
         device=bench.device,
     )
-    return audited(subject)
+    return run_audit(subject)

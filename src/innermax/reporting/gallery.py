@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from innermax.attacks.base import Attack
 from innermax.attacks.pgd import PGD
-from innermax.attacks.trace import traced
+from innermax.attacks.trace import trace_search
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
 from innermax.evaluation.audit import UNCONVERGED
@@ -204,7 +204,7 @@ def _under(
     loss: list[list[float]] = [[]] * len(x)
     fosc = loss
     if isinstance(attack, PGD):
-        trace = traced(attack, exact, x, y, seed=bench.seed, index=index)
+        trace = trace_search(attack, exact, x, y, seed=bench.seed, index=index)
         loss, fosc = trace.loss.T.tolist(), trace.relative_fosc.T.tolist()
     untold = [None] * len(x)
     relative = [math.nan] * len(x) if result.relative_fosc is None else result.relative_fosc.tolist()

@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from innermax.reproduce.strongly_concave import Problem
+from innermax.reproduce.strongly_concave import MinMaxProblem
 from innermax.threat import FeasibleSet, Linf
 from innermax.utils import randomness
 
 
-def bounds(problem: Problem, iterations: int, sigma: float, delta: float) -> tuple[float, float]:
+def bounds(problem: MinMaxProblem, iterations: int, sigma: float, delta: float) -> tuple[float, float]:
     """Theorem 1's right-hand side: (for every T, as printed)."""
     scaled = problem.smoothness * problem.descent / iterations
     printed = 4 * sigma * math.sqrt(scaled) + 5 * problem.coupling**2 * delta / problem.concavity
@@ -57,7 +57,11 @@ def inner_maximization(
 
 
 def algorithm_1(
-    problem: Problem, iterations: int, delta: Float[Tensor, " r"], batch: Int[Tensor, " r"], seed: Int[Tensor, " r"]
+    problem: MinMaxProblem,
+    iterations: int,
+    delta: Float[Tensor, " r"],
+    batch: Int[Tensor, " r"],
+    seed: Int[Tensor, " r"],
 ) -> dict[str, Float[Tensor, "r t"]]:
     """Algorithm 1 for T iterations, a row a run: each with its δ, its batch size (0: all examples) and its seed.
 

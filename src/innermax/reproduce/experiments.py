@@ -10,7 +10,7 @@ import torch
 
 import innermax as im
 from innermax.attacks.base import Attack
-from innermax.attacks.trace import traced
+from innermax.attacks.trace import trace_search
 from innermax.data.image_set import ImageSet
 from innermax.distributed.launch import chosen_device
 from innermax.evaluation.model_checks import normalisation_known
@@ -101,7 +101,7 @@ class Followed:
         device = chosen_device(workshop.device)
         images: ImageSet = load(self.training.setting).test[: self.images].to(device)
         x, y = images.batch(torch.arange(len(images), device=device))
-        trace = traced(self.attack, workshop.model(self.training), x, y)
+        trace = trace_search(self.attack, workshop.model(self.training), x, y)
         return {name: [_short(step) for step in getattr(trace, name).cpu().numpy()] for name in ("fosc", "loss")}
 
 

@@ -15,7 +15,7 @@ Inputs = Float[Tensor, "*runs n p"]
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class MinMaxProblem:
     """n examples f_i(θ, x) = h(θ) + ⟨βθ + b_i, x⟩ − μ/2 ‖x − x_i‖² with ‖x − x_i‖_∞ ≤ ε, in float64.
 
     A linear score attacked at a quadratic price, as in Sinha et al. (2018), and a wavy bowl
@@ -109,15 +109,15 @@ class Problem:
         return self.curvature / 2 * theta.square() + wave + inner.mean(-2)
 
 
-def build_problem(spread: float, examples: int = 8, dimensions: int = 4) -> Problem:
+def build_problem(spread: float, examples: int = 8, dimensions: int = 4) -> MinMaxProblem:
     """Random examples with a mean of 0 and √Var = 4/3; random offsets with a mean of 0, the largest spread·με."""
     key = randomness.hash_keys(0, torch.arange(examples))
     draws = 2 * randomness.uniform(key, 2 * dimensions).double() - 1
     draws = draws - draws.mean(0)
     centres, offsets = draws[:, :dimensions], draws[:, dimensions:]
     centres = centres / deviation(centres) * 4 / 3
-    largest = spread * Problem.concavity * Problem.eps
-    return Problem(centres, largest * offsets / offsets.abs().max())
+    largest = spread * MinMaxProblem.concavity * MinMaxProblem.eps
+    return MinMaxProblem(centres, largest * offsets / offsets.abs().max())
 
 
 def deviation(points: Float[Tensor, "n p"]) -> float:

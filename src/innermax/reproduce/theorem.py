@@ -11,7 +11,7 @@ import torch
 from innermax.reproduce.artifact import Numbers, Piece
 from innermax.reproduce.cache import Answer, Workshop
 from innermax.reproduce.convergence import algorithm_1, bounds
-from innermax.reproduce.strongly_concave import Problem, build_problem
+from innermax.reproduce.strongly_concave import MinMaxProblem, build_problem
 from innermax.utils.validation import unknown
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def measure(scale: str) -> dict[str, Any]:
     }
 
 
-def _constants(problem: Problem) -> dict[str, float]:
+def _constants(problem: MinMaxProblem) -> dict[str, float]:
     return {
         "L_theta_theta": problem.outer_smoothness,
         "L_theta_x": problem.coupling,
@@ -82,7 +82,7 @@ def _constants(problem: Problem) -> dict[str, float]:
 
 
 def _cells(
-    problem: Problem, iterations: int, deltas: Sequence[float], batches: Sequence[int], seeds: int
+    problem: MinMaxProblem, iterations: int, deltas: Sequence[float], batches: Sequence[int], seeds: int
 ) -> list[dict[str, Any]]:
     """A cell for each batch size and δ: the runs of all seeds, one where there is no noise, beside the bound."""
     runs = [(m, d, s) for m, d in product(batches, deltas) for s in range(seeds if m else 1)]
