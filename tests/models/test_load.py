@@ -14,6 +14,7 @@ from torch import nn
 
 import innermax as im
 from innermax.cli import main
+from innermax.data.readers import as_image_set
 from innermax.evaluation.model_checks import misgivings
 from innermax.models.load import Exported
 

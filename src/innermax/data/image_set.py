@@ -56,7 +56,7 @@ class ImageSet:
         """The examples that can be looked at in any order: all."""
         return self
 
-    def batch(self, index: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b *features"], Int[Tensor, " b"]]:
+    def batch(self, index: Int[Tensor, " b"]) -> tuple[Float[Tensor, " b *features"], Int[Tensor, " b"]]:
         """The chosen examples as float32 in [0, 1] and labels, on the set's device."""
         x = self.images[index]
         return (x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x), self.labels[index]

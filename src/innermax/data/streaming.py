@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
     whole: Int[Tensor, " b"]
     mine: Int[Tensor, " k"]
-    x: Float[Tensor, "k *features"]
+    x: Float[Tensor, " k *features"]
     y: Int[Tensor, " k"]
 
 
