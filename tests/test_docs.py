@@ -2,6 +2,7 @@
 
 import html
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ import pytest
 import innermax
 from innermax.cli import main
 from tests.helpers.documented import ROOT, assert_alike, blocks, check_commands, commands, run
+from tests.test_layout import FLOORS
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -63,6 +65,19 @@ def test_every_page_is_in_the_navigation():
     there = {name(page) for page in PAGES}
     assert there <= listed
     assert all((ROOT / file).is_file() for file in listed - there)
+
+
+def test_the_architecture_is_that_of_the_code():
+    """The page and its picture show the floors that imports keep to, and every file that the page names is there."""
+    page, script = (DOCS / "architecture.md").read_text(), runpy.run_path(str(DOCS / "architecture.py"))
+    (told,) = re.findall(r"^From the top: (.*?)\.$", page, re.MULTILINE | re.DOTALL)
+    assert [re.findall(r"`(\w+)`", floor) for floor in told.split("·")] == [list(floor) for floor in FLOORS]
+    drawn = [{box.name.removesuffix("/").removesuffix(".py") for box in floor} for floor in script["FLOORS"]]
+    assert drawn == [set(floor) for floor in FLOORS]
+    assert (DOCS / "assets" / "architecture.svg").read_text(encoding="utf-8") == script["picture"]()
+    source = ROOT / "src" / "innermax"
+    for path in re.findall(r"`((?:\w+/)?\w+\.py|\w+/)`", page):
+        assert (source / path).exists() or (ROOT / path).exists() or any(source.glob(f"*/{path}")), path
 
 
 def test_every_public_name_is_in_the_reference():
