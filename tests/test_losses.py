@@ -2,12 +2,24 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from innermax.losses import LOSSES, CappedMargin, cross_entropy, dlr, find_loss, margin, reaching
+from innermax.losses import (
+    LOSSES,
+    CappedMargin,
+    cross_entropy,
+    difference,
+    dlr,
+    find_loss,
+    likeliest_others,
+    margin,
+    reaching,
+    targeted_dlr,
+)
 
 
 @st.composite
@@ -130,3 +142,28 @@ def test_losses_by_name():
     assert find_loss(own) is own
     with pytest.raises(ValueError, match=r"unknown loss 'cross-entropy'; did you mean 'cross_entropy'\?"):
         find_loss("cross-entropy")
+
+
+# Losses
+
+
+def test_targeted_dlr_by_direct_arithmetic():
+    logits = torch.tensor([[3.0, 1.0, -2.0, 0.5, 2.0], [-1.0, 4.0, 4.0, 0.0, 1.0]])
+    label, target = torch.tensor([0, 2]), torch.tensor([3, 1])
+    expected = [(0.5 - 3.0) / (3.0 - (1.0 + 0.5) / 2), 0.0]
+    np.testing.assert_allclose(targeted_dlr(logits, label, target).numpy(), expected, rtol=1e-6)
+    # Neither a shift nor a scale of the logits counts.
+    moved = targeted_dlr(7 * logits.double() - 3, label, target)
+    np.testing.assert_allclose(moved.numpy(), expected, rtol=1e-6)
+    assert difference(logits, label, target).tolist() == [-2.5, 0.0]
+
+
+def test_targeted_dlr_needs_four_classes():
+    with pytest.raises(ValueError, match=r"targeted loss 'dlr' needs at least 4 classes, the model has 3"):
+        targeted_dlr(torch.zeros(1, 3), torch.tensor([0]), torch.tensor([1]))
+
+
+def test_the_likeliest_others():
+    logits = torch.tensor([[3.0, 1.0, -2.0, 0.5], [0.0, 4.0, 1.0, 3.0]])
+    assert likeliest_others(logits, torch.tensor([0, 3]), 3).tolist() == [[1, 3, 2], [1, 2, 0]]
+    assert likeliest_others(logits, torch.tensor([1, 1])).tolist() == [[0], [3]]

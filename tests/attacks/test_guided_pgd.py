@@ -19,8 +19,9 @@ from innermax.attacks.search import AttackResult
 from innermax.losses import difference, margin
 from innermax.oracle.oracle import Oracle
 from innermax.threat import L2, Linf
-from tests.attacks.test_autoattack import RADII, crowd
-from tests.attacks.test_pgd import NORMS, Linear, Logged, convnet, half_trained, images, logits_of, same, snapshot
+from tests.helpers.attacks import NORMS, RADII, Linear, crowd, logits_of
+from tests.helpers.data import images
+from tests.helpers.networks import Logged, convnet, half_trained, same, snapshot
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])

@@ -794,3 +794,19 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     model = Cramped(3, RuntimeError("something else"))
     with pytest.raises(ValueError, match="something else"):
         Oracle(model).logits(batch(11)[0])
+
+
+def test_an_oracle_in_float32_is_its_own_precise_one():
+    oracle = Oracle.fast(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(2, 1, 2, 2), "float32")
+    assert oracle.precise is oracle
+
+
+def test_the_precise_oracle_learns_with_the_other():
+    torch.manual_seed(0)
+    x = torch.rand(4, 1, 2, 2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    oracle = Oracle.fast(model, x, "bf16")
+    with torch.no_grad():
+        model[1].weight.mul_(-2)
+    oracle.refresh()
+    assert torch.allclose(oracle.precise.logits(x), model(x).detach(), atol=1e-6)
