@@ -250,7 +250,7 @@ def test_a_model_that_cannot_be_copied():
         def __deepcopy__(self, memo):
             raise RuntimeError("never")
 
-    with pytest.raises(TypeError, match=r"model cannot be copied for the attack: RuntimeError: never"):
+    with pytest.raises(TypeError, match=r"model cannot be copied: RuntimeError: never"):
         Oracle(Stubborn(3, 2))
 
 
@@ -666,14 +666,14 @@ def test_a_compiled_network_that_is_right_no_more_is_left():
     x, _ = batch()
     model = Net(forward, block=conv_norm(2, 5), head=nn.Linear(180, 4))
     oracle = Oracle.fast(model, x, "float32")
-    assert oracle.rechecked() is oracle
+    assert oracle.recheck() is oracle
     with torch.no_grad():
         model.head.bias.fill_(1000.0)
-    fresh = oracle.rechecked()
+    fresh = oracle.recheck()
     assert fresh is not oracle
     assert close(fresh.logits(x), plain(model, x))
     exact = Oracle(model)
-    assert exact.rechecked() is exact
+    assert exact.recheck() is exact
 
 
 # Lower precision

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.input_convolution import InputConvolution
 from innermax.utils.validation import summarize_error
 
@@ -58,6 +59,46 @@ def fold(network: nn.Module) -> Folded:
         if not pairs:
             raise
         return Folded(network, pairs, untraced=summarize_error(failure))
+
+
+class Unfoldable(Exception):
+    """Why a network stays as it is."""
+
+
+def fold_checked(exact: nn.Module, example: Tensor) -> Folded:
+    """A frozen network's copy, folded, where that computes the same logits of an example, now and after learning.
+
+    Raises:
+        Unfoldable: it does not, or torch cannot trace the network.
+    """
+    try:
+        folded = fold(frozen_copy(exact, share=False))
+        # In its present state last: that is the one to go on with.
+        errors = [_difference(folded, network, example) for network in (_learned(exact), exact)]
+    except Exception as failure:
+        raise Unfoldable(summarize_error(failure)) from failure
+    if not all(error <= 1e-4 for error in errors):
+        raise Unfoldable(f"folding changes logits by {max(errors):.1e} of their size")
+    return folded
+
+
+def _learned(exact: nn.Module) -> nn.Module:
+    """A copy whose BatchNorm statistics are as after learning: on a new model's, a wrong fold goes unnoticed."""
+    model = frozen_copy(exact, share=False)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            spread = torch.linspace(0.6, 1.6, module.num_features).to(cast(Tensor, module.running_var))
+            cast(Tensor, module.running_mean).sub_(spread)  # upwards, where ReLUs let a difference pass
+            cast(Tensor, module.running_var).mul_(spread)
+    return model
+
+
+@torch.no_grad()
+def _difference(folded: Folded, exact: nn.Module, x: Tensor) -> float:
+    """By how much folding changes logits, over 1 + the largest."""
+    folded.refresh(exact)
+    truth = exact(x.clone())
+    return float((folded.network(x.clone()) - truth).abs().max()) / (1 + float(truth.abs().max()))
 
 
 def _rewritten(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:

@@ -22,11 +22,7 @@ class ShardedOracle(Oracle):
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self._source = self._network = model
-        self._precise = self._folded = self._replayed = self._workers = self._compiled_for = None
-        self._memory_format = torch.preserve_format
-        self._dtype = next(p.dtype for p in model.parameters())
-        self._threads, self.doubt, self.micro_batch = 1, 0.0, None
+        super().__init__(model, network=model)
         self._padding = example[:1]
         self.plan = f"in {dist.get_world_size()} parts, float32"
 

@@ -113,7 +113,7 @@ class Loop:
         """Trains from the current batch to the epoch's end; what was measured, a value a name."""
         epochs, seed = self.options["epochs"], self.options["seed"]
         if self.batch == 0:
-            self.oracle = self.oracle.rechecked()
+            self.oracle = self.oracle.recheck()
         attack = strategy.attack_at(self.epoch / epochs, self.history)
         size = self.options["batch_size"]
         count = batch_count(self.data, size)
@@ -352,7 +352,7 @@ class Loop:
         if not position:
             self.save()
         elif self.batch > 0 and self.oracle.plan != plan:  # at an epoch's start it is looked at anyway
-            self.oracle = self.oracle.rechecked()
+            self.oracle = self.oracle.recheck()
             if self.oracle.plan != plan:
                 told = f"the attack network was {plan!r} when the run was interrupted and is {self.oracle.plan!r} now"
                 warnings.warn(f"{told}: results may differ from an uninterrupted run's", stacklevel=3)
