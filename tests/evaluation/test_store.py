@@ -21,7 +21,6 @@ import yaml
 from torch import nn
 
 import innermax as im
-from innermax.data import decoding
 from innermax.distributed import spawn
 from innermax.distributed.spawn import shared
 from innermax.evaluation.store import AttackRows, Part, Parts
@@ -218,7 +217,7 @@ def _summed(task, rank, processes, device):
 
 
 def test_processes_map_what_is_too_large_for_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "IN_MEMORY", 1000)
+    monkeypatch.setattr(spawn, "IN_MEMORY", 1000)
     images, labels = examples()
     folder, place = tmp_path / "files", tmp_path / "temporary"
     for path in (folder, place):

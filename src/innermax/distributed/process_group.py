@@ -3,7 +3,6 @@
 Of a single process every question answers itself.
 """
 
-import copy
 import inspect
 import logging
 import time
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from innermax.distributed.fsdp import shard
 from innermax.distributed.launch import Parallel, Plan, launched
+from innermax.utils.copying import copy_model
 from innermax.utils.validation import summarize_error
 
 T = TypeVar("T")
@@ -222,8 +222,7 @@ def prepared(
 
 def synchronised(model: nn.Module) -> nn.Module:
     """A twin of the model, on the same parameters and buffers, whose BatchNorm is over all processes' examples."""
-    shared = (*model.parameters(), *model.buffers())
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    twin = copy_model(model, {tensor: tensor for tensor in (*model.parameters(), *model.buffers())})
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(twin)  # type: ignore[no-untyped-call]
     return converted
 

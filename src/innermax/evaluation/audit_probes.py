@@ -3,7 +3,6 @@
 Everything happens on a sample of the survivors with bounded searches, a tenth of what AutoAttack costs at most.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +38,7 @@ from innermax.losses import cross_entropy, margin
 from innermax.oracle.oracle import Answer, Oracle
 from innermax.threat import L1, L2, FeasibleSet, Linf, Threat
 from innermax.utils import randomness
+from innermax.utils.copying import copy_model
 
 Column = npt.NDArray[Any]
 _LARGEST = 100  # survivors in a sample; one in 50 examples where that is more
@@ -209,7 +209,7 @@ def _zero(answer: Answer) -> float:
 def _agreement(model: nn.Module, point: Tensor, y: Tensor, single: Answer) -> float:
     """Median cosine of the gradients in float32 and in float64; NaN where the model does not compute in float64."""
     try:
-        double = Oracle(copy.deepcopy(model).double()).gradient(point.double(), y, cross_entropy)
+        double = Oracle(copy_model(model).double()).gradient(point.double(), y, cross_entropy)
     except ValueError as error:
         _log.info("audit: no float64 gradients (%s)", error)
         return math.nan

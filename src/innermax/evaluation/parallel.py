@@ -1,6 +1,5 @@
 """An evaluation shared by several processes."""
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -25,6 +24,7 @@ from innermax.evaluation.store import (
     Parts,
 )
 from innermax.oracle.oracle import Oracle, Precision
+from innermax.utils.copying import copy_model
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def attack_together(task: Task, processes: int) -> None:
         there = replace(
             task,
             bench=replace(bench, progress=None, images=bench.images.to("cpu")),
-            model=task.model if bench.device.type == "cpu" else copy.deepcopy(task.model).cpu(),
+            model=task.model if bench.device.type == "cpu" else copy_model(task.model).cpu(),
             parts=replace(parts, folder=folder),
         )
         shared(_attack_share, there, processes, bench.device.type, watch)

@@ -4,7 +4,6 @@ Attacks are asked for images and for what their search cost, never for verdicts:
 and scored by the model itself.
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -28,9 +27,11 @@ from innermax.evaluation.store import (
 )
 from innermax.losses import cross_entropy
 from innermax.models.wrappers import unwrapped
+from innermax.oracle.frozen import check_weights
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.threat import FeasibleSet, Threat
 from innermax.utils import randomness
+from innermax.utils.copying import copy_model
 from innermax.utils.validation import check_labels, unknown
 
 PROBABLE = "the model seems to return probabilities"
@@ -267,7 +268,10 @@ def on_device(model: nn.Module, images: ImageSet, device: torch.device | str | N
     if device is None:
         return model, here if here is not None else images.images.device
     device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
-    return (model if here in (None, device) else copy.deepcopy(model).to(device)), device
+    if here in (None, device):
+        return model, device
+    check_weights(model)
+    return copy_model(model).to(device), device
 
 
 def score_clean(

@@ -1,6 +1,5 @@
 """A model as a file that needs no innermax: ONNX, or a program of torch.export; checked before it is there."""
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from innermax.models.wrappers import unwrapped
+from innermax.utils.copying import copy_model
 from innermax.utils.randomness import hash_keys, uniform
 from innermax.utils.validation import summarize_error, unknown
 
@@ -38,7 +38,7 @@ def export_model(model: nn.Module, path: str | Path, *, input_shape: Sequence[in
     if path.suffix not in formats:
         raise unknown("ending of path", path.suffix, formats)
     shape = _shape(model, input_shape)
-    network = copy.deepcopy(unwrapped(model)).cpu().requires_grad_(False).eval()
+    network = copy_model(unwrapped(model)).cpu().requires_grad_(False).eval()
     partial = path.with_name(f"{path.stem}.part{path.suffix}")
     partial.unlink(missing_ok=True)  # a link there would lead elsewhere
     try:

@@ -1,6 +1,5 @@
 """A training by processes that are started for it, as if it had been in this one."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from innermax.distributed.launch import Plan
 from innermax.distributed.spawn import shared
 from innermax.models.wrappers import unwrapped
 from innermax.training.interrupts import held_interrupts
+from innermax.utils.copying import copy_model
 from innermax.utils.files import load_tensors, save_tensors
 
 
@@ -68,7 +68,7 @@ def trained_elsewhere(
             raise KeyboardInterrupt
         tensors, told = load_tensors(task.result)
         model: nn.Module = job.options["model"]
-        networks = {"model": model, "evaluated": model if job.options["ema"] is None else copy.deepcopy(model)}
+        networks = {"model": model, "evaluated": model if job.options["ema"] is None else copy_model(model)}
         for name, network in networks.items():
             own = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
             network.load_state_dict(own)
