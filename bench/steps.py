@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from innermax.data.image_set import ImageSet
 from innermax.data.streaming import Batch
-from innermax.distributed.launch import chosen_device, planned
-from innermax.distributed.process_group import joined
+from innermax.distributed.launch import find_device, plan_launch
+from innermax.distributed.process_group import connect
 from innermax.training.loop import Loop
 from innermax.training.train import _precision
 
@@ -23,9 +23,9 @@ def started(
         "clip": None, "lr_schedule": "constant", "lr_drops": (), "strategy": None, "checkpoint_every": None,
         "sync_batch_norm": False, "on_nan": "stop", "keep_checkpoints": 1, **more,
     }  # fmt: skip
-    chosen = chosen_device(device)
+    chosen = find_device(device)
     return Loop.started(
-        options, ImageSet(images, labels), joined(planned(1, 1, chosen), chosen, _precision(precision, chosen))
+        options, ImageSet(images, labels), connect(plan_launch(1, 1, chosen), chosen, _precision(precision, chosen))
     )
 
 

@@ -19,8 +19,8 @@ from torch import nn
 
 import innermax as im
 from innermax.distributed import launch
-from innermax.distributed.launch import Plan, launched, planned
-from innermax.distributed.process_group import Ranks, members, synchronised
+from innermax.distributed.launch import Launch, find_launch, plan_launch
+from innermax.distributed.process_group import Ranks, find_members, synchronise_batch_norm
 from innermax.training.checkpoints import states
 from innermax.utils.files import load_tensors
 from tests.helpers import ranks
@@ -223,33 +223,35 @@ def as_slurm(monkeypatch, **changed):
 
 
 def test_the_processes_of_torchrun_and_slurm_are_found(monkeypatch):
-    assert launched() is None
-    assert planned(None, None, CPU) == Plan()
-    assert planned(2, None, CPU) == Plan(2, 1, starts=True)
+    assert find_launch() is None
+    assert plan_launch(None, None, CPU) == Launch()
+    assert plan_launch(2, None, CPU) == Launch(2, 1, starts=True)
     with monkeypatch.context() as patch:
         as_torchrun(patch)
-        assert planned(None, None, CPU) == planned(2, 2, CPU) == Plan(2, 2, launcher="torchrun")
+        assert plan_launch(None, None, CPU) == plan_launch(2, 2, CPU) == Launch(2, 2, launcher="torchrun")
         assert not launch.is_first()
-        with pytest.raises(ValueError, match="torchrun started 2 processes on each of 2 machines"):
-            planned(4, None, CPU)
-        with pytest.raises(ValueError, match="devices must be 1 or the 4 processes that are there already, got 2"):
-            members(2, CPU)
-        assert members(1, CPU).count == 1
+        with pytest.raises(
+            ValueError, match="devices and nodes must be 2 and 2, as torchrun started, or left out, got 4 and None"
+        ):
+            plan_launch(4, None, CPU)
+        with pytest.raises(ValueError, match="devices must be 1 or 4, the processes that are running, got 2"):
+            find_members(2, CPU)
+        assert find_members(1, CPU).count == 1
     with monkeypatch.context() as patch:
         as_slurm(patch)
-        assert planned(None, None, CPU) == Plan(2, 2, launcher="SLURM")
-        assert launch.launched_count() == 4
+        assert plan_launch(None, None, CPU) == Launch(2, 2, launcher="SLURM")
+        assert launch.count_processes() == 4
         assert not launch.is_first()
     with monkeypatch.context() as patch:
         as_slurm(patch, SLURM_NTASKS_PER_NODE=None)
         with pytest.raises(ValueError, match="--ntasks-per-node"):
-            launched()
+            find_launch()
     with monkeypatch.context() as patch:
         as_slurm(patch, SLURM_JOB_NAME="bash")
-        assert launched() is None
+        assert find_launch() is None
     with monkeypatch.context() as patch:
         as_slurm(patch, SLURM_STEP_ID=None)  # the batch script itself, which is one process
-        assert launched() is None
+        assert find_launch() is None
     assert launch.is_first()
 
 
@@ -283,7 +285,7 @@ def test_what_does_not_pickle_is_said():
 
 def test_synchronised_batch_norm_learns_in_the_models_own_tensors():
     model = network(norm=True, frozen=True)
-    twin = synchronised(model)
+    twin = synchronise_batch_norm(model)
     assert isinstance(twin[1], nn.SyncBatchNorm)
     assert isinstance(model[1], nn.BatchNorm2d)
     assert [p.data_ptr() for p in twin.state_dict().values()] == [p.data_ptr() for p in model.state_dict().values()]

@@ -22,7 +22,7 @@ from torch import nn
 
 import innermax as im
 from innermax.distributed import spawn
-from innermax.distributed.spawn import shared
+from innermax.distributed.spawn import run_processes
 from innermax.evaluation.store import AttackRows, Part, Parts
 
 THREAT = im.Linf(0.01)
@@ -228,7 +228,7 @@ def test_processes_map_what_is_too_large_for_memory(tmp_path, monkeypatch):
         assert torch.equal(found, expected)
     assert len(list(folder.iterdir())) == 3
     monkeypatch.setattr(tempfile, "tempdir", str(place))
-    shared(_summed, (images, labels, str(tmp_path / "answer")), 1, "cpu", lambda: None)
+    run_processes(_summed, (images, labels, str(tmp_path / "answer")), 1, "cpu", lambda: None)
     assert (tmp_path / "answer").read_text() == f"True {images.sum()} {labels.sum()}"
     assert not list(place.glob("innermax-*"))
 
@@ -246,7 +246,7 @@ def _silent(task, rank, processes, device):
 
 def test_a_process_that_dies_is_an_error():
     with pytest.raises(ChildProcessError, match=r"one of 1 processes ended early: .*exit code 3"):
-        shared(_silent, None, 1, "cpu", lambda: None)
+        run_processes(_silent, None, 1, "cpu", lambda: None)
 
 
 def other_images():

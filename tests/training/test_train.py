@@ -1099,7 +1099,11 @@ def test_labels_outside_the_classes(tmp_path, name):
         ),
         ({"device": "cdua"}, ValueError, r"unknown device 'cdua'; did you mean 'cuda'\?"),
         ({"device": "meta"}, ValueError, "unknown device 'meta'"),
-        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' is not there: torch sees"),
+        (
+            {"device": "cuda:99"},
+            ValueError,
+            "device must be cpu or one of the . CUDA devices that torch sees, got 'cuda:99'",
+        ),
         ({"epochs": 0}, ValueError, "epochs must be an integer ≥ 1, got 0"),
         ({"epochs": 1.5}, ValueError, r"epochs must be an integer ≥ 1, got 1\.5"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer ≥ 1, got 0"),

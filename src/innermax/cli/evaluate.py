@@ -55,17 +55,17 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     import innermax as im
     from innermax.attacks.named import named_attacks
     from innermax.cli.progress import show_evaluation
-    from innermax.distributed.launch import chosen_device, is_first, launched_count
+    from innermax.distributed.launch import count_processes, find_device, is_first
     from innermax.reporting.tables import format_audit, format_table
-    from innermax.training.run_folder import told_settings
+    from innermax.training.run_folder import read_settings
 
     path = Path(source)
-    told = told_settings(path) if (path / "config.yaml").is_file() else {}
+    told = read_settings(path) if (path / "config.yaml").is_file() else {}
     name = chosen.data or told.get("data")
     if name is None:
         raise ValueError(f"{source} is no run folder, so its data set is not known: give --data")
     attacks = named_attacks(chosen.attacks, build_threat(source, told.get("threat", {}), **vars(chosen.threat)))
-    device = chosen_device(chosen.device)
+    device = find_device(chosen.device)
     check_count("limit", chosen.limit)
     check_file("json", chosen.json)
     check_file("html", chosen.html)
@@ -80,7 +80,7 @@ def _run_evaluation(source: str, chosen: Any) -> None:
     rows_dir = chosen.rows_dir
     if rows_dir is None and (path / "config.yaml").is_file() and os.access(path, os.W_OK):
         rows_dir = _own_rows(path, model, name, attacks, {**options, "limit": chosen.limit})
-    devices = launched_count() if chosen.devices is None else chosen.devices
+    devices = count_processes() if chosen.devices is None else chosen.devices
     options |= {"devices": devices, "rows_dir": rows_dir, "surrogates": surrogates}
     with show_evaluation(attacks, audit=True, speak=is_first()) as show:
         evaluation = im.evaluate(model, test, attacks, **options, progress=show)

@@ -26,7 +26,7 @@ def run(words: list[str]) -> None:
 def _run_export(source: str, chosen: Any) -> None:
     import innermax as im
     from innermax.reporting.contents import read_evaluation
-    from innermax.training.run_folder import told_settings
+    from innermax.training.run_folder import read_settings
     from innermax.utils.files import read_config
 
     path = Path(source)
@@ -41,7 +41,7 @@ def _run_export(source: str, chosen: Any) -> None:
         return
     about: dict[str, Any] = {"license": chosen.license}
     if (path / "config.yaml").is_file():
-        told_settings(path)  # raises where the card could not tell of it
+        read_settings(path)  # raises where the card could not tell of it
         about["training"] = read_config(path)
     if chosen.best and (path / "evaluation.json").is_file():
         about["evaluation"] = read_evaluation(path / "evaluation.json")

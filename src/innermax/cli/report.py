@@ -11,7 +11,7 @@ def run(words: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
     import innermax as im
-    from innermax.distributed.launch import chosen_device
+    from innermax.distributed.launch import find_device
 
     sources = list(takewhile(lambda word: not word.startswith("-"), words))
     parser = ArgumentParser(
@@ -30,4 +30,4 @@ def run(words: list[str]) -> None:
         raise ValueError("report takes run folders first, such as: innermax report runs/digits -o report.html")
     chosen = parser.parse_args(["--help"] if asks or not words else spelled_out(words[len(sources) :]))
     shown: Any = sources[0] if len(sources) == 1 else sources
-    print(im.report(shown, chosen.output, pictures=chosen.pictures, device=chosen_device(chosen.device)))
+    print(im.report(shown, chosen.output, pictures=chosen.pictures, device=find_device(chosen.device)))

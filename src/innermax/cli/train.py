@@ -86,7 +86,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     from innermax.attacks.named import named_attacks
     from innermax.cli.progress import show_evaluation
     from innermax.cli.settings import build_strategy
-    from innermax.distributed.launch import chosen_device, is_first, launched_count
+    from innermax.distributed.launch import count_processes, find_device, is_first
     from innermax.reporting.tables import format_audit, format_table
     from innermax.utils.files import write_bytes
 
@@ -94,7 +94,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     attack = chosen.attack.build(threat)
     attacks = named_attacks(chosen.attacks, threat)
     strategy = build_strategy(chosen.strategy, attack, chosen.dynamic, chosen.curriculum, chosen.warm, chosen.switch)
-    device = chosen_device(chosen.device)
+    device = find_device(chosen.device)
     data = im.load_data(chosen.data, validation=_share_or_count(chosen.validation))
     model = _model(chosen.model, data.num_classes, data.train.shape, chosen.seed, chosen.init)
     folder = Path(chosen.run_dir or f"runs/{Path(recipe).stem}-{chosen.strategy}-seed{chosen.seed}")
@@ -109,7 +109,7 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
         settings={name: stated[name] for name in ("data", "validation", "model", "init", "threat", "attack")},
         **options | {"run_dir": folder, "logger": chosen.logger},
     )
-    processes = launched_count()
+    processes = count_processes()
     if processes == 1 and not is_first():  # of several machines another one goes on
         return
     model = im.load_model(folder) if processes > 1 and chosen.parallel == "fsdp" else run.model

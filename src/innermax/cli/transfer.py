@@ -35,7 +35,7 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
     import innermax as im
     from innermax.attacks.named import named_attacks
     from innermax.cli.progress import show_evaluation
-    from innermax.distributed.launch import chosen_device
+    from innermax.distributed.launch import find_device
     from innermax.reporting.tables import format_transfer
 
     surrogate, *targets = sources
@@ -45,7 +45,7 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
     asked = vars(chosen.threat)
     own = _agreed(sources, "threat", "--threat.norm and --threat.eps") if None in asked.values() else None
     attacks = named_attacks(chosen.attacks, build_threat(surrogate, own or {}, **asked))
-    device = chosen_device(chosen.device)
+    device = find_device(chosen.device)
     check_count("limit", chosen.limit)
     check_file("json", chosen.json)
     models = _loaded(sources, chosen.allow_code)
@@ -68,10 +68,10 @@ def _run_transfer(sources: Sequence[str], chosen: Any) -> None:
 
 def _agreed(sources: Sequence[str], setting: str, option: str) -> Any:
     """What the run folders among the sources say of a setting, None where none does. ValueError where they differ."""
-    from innermax.training.run_folder import told_settings
+    from innermax.training.run_folder import read_settings
 
     runs = [source for source in sources if (Path(source) / "config.yaml").is_file()]
-    told = {source: told_settings(Path(source)).get(setting) for source in runs}
+    told = {source: read_settings(Path(source)).get(setting) for source in runs}
     known = [(source, value) for source, value in told.items() if value is not None]
     for source, value in known:
         if value != known[0][1]:

@@ -1,6 +1,6 @@
-"""Processes that work together, and what they tell each other through torch.distributed.
+"""The process group of a training or an evaluation: what its processes exchange through torch.distributed.
 
-Of a single process every question answers itself.
+A single process is a group of one, which exchanges nothing.
 """
 
 import inspect
@@ -18,20 +18,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from innermax.distributed.fsdp import shard
-from innermax.distributed.launch import Parallel, Plan, launched
+from innermax.distributed.launch import Launch, Parallel, find_launch
 from innermax.utils.copying import copy_model
 from innermax.utils.validation import summarize_error
 
 T = TypeVar("T")
-_LONGEST = timedelta(days=7)  # in which the slowest of several processes ends its share of an evaluation
-_PATIENCE = 5.0  # seconds in which who started the processes sees which of them has ended, and ends the others
+_LONGEST = timedelta(days=7)  # that one process of an evaluation waits for the slowest
+_PATIENCE = 5.0  # seconds for the parent process to see which of its children has ended, and to end the others
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that work together, as one of them sees them: number `rank` of `count`, computing on `device`.
+    """This process in its group: `rank` of `count`, computing on `device`.
 
-    fabric: Lightning's, where it was made for them; sharded: whether each holds only a part of the network.
+    fabric: the Lightning Fabric that connected them, if one did.
+    sharded: whether each holds only a part of the network.
     """
 
     rank: int
@@ -42,28 +43,28 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that writes and speaks."""
+        """Whether it is rank 0, which writes and prints."""
         return self.rank == 0
 
     def share(self, index: Tensor) -> Tensor:
-        """Its part of a batch that all know; parts follow one another and differ by at most one example."""
+        """This process's part of a batch; parts are consecutive and differ by at most one example."""
         return index if self.count == 1 else index.tensor_split(self.count)[self.rank]
 
     def weight(self, share: int, whole: int) -> float:
-        """What makes the mean over processes of means over shares the mean over the whole batch."""
+        """The factor on a share's mean that makes the mean over processes the mean over the whole batch."""
         return share * self.count / whole
 
-    def sums(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Each value added up over the processes, which name the same ones."""
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value summed over the processes, which all give the same names."""
         if self.count == 1:
             return dict(values)
-        told = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        totals = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         if values:
-            dist.all_reduce(told)
-        return dict(zip(values, told.tolist(), strict=True))
+            dist.all_reduce(totals)
+        return dict(zip(values, totals.tolist(), strict=True))
 
-    def gathered_rows(self, own: Tensor, count: int) -> Tensor:
-        """The rows of a whole batch of so many examples, each found by the process whose share it is in."""
+    def gather_rows(self, own: Tensor, count: int) -> Tensor:
+        """The rows of a whole batch of `count` examples, of which each process has those of its share."""
         if self.count == 1:
             return own
         rows = own.new_zeros(count, *own.shape[1:])
@@ -72,41 +73,41 @@ class Ranks:
         return rows
 
     def any(self, asked: bool) -> bool:
-        """Whether it is so in one of the processes."""
-        return asked if self.count == 1 else self.sums({"asked": float(asked)})["asked"] > 0
+        """Whether it is true in at least one process."""
+        return asked if self.count == 1 else self.sum({"asked": float(asked)})["asked"] > 0
 
-    def gathered(self, value: T) -> list[T]:
-        """Every process's value, in order; none goes on before all have told theirs."""
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank. Each waits here for all."""
         if self.count == 1:
             return [value]
-        told: list[Any] = [None] * self.count
-        dist.all_gather_object(told, value)
-        return told
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
-    def same(self, value: T) -> T:
-        """The first process's value, in all of them."""
-        return value if self.count == 1 else self.gathered(value if self.first else None)[0]  # type: ignore[return-value]
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, in all processes."""
+        return value if self.count == 1 else self.gather(value if self.first else None)[0]  # type: ignore[return-value]
 
     @contextmanager
-    def together(self, *kinds: type[Exception]) -> Iterator[None]:
-        """What one process raises inside, of these kinds, all of them raise."""
+    def raise_together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Context manager: an exception of these kinds that one process raises, all raise."""
         raised: Exception | None = None
         try:
             yield
         except kinds as error:
             raised = error
         if self.any(raised is not None):
-            raise next(error for error in self.gathered(raised) if error is not None)
+            raise next(error for error in self.gather(raised) if error is not None)
 
-    def first_alone(self, work: Callable[[], object]) -> None:
-        """The first process does something while the others wait; what it raises, all do."""
-        with self.together(ValueError, TypeError, OSError):
+    def run_first(self, work: Callable[[], object]) -> None:
+        """Rank 0 works while the others wait; what it raises, all raise."""
+        with self.raise_together(ValueError, TypeError, OSError):
             if self.first:
                 work()
 
     @torch.no_grad()
-    def share_buffers(self, model: nn.Module) -> None:
-        """Gives every process the first one's buffers: BatchNorm's statistics are of each one's own share."""
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Copies rank 0's buffers to all: BatchNorm's statistics would otherwise differ, each of its own share."""
         if self.count == 1:
             return
         buffers = [buffer for buffer in model.buffers() if buffer.numel() > 0]
@@ -114,12 +115,12 @@ class Ranks:
             own = [buffer for buffer in buffers if buffer.dtype == kind]
             flat = torch.cat([buffer.reshape(-1) for buffer in own])
             dist.broadcast(flat, 0)
-            for buffer, told in zip(own, torch.split(flat, [buffer.numel() for buffer in own]), strict=True):
-                buffer.copy_(told.reshape(buffer.shape))
+            for buffer, first in zip(own, torch.split(flat, [buffer.numel() for buffer in own]), strict=True):
+                buffer.copy_(first.reshape(buffer.shape))
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Inside, of the processes' warnings only the first one's are heard."""
+    def mute_others(self) -> Iterator[None]:
+        """Context manager: only rank 0 shows warnings."""
         if self.first:
             yield
             return
@@ -128,16 +129,16 @@ class Ranks:
             yield
 
     @contextmanager
-    def named(self) -> Iterator[None]:
-        """Inside, a lost connection is said to be one.
+    def explain_lost_connection(self) -> Iterator[None]:
+        """Context manager: an error of a lost connection becomes a ChildProcessError that says so.
 
         Raises:
-            ChildProcessError: another process has ended; a little later, so that who started them can say which.
+            ChildProcessError: another process has ended; after some seconds, in which the parent can tell which.
         """
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            if self.count == 1 or not _lost(error):
+            if self.count == 1 or not _is_lost_connection(error):
                 raise
             time.sleep(_PATIENCE)
             raise ChildProcessError(
@@ -146,29 +147,30 @@ class Ranks:
             ) from error
 
 
-def joined(
-    plan: Plan,
+def connect(
+    launch: Launch,
     device: torch.device,
     precision: Any = "32-true",
     parallel: Parallel = "ddp",
     timeout: timedelta | None = None,
 ) -> Ranks:
-    """This process among those of the plan, which are all there: connected, on its own device.
+    """Connects this process with the others of the launch, which all call this, each on its own device.
 
-    precision: Fabric's; timeout: how long one may wait for another, None: torch's own.
+    precision: Fabric's name of it; timeout: how long one process waits for another, None: torch's default.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision it was given
-    if plan.count == 1:
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would print the precision
+    if launch.count == 1:
         devices: Any = [device.index or 0] if device.type == "cuda" else 1
         fabric = Fabric(accelerator=device.type, devices=devices, precision=precision)
         return Ranks(0, 1, fabric.device, fabric)
-    strategy = ModelParallelStrategy(shard, plan.count, 1) if parallel == "fsdp" else None
-    # Buffers are shared after each update; in a forward pass an objective's second one would change the first one's.
+    strategy = ModelParallelStrategy(shard, launch.count, 1) if parallel == "fsdp" else None
+    # Buffers are broadcast after each update. DDP would do so in each forward pass, and an objective's second forward
+    # pass would then change what the first one's backward pass needs.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     options: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
@@ -178,41 +180,41 @@ def joined(
     threads = torch.get_num_threads()
     fabric = Fabric(
         accelerator=device.type,
-        devices=plan.devices,
-        num_nodes=plan.nodes,
+        devices=launch.devices,
+        num_nodes=launch.nodes,
         strategy=strategy or DDPStrategy(**options),
         precision=precision,
-        plugins=[LightningEnvironment()] if plan.launcher is None else None,
+        plugins=[LightningEnvironment()] if launch.launcher is None else None,
     )
     fabric.launch()
-    if plan.launcher is None:  # it has its share of the machine already, and Fabric has just set another
+    if launch.launcher is None:  # the parent has divided the cores already, and Fabric has just set another number
         torch.set_num_threads(threads)
     return Ranks(fabric.global_rank, fabric.world_size, fabric.device, fabric, parallel == "fsdp")
 
 
-def members(processes: int, device: torch.device) -> Ranks:
-    """This process among so many that are there already and all ask, or by itself where there are none.
+def find_members(processes: int, device: torch.device) -> Ranks:
+    """The group of `processes` that are running and all call this; a group of one where there are no others.
 
     Raises:
-        ValueError: there are others, but not so many.
+        ValueError: another number of processes is running.
     """
-    found, connected = launched(), dist.is_available() and dist.is_initialized()
+    found, connected = find_launch(), dist.is_available() and dist.is_initialized()
     count = dist.get_world_size() if connected else 1 if found is None else found.count
     if processes == 1 or count == 1:
         return Ranks(0, 1, device)
     if count != processes:
-        raise ValueError(f"devices must be 1 or the {count} processes that are there already, got {processes}")
+        raise ValueError(f"devices must be 1 or {count}, the processes that are running, got {processes}")
     if found is None:
         return Ranks(dist.get_rank(), count, device)
-    return joined(found, device, timeout=_LONGEST)
+    return connect(found, device, timeout=_LONGEST)
 
 
-def prepared(
+def set_up(
     ranks: Ranks, model: nn.Module, optimizer: Callable[[nn.Module], torch.optim.Optimizer], sync_batch_norm: bool
 ) -> tuple[nn.Module, Any]:
-    """The model and its optimiser as Fabric wraps them; what learns is the model's own tensors."""
+    """Wraps the model and its optimiser by Fabric; the model's own tensors are what learns."""
     if sync_batch_norm:
-        model = synchronised(model.to(ranks.device))
+        model = synchronise_batch_norm(model.to(ranks.device))
     if ranks.sharded:
         wrapped = ranks.fabric.setup_module(model)
         return wrapped, ranks.fabric.setup_optimizers(optimizer(model))
@@ -220,15 +222,15 @@ def prepared(
     return wrapped, wrapped_optimizer
 
 
-def synchronised(model: nn.Module) -> nn.Module:
-    """A twin of the model, on the same parameters and buffers, whose BatchNorm is over all processes' examples."""
+def synchronise_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of the model on the same parameters and buffers, whose BatchNorm is over all processes' examples."""
     twin = copy_model(model, {tensor: tensor for tensor in (*model.parameters(), *model.buffers())})
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(twin)  # type: ignore[no-untyped-call]
     return converted
 
 
-def _lost(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is of the connection to other processes."""
+def _is_lost_connection(error: BaseException | None) -> bool:
+    """Whether an error, or one of its causes, is a lost connection."""
     while error is not None:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             return True

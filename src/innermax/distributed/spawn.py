@@ -1,4 +1,4 @@
-"""Work shared by processes, one a device, that Lightning Fabric starts."""
+"""Starts processes, one a device, through Lightning Fabric, and runs a function in each."""
 
 import io
 import json
@@ -24,10 +24,10 @@ Work = Callable[..., None]
 _ERRORS: dict[str, type[Exception]] = {
     error.__name__: error for error in (ValueError, TypeError, ArithmeticError, FloatingPointError, OSError)
 }
-_LOOK_EVERY = 0.5  # seconds
+_CALL_EVERY = 0.5  # seconds
 
 
-def shared(
+def run_processes(
     work: Work,
     arguments: Any,
     processes: int,
@@ -39,30 +39,30 @@ def shared(
 ) -> None:
     """Runs work(arguments, rank, processes in all, device) in so many new processes, each on a device of its own.
 
-    They start from nothing ("spawn"), so that threads and CUDA contexts of this process do no harm; a script must guard
-    its main part with `if __name__ == "__main__"`. Each computes with as many threads as this one.
+    They are spawned, not forked, so that this process's threads and CUDA contexts do no harm; a script must guard its
+    main part with `if __name__ == "__main__"`. Each computes with as many threads as this one.
 
     Args:
         work: a function of a module, which the processes import.
         arguments: anything that pickles.
         device: "cpu" or "cuda".
-        watch: called now and then from another thread while they work, and once at the end.
-        nodes: machines on which the same is called, so that their processes are connected.
-        backend: of torch.distributed; gloo on GPUs too where nothing is ever sent, since NCCL would hold memory; None:
-            the device's own.
+        watch: called every half second from another thread while they work, and once at the end.
+        nodes: machines that all make this call, and whose processes are connected.
+        backend: of torch.distributed; None: the device's own. gloo is enough on GPUs that exchange nothing, and takes
+            none of their memory.
 
     Raises:
         TypeError: the arguments do not pickle.
         ValueError, TypeError, ArithmeticError, OSError: what the first failing process raised, with its notes.
-        ChildProcessError: a process ended without an answer; the others are ended.
+        ChildProcessError: a process ended without raising one of these; the others are ended.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
     from torch.multiprocessing.spawn import ProcessException
 
-    with TemporaryDirectory(prefix="innermax-") as folder, _quiet(), _no_orphans(), _watched(watch):
-        payload = _pickled((work, arguments), Path(folder), processes)
+    with TemporaryDirectory(prefix="innermax-") as folder, _silence(), _end_children(), _call_regularly(watch):
+        payload = _pickle((work, arguments), Path(folder), processes)
         strategy = DDPStrategy(start_method="spawn", process_group_backend=backend)
         fabric = Fabric(
             accelerator=device,
@@ -72,10 +72,10 @@ def shared(
             plugins=[LightningEnvironment()],
         )
         try:
-            fabric.launch(_worker, _Handed(payload, Path(folder)))
+            fabric.launch(_worker, _Payload(payload, Path(folder)))
         except ProcessException as error:
-            for told in sorted(Path(folder).glob("*.json")):
-                name, message, notes = json.loads(told.read_text())
+            for failure in sorted(Path(folder).glob("*.json")):
+                name, message, notes = json.loads(failure.read_text())
                 known = _ERRORS[name](message)
                 for note in notes:
                     known.add_note(note)
@@ -85,8 +85,8 @@ def shared(
             raise ChildProcessError(f"one of {processes} processes ended early: {reason}{hint}.") from error
 
 
-def _pickled(value: object, folder: Path, processes: int) -> bytes:
-    """Its pickle; tensors that are too large for memory are in files of the folder."""
+def _pickle(value: object, folder: Path, processes: int) -> bytes:
+    """Pickles a value; tensors too large for memory go into files of the folder."""
     buffer = io.BytesIO()
     try:
         _Pickler(buffer, folder).dump(value)
@@ -101,31 +101,31 @@ def _pickled(value: object, folder: Path, processes: int) -> bytes:
 
 
 class _Pickler(pickle.Pickler):
-    """Puts what is too large for memory into files, which all processes map instead of copying it."""
+    """Writes tensors that are too large for memory into files, which all processes map instead of copying them."""
 
     def __init__(self, buffer: io.BytesIO, folder: Path) -> None:
         super().__init__(buffer)
         self.folder = folder
 
     def reducer_override(self, value: Any) -> Any:
-        """How a value is pickled: as by default, unless it is a large tensor."""
+        """A large tensor as its file; anything else as by default."""
         if type(value) is not Tensor or value.device.type != "cpu" or value.nbytes <= IN_MEMORY:
             return NotImplemented
         path = self.folder / f"{len(list(self.folder.iterdir()))}.npy"
         np.save(path, value.numpy())
-        return _mapped, (path,)
+        return _map_file, (path,)
 
 
-def _mapped(path: Path) -> Tensor:
+def _map_file(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="r+"))
 
 
-class _Handed:
-    """What the processes are given; each that unpickles it computes as this one does, and lets Fabric be silent."""
+class _Payload:
+    """What each process unpickles; by that it computes with this process's settings, and Fabric prints nothing."""
 
     def __init__(self, payload: bytes, folder: Path) -> None:
         self.payload, self.folder = payload, folder
-        # What of a process decides the last bits of a result, beside what Fabric hands over itself.
+        # Settings that decide the last bits of a result; Fabric hands over the others.
         self.threads, self.matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
         self.tf32 = torch.backends.cudnn.allow_tf32
 
@@ -136,23 +136,23 @@ class _Handed:
         torch.backends.cudnn.allow_tf32 = self.tf32
 
 
-def _worker(fabric: Any, *arguments: _Handed) -> None:
-    """What each process does; an error that the caller can understand is left in the folder."""
-    (handed,) = arguments
-    torch.set_num_threads(handed.threads)  # Fabric has just set its own number
+def _worker(fabric: Any, *arguments: _Payload) -> None:
+    """Runs the work in a started process; an error that the caller can understand is written into the folder."""
+    (payload,) = arguments
+    torch.set_num_threads(payload.threads)  # Fabric has just set its own number
     try:
-        work, task = pickle.loads(handed.payload)  # this package's own bytes, from the process that started this one
+        work, task = pickle.loads(payload.payload)  # this package's own bytes, from the process that started this one
         work(task, fabric.global_rank, fabric.world_size, fabric.device)
     except tuple(_ERRORS.values()) as error:
         name = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _ERRORS)
         notes = getattr(error, "__notes__", [])
-        write_json(handed.folder / f"{fabric.global_rank}.json", [name, str(error), notes])
+        write_json(payload.folder / f"{fabric.global_rank}.json", [name, str(error), notes])
         raise
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, Fabric and torch announce nothing; the port that is put into the environment is taken out again."""
+def _silence() -> Iterator[None]:
+    """Context manager: Fabric and torch print nothing; MASTER_PORT in the environment is as before at the end."""
     levels = {"lightning_fabric": logging.WARNING, "torch.multiprocessing.spawn": logging.ERROR}
     loggers, port = {name: logging.getLogger(name) for name in levels}, os.environ.get("MASTER_PORT")
     before = {name: logger.level for name, logger in loggers.items()}
@@ -169,8 +169,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _no_orphans() -> Iterator[None]:
-    """Processes that are started inside do not outlive it."""
+def _end_children() -> Iterator[None]:
+    """Context manager: ends the processes that were started in it and are still running."""
     before = set(multiprocessing.active_children())
     try:
         yield
@@ -181,15 +181,15 @@ def _no_orphans() -> Iterator[None]:
 
 
 @contextmanager
-def _watched(watch: Callable[[], None]) -> Iterator[None]:
-    """Inside, a thread looks now and then."""
+def _call_regularly(watch: Callable[[], None]) -> Iterator[None]:
+    """Context manager: a thread calls `watch` every half second; at the end this one calls it."""
     ended = threading.Event()
 
-    def look() -> None:
-        while not ended.wait(_LOOK_EVERY):
+    def call() -> None:
+        while not ended.wait(_CALL_EVERY):
             watch()
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     try:
         yield

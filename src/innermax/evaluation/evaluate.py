@@ -13,7 +13,7 @@ from torch import nn
 from innermax.attacks.base import Attack
 from innermax.data.readers import as_image_set
 from innermax.distributed.launch import check_devices
-from innermax.distributed.process_group import members
+from innermax.distributed.process_group import find_members
 from innermax.evaluation.audit import Audit
 from innermax.evaluation.audit_probes import Subject, run_audit
 from innermax.evaluation.model_checks import misgivings
@@ -98,7 +98,7 @@ def evaluate(
     images = as_image_set(test_set)
     model, device = on_device(model, images, device)
     check_count(devices, "devices")
-    ranks = members(devices, device)
+    ranks = find_members(devices, device)
     if ranks.count == 1:
         check_devices(devices, device)
     model, device = on_device(model, images, ranks.device)
@@ -106,15 +106,15 @@ def evaluate(
     exact = Oracle(model)
     folder = None if rows_dir is None else Path(rows_dir)
     parts = Parts((CLEAN, *attacks), len(images), batch_size, folder)
-    with bench.in_float32(exact), ranks.named(), ranks.heard():
+    with bench.in_float32(exact), ranks.explain_lost_connection(), ranks.mute_others():
         oracle = bench.attack_oracle(model, exact, precision) if attacks else exact
         others = _surrogate_oracles(bench, exact, surrogates or {})
-        settings = ranks.same(bench.settings(attacks, precision, oracle.plan))
+        settings = ranks.broadcast(bench.settings(attacks, precision, oracle.plan))
         if folder is not None:
             configuration = _configuration(bench, model, exact, attacks, settings)
-            ranks.first_alone(lambda: open_rows(folder, configuration))
+            ranks.run_first(lambda: open_rows(folder, configuration))
             parts.read()
-            ranks.gathered(None)  # nobody writes before all have read
+            ranks.gather(None)  # nobody writes before all have read
         with kept_rows(folder), warnings.catch_warnings():
             with exchanged(parts, ranks):
                 score_clean(bench, exact, attacks, parts, ranks.rank, ranks.count)
@@ -138,7 +138,7 @@ def evaluate(
                 seconds={name: part.seconds for name, part in found.items()},
             )
             if folder is not None:
-                ranks.first_alone(lambda: write_table(folder, evaluation.columns()))
+                ranks.run_first(lambda: write_table(folder, evaluation.columns()))
             if audit and attacks:
                 evaluation = replace(evaluation, audit=_audit(bench, model, exact, oracle, others, attacks, evaluation))
     return evaluation

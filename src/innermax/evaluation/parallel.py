@@ -13,7 +13,7 @@ from torch import nn
 
 from innermax.attacks.base import Attack
 from innermax.distributed.process_group import Ranks
-from innermax.distributed.spawn import shared
+from innermax.distributed.spawn import run_processes
 from innermax.evaluation.scoring import (
     PROBABLE,
     Bench,
@@ -31,12 +31,12 @@ from innermax.utils.copying import copy_model
 def exchanged(parts: Parts, ranks: Ranks) -> Iterator[None]:
     """Inside, each process adds its share of the parts; afterwards all have them all."""
     before = {name: set(held) for name, held in parts.held.items()}
-    with ranks.together(ValueError, TypeError, ArithmeticError, OSError):
+    with ranks.raise_together(ValueError, TypeError, ArithmeticError, OSError):
         yield
     if ranks.count == 1:
         return
     own = {name: [start for start in held if start not in before[name]] for name, held in parts.held.items()}
-    for told in ranks.gathered({name: [(start, parts.part(name, start)) for start in own[name]] for name in own}):
+    for told in ranks.gather({name: [(start, parts.part(name, start)) for start in own[name]] for name in own}):
         for name, found in told.items():
             for start, part in found:
                 parts.keep(name, start, part)
@@ -74,7 +74,7 @@ def attack_together(task: Task, processes: int) -> None:
             model=task.model if bench.device.type == "cpu" else copy_model(task.model).cpu(),
             parts=replace(parts, folder=folder),
         )
-        shared(_attack_share, there, processes, bench.device.type, watch)
+        run_processes(_attack_share, there, processes, bench.device.type, watch)
         there.parts.read()  # into the same memory
 
 

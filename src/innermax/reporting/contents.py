@@ -16,7 +16,7 @@ from innermax.models.load import load_model
 from innermax.oracle.oracle import Oracle
 from innermax.reporting.gallery import Gallery, gallery
 from innermax.threat import build_threat
-from innermax.training.run_folder import told_settings
+from innermax.training.run_folder import read_settings
 from innermax.training.train import Run
 from innermax.utils.files import read_config
 from innermax.utils.serialization import is_row, parse_json
@@ -140,7 +140,7 @@ def _folder(name: str, folder: Path, pictures: int, device: torch.device | str |
 
 def _gallery(folder: Path, story: Story, pictures: int, device: torch.device | str | None) -> Gallery:
     """Pictures from what a run folder says. Raises ValueError where that is not enough."""
-    evaluation, told = story.evaluation, told_settings(folder)
+    evaluation, told = story.evaluation, read_settings(folder)
     if evaluation is None or not told.get("data") or not told.get("threat"):
         raise ValueError("the run folder does not say its data set and threat model; innermax.gallery makes them")
     threat = build_threat(**told["threat"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import innermax as im
 from innermax.data.image_set import Data
-from innermax.distributed.launch import chosen_device
+from innermax.distributed.launch import find_device
 from innermax.models.files import write_model
 from innermax.reproduce.answers import Answers
 from innermax.reproduce.scales import Setting, Training
@@ -126,7 +126,7 @@ class Workshop:
         model = im.load_model(self.models / name / "best.safetensors") if best else run.model
         if best and self.shelf is not None:
             lay_down(model, self.shelf / f"{name}-best")
-        return model.to(chosen_device(self.device)).eval()
+        return model.to(find_device(self.device)).eval()
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:

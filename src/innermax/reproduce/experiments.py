@@ -12,7 +12,7 @@ import innermax as im
 from innermax.attacks.base import Attack
 from innermax.attacks.trace import trace_search
 from innermax.data.image_set import ImageSet
-from innermax.distributed.launch import chosen_device
+from innermax.distributed.launch import find_device
 from innermax.evaluation.model_checks import normalisation_known
 from innermax.evaluation.result import Evaluation
 from innermax.reproduce.cache import Answer, Workshop, fingerprint, load
@@ -98,7 +98,7 @@ class Followed:
 
     def answer(self, workshop: Workshop) -> Answer:
         """{"fosc", "loss"}: a list a step, from the start on, of one number an example."""
-        device = chosen_device(workshop.device)
+        device = find_device(workshop.device)
         images: ImageSet = load(self.training.setting).test[: self.images].to(device)
         x, y = images.batch(torch.arange(len(images), device=device))
         trace = trace_search(self.attack, workshop.model(self.training), x, y)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from innermax.distributed.fsdp import WholeState
 from innermax.models.files import fill
 from innermax.training.run_folder import STATES
 from innermax.utils.files import fingerprint, load_tensors, save_tensors, write_bytes
@@ -166,7 +167,7 @@ def _fill(
     optimizer: Stateful,
     kept: Tensor | None,
 ) -> None:
-    whole: Any = getattr(optimizer, "parted", optimizer)
+    whole: Any = optimizer.sharded if isinstance(optimizer, WholeState) else optimizer
     try:
         state = _optimizer_state(tensors, whole)
         for prefix, network in networks.items():
@@ -176,7 +177,7 @@ def _fill(
             else:
                 network.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if not hasattr(optimizer, "parted"):
+        if not isinstance(optimizer, WholeState):
             _lay_out(whole)
         if kept is not None:
             _check_like("kept", tensors["kept"], kept)

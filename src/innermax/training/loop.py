@@ -22,8 +22,8 @@ from innermax.attacks.search import measure
 from innermax.data.augmentation import augment
 from innermax.data.image_set import ImageSet
 from innermax.data.streaming import ORDER, Batch, ImageStream, batch_count, batches
-from innermax.distributed.fsdp import Whole, number
-from innermax.distributed.process_group import Ranks, prepared
+from innermax.distributed.fsdp import WholeState, as_float
+from innermax.distributed.process_group import Ranks, set_up
 from innermax.models.files import write_model
 from innermax.models.wrappers import unwrapped
 from innermax.objectives import Objective
@@ -81,9 +81,7 @@ class Loop:
         if len(data.shape) == 3:  # FSDP takes no other memory format than the usual
             memory_format = torch.contiguous_format if ranks.sharded else torch.channels_last
             model.to(memory_format=memory_format)  # type: ignore[call-overload]
-        wrapped, optimizer = prepared(
-            ranks, model, partial(build_optimizer, options=options), options["sync_batch_norm"]
-        )
+        wrapped, optimizer = set_up(ranks, model, partial(build_optimizer, options=options), options["sync_batch_norm"])
         optimizer.zero_grad()  # the model may come with gradients of its past
         averaged = None
         if options["ema"] is not None:
@@ -162,10 +160,10 @@ class Loop:
             attacking = time.perf_counter() - asked
             if self.kept is not None:
                 found_here = self._moved(x_adv - x, mine, back=True).half()
-                self.kept[index] = self.ranks.gathered_rows(found_here, len(index))
-        cost = self.ranks.sums(cost)
+                self.kept[index] = self.ranks.gather_rows(found_here, len(index))
+        cost = self.ranks.sum(cost)
         try:
-            with self.ranks.together(FloatingPointError):
+            with self.ranks.raise_together(FloatingPointError):
                 gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
             self.whole = False
             measured = cost | self._descend(objective, x, y, x_adv, moment, len(index))
@@ -174,7 +172,7 @@ class Loop:
             if self.options["on_nan"] == "stop":
                 raise
             return cost | {"skipped": 1.0}
-        for told in self.ranks.gathered(gauges) if gauge else ():
+        for told in self.ranks.gather(gauges) if gauge else ():
             for name, values in told.items():
                 self.gauged.setdefault(name, []).extend(values)
         updating = time.perf_counter() - began - attacking
@@ -208,7 +206,7 @@ class Loop:
         try:
             loss, logits = objective(self.model, x, y, x_adv, self.epoch)
             told = {"loss": float(loss.detach()) * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
-            measured = {"examples": float(batch)} | self.ranks.sums(told)
+            measured = {"examples": float(batch)} | self.ranks.sum(told)
             if not math.isfinite(measured["loss"]):
                 raise self._not_finite("the loss", measured["loss"] / batch)
             weight = self.ranks.weight(len(y), batch)
@@ -223,7 +221,7 @@ class Loop:
             raise
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ranks.share_buffers(self.model)
+        self.ranks.broadcast_buffers(self.model)
         if self.averaged is not None:
             self.averaged.update_parameters(self.network)
         self.oracle.refresh()
@@ -233,9 +231,9 @@ class Loop:
         """The gradient's norm, which is clipped where that is asked for."""
         limit = self.options["clip"]
         if limit is None:
-            return number(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+            return as_float(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         fabric = self.ranks.fabric
-        return number(fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
+        return as_float(fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
 
     def _not_finite(self, what: str, value: float) -> FloatingPointError:
         return FloatingPointError(f"{what} is {value} in epoch {self.epoch + 1}, batch {self.batch + 1}; lower lr")
@@ -280,7 +278,7 @@ class Loop:
             gradient = self._gradient(attack, found.x_adv, y)
             gauges += measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nan_to_num(0.0).tolist()
         self.oracle.settle()
-        everyones = [value for own in self.ranks.gathered(gauges) for value in own]
+        everyones = [value for own in self.ranks.gather(gauges) for value in own]
         return {"halfway_gauge": float(torch.tensor(everyones).median())}
 
     def picture(self, strategy: Strategy) -> Picture | None:
@@ -300,7 +298,7 @@ class Loop:
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[name] = None  # nothing was measured: JSON has no NaN
-        row = self.ranks.same(row)
+        row = self.ranks.broadcast(row)
         warn_of_fosc(row, self.history)
         self.history.append(row)
         self.epoch, self.batch, self.totals, self.gauged, self.seconds = self.epoch + 1, 0, {}, {}, 0.0
@@ -310,7 +308,7 @@ class Loop:
         """Writes the last model, and the best so far where a validation split says which that is."""
         if self.folder is None:
             return
-        model: Any = Whole(self.network, self.network).gathered() if self.ranks.sharded else self.evaluated
+        model: Any = WholeState(self.network, self.network).gather() if self.ranks.sharded else self.evaluated
         if not self.ranks.first:
             return
         tensors, config = model.state_dict(), getattr(model, "config", None)
@@ -325,7 +323,7 @@ class Loop:
             return
         networks, optimizer = self._states()
         if self.ranks.sharded:
-            networks, optimizer = {name: net.gathered() for name, net in networks.items()}, optimizer.gathered()
+            networks, optimizer = {name: net.gather() for name, net in networks.items()}, optimizer.gather()
         if not self.ranks.first:
             return
         names = ("epoch", "batch", "totals", "gauged", "history")
@@ -342,7 +340,7 @@ class Loop:
         ValueError where the processes do not find the same one.
         """
         position = {} if self.folder is None else load_state(self.folder, *self._states(), self.kept)
-        found = self.ranks.gathered((position.get("epoch"), position.get("batch")))
+        found = self.ranks.gather((position.get("epoch"), position.get("batch")))
         if len(set(found)) > 1:
             raise ValueError(f"run_dir {self.folder} must be one folder for all processes: they found {found}")
         plan, self.oracle.micro_batch = position.pop("attack_network", ""), position.pop("micro_batch", None)
@@ -360,7 +358,7 @@ class Loop:
     def _states(self) -> tuple[dict[str, Any], Any]:
         """The networks and the optimiser, as what saves and loads them takes them."""
         if self.ranks.sharded:
-            return {"model": Whole(self.network, self.network)}, Whole(self.optimizer, self.network)
+            return {"model": WholeState(self.network, self.network)}, WholeState(self.optimizer, self.network)
         networks = {"model": self.network} | ({} if self.averaged is None else {"ema": self.averaged})
         return networks, self.optimizer
 

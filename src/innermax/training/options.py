@@ -9,7 +9,7 @@ from torch import nn
 
 from innermax.data.image_set import ImageSet
 from innermax.data.streaming import ImageStream
-from innermax.distributed.launch import Parallel, Plan, chosen_device
+from innermax.distributed.launch import Launch, Parallel, find_device
 from innermax.models.wrappers import unwrapped
 from innermax.oracle.oracle import Precision
 from innermax.training.checkpoints import due_every
@@ -71,7 +71,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise TypeError(f"logger must be a name or a logger of Lightning's, got {options['logger']!r}")
     if not isinstance(options["seed"], int):
         raise TypeError(f"seed must be an integer, got {options['seed']!r}")
-    chosen_device(options["device"])
+    find_device(options["device"])
     due_every(options["checkpoint_every"])
     if not 0 < options["lr"] < math.inf:
         raise ValueError(f"lr must be a finite number > 0, got {options['lr']}")
@@ -88,16 +88,18 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise TypeError(f"strategy must have attack_at(progress, history), got {options['strategy']!r}")
 
 
-def check_parallel(options: Mapping[str, Any], plan: Plan, device: torch.device, examples: int) -> None:
+def check_parallel(options: Mapping[str, Any], launch: Launch, device: torch.device, examples: int) -> None:
     """Raises where a training's options do not go with so many processes."""
     smallest = examples // math.ceil(examples / options["batch_size"])
-    if plan.count > smallest:
-        raise ValueError(f"batch_size must leave each of {plan.count} processes an example, got batches of {smallest}")
-    if options["sync_batch_norm"] and (plan.count == 1 or device.type != "cuda"):
-        raise ValueError(f"sync_batch_norm needs several GPUs, got {plan.count} processes on {device.type}")
+    if launch.count > smallest:
+        raise ValueError(
+            f"batch_size must leave each of {launch.count} processes an example, got batches of {smallest}"
+        )
+    if options["sync_batch_norm"] and (launch.count == 1 or device.type != "cuda"):
+        raise ValueError(f"sync_batch_norm needs several GPUs, got {launch.count} processes on {device.type}")
     if options["parallel"] != "fsdp":
         return
-    if plan.count == 1:
+    if launch.count == 1:
         raise ValueError('parallel="fsdp" needs several processes, got one')
     for name, nothing, instead in (
         ("validation_set", None, "leave it out (validation 0) and evaluate the saved model"),

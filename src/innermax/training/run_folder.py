@@ -75,7 +75,7 @@ def check_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool
     return before
 
 
-def told_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """What a run's configuration says of its data set and threat model: "data", and "threat" with "norm" and "eps".
 
     Either may be missing. Raises ValueError where it is not readable, or says something else.

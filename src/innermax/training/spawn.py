@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from innermax.distributed.fsdp import whole_state
-from innermax.distributed.launch import Plan
-from innermax.distributed.spawn import shared
+from innermax.distributed.fsdp import gather_state
+from innermax.distributed.launch import Launch
+from innermax.distributed.spawn import run_processes
 from innermax.models.wrappers import unwrapped
 from innermax.training.interrupts import held_interrupts
 from innermax.utils.copying import copy_model
@@ -20,11 +20,11 @@ from innermax.utils.files import load_tensors, save_tensors
 
 @dataclass(frozen=True)
 class _Task:
-    """What a process needs: the training, a function (job, plan, stopped), and a folder in which all leave word."""
+    """What a process needs: the training, a function (job, launch, stopped), and a folder in which all leave word."""
 
-    train: Callable[[Any, Plan, Callable[[], bool]], Any]
+    train: Callable[[Any, Launch, Callable[[], bool]], Any]
     job: Any
-    plan: Plan
+    launch: Launch
     folder: Path
 
     @property
@@ -44,22 +44,22 @@ class _Task:
 
 
 def trained_elsewhere(
-    train: Callable[[Any, Plan, Callable[[], bool]], Any], job: Any, plan: Plan, device: str
+    train: Callable[[Any, Launch, Callable[[], bool]], Any], job: Any, launch: Launch, device: str
 ) -> tuple[nn.Module, Sequence[Mapping[str, Any]]]:
     """The network that is evaluated, and the history; the job's own model has learned the same.
 
-    train: a function of a module, (job, plan, whether an interrupt came) → a run; job: what it takes, with the model
+    train: a function of a module, (job, launch, whether an interrupt came) → a run; job: what it takes, with the model
     among its options; it must pickle. Raises what `shared` does, KeyboardInterrupt after the processes have saved.
     """
     with TemporaryDirectory(prefix="innermax-") as place, held_interrupts() as interrupted:
-        task = _Task(train, job, replace(plan, starts=False), Path(place))
+        task = _Task(train, job, replace(launch, starts=False), Path(place))
 
         def watch() -> None:
             if interrupted():
                 task.stop.touch()
 
         try:
-            shared(_share, task, plan.devices, device, watch, nodes=plan.nodes, backend=None)
+            run_processes(_share, task, launch.devices, device, watch, nodes=launch.nodes, backend=None)
         except ChildProcessError:
             if interrupted():  # while they were starting
                 raise KeyboardInterrupt from None
@@ -78,13 +78,13 @@ def trained_elsewhere(
 
 def _share(task: _Task, rank: int, processes: int, device: torch.device) -> None:
     """What one of the processes does; the first of each machine leaves what came out."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // task.plan.devices))
+    torch.set_num_threads(max(1, torch.get_num_threads() // task.launch.devices))
     try:
-        run = task.train(task.job, task.plan, task.stop.exists)
+        run = task.train(task.job, task.launch, task.stop.exists)
     except KeyboardInterrupt:
         task.interrupted.touch()
         return
     networks = {"model": unwrapped(task.job.options["model"]), "evaluated": run.model}
-    tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in whole_state(net).items()}
-    if rank % task.plan.devices == 0:
+    tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in gather_state(net).items()}
+    if rank % task.launch.devices == 0:
         save_tensors(task.result, tensors, {"history": list(run.history)})

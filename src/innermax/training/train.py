@@ -16,8 +16,8 @@ from innermax.data.augmentation import augment
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
 from innermax.data.streaming import ImageStream, as_training_set
-from innermax.distributed.launch import Parallel, Plan, chosen_device, planned
-from innermax.distributed.process_group import joined
+from innermax.distributed.launch import Launch, Parallel, find_device, plan_launch
+from innermax.distributed.process_group import connect
 from innermax.evaluation.evaluate import evaluate
 from innermax.evaluation.model_checks import normalisation_known
 from innermax.models.wrappers import unwrapped
@@ -143,16 +143,16 @@ def train(
     """
     options = dict(locals())
     check_options(options)
-    plan = planned(devices, nodes, chosen_device(device))
+    launch = plan_launch(devices, nodes, find_device(device))
     job = _Job.of(options)
-    check_parallel(options, plan, chosen_device(device), len(job.train_set))
-    if not plan.starts:
-        return _trained(job, plan)
+    check_parallel(options, launch, find_device(device), len(job.train_set))
+    if not launch.starts:
+        return _trained(job, launch)
     with _said_where(job.folder):
         network = unwrapped(model)
-        kind = chosen_device(device).type
+        kind = find_device(device).type
         evaluated, history = trained_elsewhere(
-            _trained, replace(job, options={**job.options, "model": network}), plan, kind
+            _trained, replace(job, options={**job.options, "model": network}), launch, kind
         )
     return Run(evaluated, history, job.folder)
 
@@ -197,15 +197,15 @@ class _Job:
         run_folder.open_folder(self.folder, self.configuration, overwrite)
 
 
-def _trained(job: _Job, plan: Plan, stopped: Callable[[], bool] = lambda: False) -> Run:
+def _trained(job: _Job, launch: Launch, stopped: Callable[[], bool] = lambda: False) -> Run:
     """The training, by this process and those it is connected with; stopped: whether an interrupt came elsewhere."""
     options, folder, strategy = job.options, job.folder, job.options["strategy"]
     with contextlib.ExitStack() as stack:
-        device = chosen_device(options["device"])
-        ranks = joined(plan, device, _precision(options["precision"], device), options["parallel"])
-        for context in (_said_where(folder), ranks.named(), ranks.heard()):
+        device = find_device(options["device"])
+        ranks = connect(launch, device, _precision(options["precision"], device), options["parallel"])
+        for context in (_said_where(folder), ranks.explain_lost_connection(), ranks.mute_others()):
             stack.enter_context(context)
-        ranks.first_alone(lambda: job.open_folder(stack))
+        ranks.run_first(lambda: job.open_folder(stack))
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
         loop = Loop.started(options, job.train_set, ranks, folder)
         loop.clock.validation = _validation_cost(job.validation_set, job.validation_attack)
