@@ -104,12 +104,12 @@ def _own_rows(run: Path, model: Any, data: str, attacks: dict[str, Any], options
     """A folder inside a run folder, another for each evaluation that is asked for."""
     import torch
 
-    from innermax.utils.files import fingerprint
+    from innermax.utils.files import hash_tensors
     from innermax.utils.serialization import describe
     from innermax.utils.version import __version__
 
     asked = describe([data, attacks, options, __version__, torch.__version__])
-    return run / "rows" / fingerprint([(str(asked), torch.empty(0)), *model.state_dict().items()])
+    return run / "rows" / hash_tensors([(str(asked), torch.empty(0)), *model.state_dict().items()])
 
 
 def _normalized(model: Any, normalize: Any) -> Any:

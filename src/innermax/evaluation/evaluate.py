@@ -34,7 +34,7 @@ from innermax.evaluation.scoring import (
 from innermax.evaluation.store import CLEAN, AttackRows, Parts, kept_rows, open_rows, write_table
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle, Precision
-from innermax.utils.files import fingerprint
+from innermax.utils.files import hash_tensors
 from innermax.utils.serialization import describe
 from innermax.utils.validation import check_count
 from innermax.utils.version import __version__
@@ -170,9 +170,9 @@ def _configuration(
     tensors = {"images": bench.images.images, "labels": bench.images.labels}
     return {
         "model": type(model).__qualname__,
-        "weights": fingerprint((*model.named_parameters(), *model.named_buffers())),
+        "weights": hash_tensors((*model.named_parameters(), *model.named_buffers())),
         "answers": [*answer.loss.tolist(), *answer.gradient.flatten(1).norm(dim=1).tolist()],
-        "test_set": fingerprint(tensors.items()),
+        "test_set": hash_tensors(tensors.items()),
         **describe(asdict(settings)),
         "attacks": describe(attacks),
         "device": bench.device.type,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from innermax.distributed.fsdp import WholeState
 from innermax.models.files import fill
 from innermax.training.run_folder import STATES
-from innermax.utils.files import fingerprint, load_tensors, save_tensors, write_bytes
+from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_bytes
 from innermax.utils.serialization import is_number, is_row
 
 _PACE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)?")
@@ -156,7 +156,7 @@ def _is_told(name: str, value: Any) -> bool:
 
 
 def _digest(tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> str:
-    told = json.dumps(position, sort_keys=True) + fingerprint(sorted(tensors.items(), key=lambda item: item[0]))
+    told = json.dumps(position, sort_keys=True) + hash_tensors(sorted(tensors.items(), key=lambda item: item[0]))
     return hashlib.sha256(told.encode()).hexdigest()
 
 

@@ -76,7 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of tensors and their names."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
