@@ -384,6 +384,7 @@ def test_json_round_trip(tmp_path):
     assert document["convergence"]["dumb"]["fosc_median"] is None
     again = Evaluation.from_json(text)
     assert again.to_json() == text
+    assert again.weights == document["weights"] == evaluation.weights != None  # noqa: E711
     assert again.settings == evaluation.settings
     assert again.examples.equals(evaluation.examples)
     assert again.difference(evaluation, "pgd").estimate == 0

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -155,9 +156,26 @@ def test_a_refused_push(model, monkeypatch):
         im.push_to_hub(model, "me/mine")
 
 
+def test_an_evaluation_of_other_weights_is_refused(model, evaluation, tmp_path):
+    torch.manual_seed(1)
+    other = im.build_model("digits-cnn", input_shape=DATA.train.shape)
+    with pytest.raises(ValueError, match="evaluation must be of this model, got one that measured other weights"):
+        im.save_pretrained(other, tmp_path / "hub", evaluation)
+    with pytest.raises(ValueError, match="evaluation must be of this model"):
+        im.push_to_hub(other, "me/mine", evaluation)
+    assert not (tmp_path / "hub").exists()
+    im.save_pretrained(torch.nn.DataParallel(model), tmp_path / "hub", evaluation)
+
+
+def test_the_card_says_which_weights_were_measured(evaluation):
+    assert f"weights: {evaluation.weights}." in model_card(evaluation)
+    assert "weights: which weights were measured is not known." in model_card(replace(evaluation, weights=None))
+
+
 RUN = ["train", "digits", "--run-dir", "run", "--epochs", "2", "--attacks", "fgsm", "--progress", "false"]
 
 
+@pytest.mark.filterwarnings("default:.*is not of the exported weights")
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main([*RUN, "--strategy", "unsecured"]) == 0
@@ -174,6 +192,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert torch.equal(im.load_model("run/hub")(x), im.load_model("run/best.safetensors")(x))
     assert main(["export", "run", "--best", "false", "--to", "last"]) == 0
     assert torch.equal(im.load_model("last")(x), im.load_model("run")(x))
+    assert "run/evaluation.json is not of the exported weights" in capsys.readouterr().err
     assert "Robustness" not in Path("last/README.md").read_text()
     assert main(["export", "run", "--format", "pt2"]) == 0
     assert Path("run/model.pt2").exists()
@@ -190,3 +209,39 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ):
         assert main(["export", *words]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("default:.*weights")
+def test_a_run_that_was_trained_anew_does_not_take_over_the_old_evaluation(tmp_path, monkeypatch, capsys):
+    """However it came back: a robust run's numbers must not stand on the card of an unsecured one."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--threat.eps", "0.15", "--attacks", "pgd-5"]
+    assert main([*RUN, *words, "--strategy", "standard"]) == 0
+    robust, kept = Path("run/evaluation.json").read_text(), Path("run/best.safetensors").read_bytes()
+    assert main([*RUN, *words, "--strategy", "unsecured", "--overwrite", "true"]) == 0
+    unsecured = Path("run/evaluation.json").read_text()
+    before, after = (json.loads(text)["accuracy"]["pgd-5"]["value"] for text in (robust, unsecured))
+    assert before > after + 0.1
+    Path("run/evaluation.json").write_text(robust)
+    capsys.readouterr()
+    assert main(["export", "run"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("run/hub\n", 1)
+    assert "run/evaluation.json is not of the exported weights, so the card leaves it out" in err
+    assert "Robustness" not in Path("run/hub/README.md").read_text()
+    assert main(["report", "run", "--pictures", "0"]) == 0
+    assert "run/evaluation.json measured other weights than the run's" in capsys.readouterr().err
+    assert f"{100 * before:.1f}" not in Path("report.html").read_text()
+    # With the weights that it measured it is told.
+    Path("run/best.safetensors").write_bytes(kept)
+    assert main(["export", "run"]) == 0
+    assert capsys.readouterr().err == ""
+    assert f"| pgd-5 | {100 * before:.2f} |" in Path("run/hub/README.md").read_text()
+    # One that does not say is told, too, and what is not known is said.
+    Path("run/evaluation.json").write_text(json.dumps({k: v for k, v in json.loads(robust).items() if k != "weights"}))
+    assert main(["export", "run"]) == 0
+    assert "does not say which weights it measured" in capsys.readouterr().err
+    assert f"| pgd-5 | {100 * before:.2f} |" in Path("run/hub/README.md").read_text()
+    assert main(["export", "run", "--best", "false", "--to", "last"]) == 0
+    assert "so the card leaves it out; to measure them: innermax evaluate run --json" in capsys.readouterr().err
+    assert "Robustness" not in Path("last/README.md").read_text()

@@ -20,8 +20,8 @@ from torch import nn
 import innermax as im
 from innermax.attacks.trace import trace_search
 from innermax.cli import main
-from innermax.reporting import charts, svg
-from innermax.reporting.gallery import spread_out
+from innermax.reporting import charts, contents, svg
+from innermax.reporting.gallery import Gallery, spread_out
 from innermax.reporting.page import eps_text
 
 ROOT = Path(__file__).parents[2]
@@ -169,8 +169,44 @@ def test_a_run_folder_makes_its_own_pictures(trained, tmp_path, capsys):
     im.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), data.test[:60], attacks, audit=False).to_json(
         folder / "evaluation.json"
     )
+    with pytest.warns(UserWarning, match="evaluation.json measured other weights than the run's: innermax evaluate"):
+        im.report(folder, tmp_path / "page.html")
+    told = Page((tmp_path / "page.html").read_text())
+    assert told.numbers == {"run": None}
+    assert "measured other weights than" in (tmp_path / "page.html").read_text()
+
+
+def test_an_evaluation_that_does_not_say_of_which_weights_it_is(trained, tmp_path):
+    run, data, _ = trained
+    folder, page = shutil.copytree(run.run_dir, tmp_path / "run"), tmp_path / "page.html"
+    attacks = {"fgsm": im.FGSM(THREAT)}
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    for model, pictures in ((run.model, 60), (other, 0)):
+        document = json.loads(im.evaluate(model, data.test[:60], attacks, audit=False).to_json())
+        del document["weights"]  # as version 0.1 wrote it
+        (folder / "evaluation.json").write_text(json.dumps(document))
+        im.report(folder, page)
+        told = Page(page.read_text())
+        assert told.numbers["run"]["accuracy"] == document["accuracy"]
+        assert len([None for _, attributes in told.tags if "data-outcome" in attributes]) == pictures
+        assert "does not say which weights it measured" in page.read_text()
+        assert ("is not of its model" in page.read_text()) == (model is other)
+
+
+def test_pictures_are_of_the_weights_that_were_measured(trained, tmp_path, monkeypatch):
+    """Here of the last epoch's, which predicts much like the best one's."""
+    run, data, _ = trained
+    folder = shutil.copytree(run.run_dir, tmp_path / "run")
+    torch.manual_seed(7)
+    im.save_model(folder, im.build_model("digits-cnn", input_shape=(1, 8, 8)), "best.safetensors")
+    attacks = {"fgsm": im.FGSM(THREAT)}
+    model = im.load_model(folder)
+    im.evaluate(model, data.test[:60], attacks, audit=False).to_json(folder / "evaluation.json")
+    asked = []
+    monkeypatch.setattr(contents, "gallery", lambda model, *_, **__: asked.append(model) or Gallery((), None, None))
     im.report(folder, tmp_path / "page.html")
-    assert "is not of its model" in (tmp_path / "page.html").read_text()
+    (shown,) = asked
+    assert torch.equal(shown.state_dict()["0.weight"], model.state_dict()["0.weight"])
 
 
 def test_evaluate_writes_a_page(trained, tmp_path, capsys):

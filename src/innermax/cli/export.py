@@ -1,5 +1,6 @@
 """`innermax export`: a model as other programs read it."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ def run(words: list[str]) -> None:
 
 def _run_export(source: str, chosen: Any) -> None:
     import innermax as im
-    from innermax.reporting.contents import read_evaluation
     from innermax.training.run_folder import read_settings
     from innermax.utils.files import read_config
 
@@ -43,11 +43,29 @@ def _run_export(source: str, chosen: Any) -> None:
     if (path / "config.yaml").is_file():
         read_settings(path)  # raises where the card could not tell of it
         about["training"] = read_config(path)
-    if chosen.best and (path / "evaluation.json").is_file():
-        about["evaluation"] = read_evaluation(path / "evaluation.json")
+    if (path / "evaluation.json").is_file():
+        about["evaluation"] = _own_evaluation(path, model, chosen.best)
     if chosen.push is not None:
         print(im.push_to_hub(model, chosen.push, private=chosen.private, **about))
         return
     folder = Path(chosen.to or path / "hub")
     im.save_pretrained(model, folder, **about)
     print(folder)
+
+
+def _own_evaluation(folder: Path, model: Any, best: bool) -> Any:
+    """What a run's evaluation.json says of this model; None, with a warning, where it is of other weights."""
+    from innermax.reporting.contents import read_evaluation
+
+    path = folder / "evaluation.json"
+    evaluation = read_evaluation(path)
+    match evaluation.is_of(model):
+        case True:
+            return evaluation
+        case None if best:  # of which it is, if the run wrote it
+            warnings.warn(f"{path} does not say which weights it measured: it may be of other ones", stacklevel=2)
+            return evaluation
+    command = f"innermax evaluate {folder} {'--best ' * best}--json {path}"
+    told = f"{path} is not of the exported weights, so the card leaves it out; to measure them: {command}"
+    warnings.warn(told, stacklevel=2)
+    return None

@@ -33,6 +33,7 @@ from innermax.evaluation.scoring import (
 )
 from innermax.evaluation.store import CLEAN, AttackRows, Parts, kept_rows, open_rows, write_table
 from innermax.losses import cross_entropy
+from innermax.models.files import hash_weights
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.utils.files import hash_tensors
 from innermax.utils.serialization import describe
@@ -136,6 +137,7 @@ def evaluate(
                 clean_prediction=parts.joined(CLEAN).columns["prediction"],
                 rows={name: AttackRows(**part.columns) for name, part in found.items()},
                 seconds={name: part.seconds for name, part in found.items()},
+                weights=hash_weights(model.state_dict()),
             )
             if folder is not None:
                 ranks.run_first(lambda: write_table(folder, evaluation.columns()))

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from torch import nn
 
 from innermax.evaluation.audit import Audit
 from innermax.evaluation.scoring import (
     Settings,
 )
 from innermax.evaluation.store import CLEAN, AttackRows, Column, check_column
+from innermax.models.files import hash_weights
+from innermax.models.wrappers import unwrapped
 from innermax.utils.files import write_bytes
 from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
 from innermax.utils.serialization import convert, parse_json
@@ -67,7 +70,10 @@ class Convergence:
 class Evaluation:
     """A model's answers to a test set, clean and under each attack; everything else is computed from these rows.
 
-    `audit` says whether they can be believed; None where it was not asked for, or nothing was attacked.
+    Attributes:
+        audit: whether they can be believed; None where it was not asked for, or nothing was attacked.
+        weights: the fingerprint of the weights that were measured (`innermax.models.files.hash_weights`); None where it
+            is not known, as of evaluations that version 0.1 wrote.
     """
 
     settings: Settings
@@ -76,6 +82,7 @@ class Evaluation:
     rows: dict[str, AttackRows]
     seconds: dict[str, float]
     audit: Audit | None = None
+    weights: str | None = None
 
     @cached_property
     def accuracy(self) -> dict[str, Accuracy]:
@@ -127,6 +134,10 @@ class Evaluation:
             raise unknown("attack", name, ("clean", *self.rows, "worst_case"))
         return self.rows[name].correct
 
+    def is_of(self, model: nn.Module) -> bool | None:
+        """Whether it measured a model that has these weights; None where it does not say."""
+        return None if self.weights is None else self.weights == hash_weights(unwrapped(model).state_dict())
+
     def difference(self, other: "Evaluation", name: str) -> Interval:
         """This accuracy minus the other's, as a fraction, with its paired 95 % interval (Agresti & Min 2005).
 
@@ -141,9 +152,10 @@ class Evaluation:
         return paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine))
 
     def summary(self) -> dict[str, Any]:
-        """Settings, accuracies, worst case, convergence and audit as plain values; NaN and infinities are None."""
+        """What it found as plain values, but for the examples; NaN and infinities are None."""
         document = {
             "settings": asdict(self.settings),
+            "weights": self.weights,
             "accuracy": {name: asdict(value) for name, value in self.accuracy.items()},
             "worst_case": asdict(self.worst_case),
             "convergence": {name: asdict(value) for name, value in self.convergence.items()},
@@ -185,6 +197,7 @@ class Evaluation:
                 },
                 seconds={name: convert(float, document["convergence"][name]["seconds"], "seconds") for name in attacks},
                 audit=None if document.get("audit") is None else Audit.from_dict(document["audit"]),
+                weights=convert(str | None, document.get("weights"), "weights"),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

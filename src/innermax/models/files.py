@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from innermax.models.registry import build_model
 from innermax.models.wrappers import unwrapped
-from innermax.utils.files import load_tensors, save_tensors, write_json
+from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_json
 from innermax.utils.serialization import parse_json
 
 # A path that ends so is a file's, never a Hub id, which may hold a dot as well.
@@ -49,6 +50,11 @@ def load_saved_model(source: str | Path, model: nn.Module | None = None, revisio
             _fitted(_built(description), tensors, path)
         model = _built(description)
     return _fitted(model, tensors, path).eval()
+
+
+def hash_weights(state: Mapping[str, Any]) -> str:
+    """The fingerprint of a model's weights, from its state_dict or from the tensors of its file."""
+    return hash_tensors(sorted((name, value) for name, value in state.items() if isinstance(value, Tensor)))
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """What a report is told of each model: evaluations, trainings and pictures, from values or from run folders."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,18 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from innermax.attacks.named import named_attack
+from innermax.data.image_set import ImageSet
 from innermax.data.load import load_data
 from innermax.evaluation.result import Evaluation
 from innermax.evaluation.scoring import on_device
+from innermax.models.files import hash_weights
 from innermax.models.load import load_model
 from innermax.oracle.oracle import Oracle
 from innermax.reporting.gallery import Gallery, gallery
 from innermax.threat import build_threat
 from innermax.training.run_folder import read_settings
 from innermax.training.train import Run
-from innermax.utils.files import read_config
+from innermax.utils.files import load_tensors, read_config
 from innermax.utils.serialization import is_row, parse_json
 
 _AGREEING = 0.99  # share of clean predictions by which the model that was evaluated is known
@@ -129,35 +133,82 @@ def _folder(name: str, folder: Path, pictures: int, device: torch.device | str |
     if not (folder / "evaluation.json").is_file():
         hint = f"innermax evaluate {folder} --json {folder / 'evaluation.json'}"
         return replace(story, missing=(f"This run has not been evaluated: {hint}",))
-    story = replace(story, evaluation=read_evaluation(folder / "evaluation.json"))
+    try:
+        evaluation, source = _own_evaluation(folder)
+    except OtherWeights as error:
+        warnings.warn(str(error), stacklevel=2)
+        return replace(story, missing=(f"{error}.",))
+    story = replace(story, evaluation=evaluation)
+    if evaluation.weights is None:
+        story = replace(story, missing=("The evaluation does not say which weights it measured.",))
     if pictures < 1:
         return story
     try:
-        return replace(story, gallery=_gallery(folder, story, pictures, device))
+        return replace(story, gallery=_gallery(folder, evaluation, source, pictures, device))
     except ValueError as error:
-        return replace(story, missing=(f"No pictures: {' '.join(str(error).split())}",))
+        return replace(story, missing=(*story.missing, f"No pictures: {' '.join(str(error).split())}"))
 
 
-def _gallery(folder: Path, story: Story, pictures: int, device: torch.device | str | None) -> Gallery:
-    """Pictures from what a run folder says. Raises ValueError where that is not enough."""
-    evaluation, told = story.evaluation, read_settings(folder)
-    if evaluation is None or not told.get("data") or not told.get("threat"):
+class OtherWeights(ValueError):
+    """An evaluation is not one of the models beside it."""
+
+
+def _own_evaluation(folder: Path) -> tuple[Evaluation, Path | None]:
+    """A run's evaluation, and the file of the model that it measured; None where it does not say.
+
+    Raises:
+        ValueError: it is not readable.
+        OtherWeights: it is of none of the run's models.
+    """
+    path = folder / "evaluation.json"
+    evaluation = read_evaluation(path)
+    files = _model_files(folder)
+    if evaluation.weights is None or not files:
+        return evaluation, None
+    for file in files:
+        try:
+            if hash_weights(load_tensors(file)[0]) == evaluation.weights:
+                return evaluation, file
+        except ValueError:  # damaged: whoever loads it says so
+            return evaluation, None
+    raise OtherWeights(
+        f"{path} measured other weights than the run's: innermax evaluate {folder} --json {path} measures these"
+    )
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return [folder / name for name in ("best.safetensors", "model.safetensors") if (folder / name).is_file()]
+
+
+def _gallery(
+    folder: Path, evaluation: Evaluation, source: Path | None, pictures: int, device: torch.device | str | None
+) -> Gallery:
+    """Pictures from what a run folder says; source: the evaluated model's file, where it is known.
+
+    Raises ValueError where that is not enough.
+    """
+    told = read_settings(folder)
+    if not told.get("data") or not told.get("threat"):
         raise ValueError("the run folder does not say its data set and threat model; innermax.gallery makes them")
     threat = build_threat(**told["threat"])
     attacks = {name: named_attack(name, threat) for name in evaluation.rows}
     data = load_data(told["data"], validation=0)
     test = data.test[: len(evaluation.label)]
-    for file in ("best.safetensors", "model.safetensors"):
-        if (folder / file).is_file():
-            model, place = on_device(load_model(folder / file), test, device)
-            few = torch.arange(min(_PROBED, len(test)))
-            x, _ = test.batch(few)
-            predicted = Oracle(model).logits(x.to(place)).argmax(1).cpu().numpy()
-            if np.mean(predicted == evaluation.clean_prediction[: len(few)]) >= _AGREEING:
-                names = data.class_names
-                options: dict[str, Any] = {"pictures": pictures, "class_names": names, "device": device}
-                return gallery(model, test, attacks, evaluation, **options)
+    for file in _model_files(folder) if source is None else [source]:
+        model = load_model(file)
+        if source is not None or _answers_alike(model, test, evaluation, device):
+            names = data.class_names
+            return gallery(model, test, attacks, evaluation, pictures=pictures, class_names=names, device=device)
     raise ValueError("the evaluation in the run folder is not of its model")
+
+
+def _answers_alike(model: nn.Module, test: ImageSet, evaluation: Evaluation, device: torch.device | str | None) -> bool:
+    """Whether a model's predictions are an evaluation's, on the first images."""
+    model, place = on_device(model, test, device)
+    few = torch.arange(min(_PROBED, len(test)))
+    x, _ = test.batch(few)
+    predicted = Oracle(model).logits(x.to(place)).argmax(1).cpu().numpy()
+    return bool(np.mean(predicted == evaluation.clean_prediction[: len(few)]) >= _AGREEING)
 
 
 def read_evaluation(path: Path) -> Evaluation:

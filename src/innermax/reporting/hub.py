@@ -27,7 +27,13 @@ def save_pretrained(model: nn.Module, folder: str | Path, evaluation: Evaluation
     """Writes what belongs into a repository of the Hub: model.safetensors, config.json and the card, README.md.
 
     evaluation, about: what the card tells, see `model_card`. `load_model` and `from_pretrained` take the folder.
+    Raises ValueError where the evaluation is of other weights than the model's.
     """
+    if evaluation is not None and evaluation.is_of(model) is False:
+        raise ValueError(
+            "evaluation must be of this model, got one that measured other weights; evaluate this model, or leave the "
+            "evaluation out"
+        )
     save_model(folder, model)
     described = "model" in (getattr(model, "config", None) or {})
     card = model_card(evaluation, described=described, **about)
@@ -56,7 +62,7 @@ def push_to_hub(
         token: the Hub's; None: the one that `hf auth login` or HF_TOKEN has left.
 
     Raises:
-        ValueError: the Hub refuses, or cannot be reached.
+        ValueError: the evaluation is of other weights than the model's; the Hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -170,7 +176,8 @@ def _robustness(evaluation: Evaluation, data: str | None) -> str:
     lines += [f"- {_plain(name)}: `{attack.replace('`', '')}`" for name, attack in settings.attacks.items()]
     if audit is not None:
         lines += ["", _plain(" ".join([audit.sentence, *(f"Cause: {cause}." for cause in audit.causes), audit.advice]))]
-    lines += ["", f"Measured by innermax on torch {settings.torch}, {settings.device}.", ""]
+    whose = "which weights were measured is not known" if evaluation.weights is None else evaluation.weights
+    lines += ["", f"Measured by innermax on torch {settings.torch}, {settings.device}; weights: {_plain(whose)}.", ""]
     return "\n".join(lines)
 
 
