@@ -198,9 +198,14 @@ class FeasibleSet:
         return self._at(self.threat._vertex(self._flat(gradient, "gradient"), self.floor, self.ceiling))
 
     def step(
-        self, x_adv: Float[Tensor, "b ..."], gradient: Float[Tensor, "b ..."], step_size: float
+        self, x_adv: Float[Tensor, "b ..."], gradient: Float[Tensor, "b ..."], step_size: float | Float[Tensor, " b"]
     ) -> Float[Tensor, "b ..."]:
-        """One projected steepest-ascent step."""
+        """One projected steepest-ascent step; of one length for all examples, or of a length each."""
+        if isinstance(step_size, Tensor):
+            for size in set(step_size.tolist()):
+                rows = (step_size == size).nonzero()[:, 0]
+                x_adv = x_adv.index_copy(0, rows, self[rows].step(x_adv[rows], gradient[rows], size))
+            return x_adv
         if not step_size >= 0:
             raise ValueError(f"step_size must be at least 0, got {step_size}")
         u = self._perturbation(x_adv)

@@ -11,8 +11,8 @@ from torch import nn
 import innermax as im
 from innermax.attacks.apgd import APGD
 from innermax.attacks.autoattack import AutoAttack
-from innermax.attacks.base import Problem
 from innermax.attacks.fab import FAB
+from innermax.attacks.problem import Problem
 from innermax.attacks.square import Square
 from innermax.losses import dlr, margin
 from innermax.threat import L1, L2, Linf
@@ -123,7 +123,7 @@ def test_no_example_falls_on_the_word_of_bf16(short, norm):
     assert (oracle.logits(x).argmax(1) != y).sum() >= 3
     assert torch.equal(oracle.precise.logits(x), model(x).detach())
     for row in (oracle.logits(x).argmax(1) != y).nonzero():  # each of them by itself
-        one = Problem.of(RADII[norm], oracle, x[row], y[row], target=None, seed=0, index=None, final="none")
+        one = Problem.of(RADII[norm], oracle, x[row], y[row])
         assert not one.won(x[row], oracle.logits(x)[row]).any()
     for radius in (1e-3, 0.3):
         threat = replace(RADII[norm], eps=radius * {"linf": 1, "l2": 50**0.5, "l1": 50}[norm])

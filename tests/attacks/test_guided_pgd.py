@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import innermax as im
-from innermax.attacks.base import Problem
-from innermax.attacks.guided_pgd import GuidedPGD, _begun, _losses, _towards
+from innermax.attacks.guided_pgd import GuidedPGD, _begin, _losses, _towards
 from innermax.attacks.named import named_attack
+from innermax.attacks.problem import Problem
 from innermax.attacks.search import AttackResult
 from innermax.losses import difference, margin
 from innermax.oracle.oracle import Oracle
@@ -58,16 +58,16 @@ def test_the_losses_of_the_aims():
 
 
 def hunt_of(model, x, y, threat=RADII["linf"]):
-    problem = Problem.of(threat, model, x, y, target=None, seed=0, index=None, final="none")
-    return problem, _begun(problem, logits_of(model, x))
+    problem = Problem.of(threat, model, x, y)
+    return problem, _begin(problem, logits_of(model, x))
 
 
 def turns(problem, hunt, count):
     """The hunts after each turn, before they move."""
     for _ in range(count):
-        hunt = hunt.learned(problem, hunt.asked(problem))
+        hunt = hunt.learn(problem, hunt.ask(problem))
         yield hunt
-        hunt = hunt.moved(problem.feasible)
+        hunt = hunt.move(problem.feasible)
 
 
 def test_a_step_is_halved_where_the_gauge_stalls_and_goes_on_from_the_best_point():
@@ -128,7 +128,7 @@ def test_who_is_hopeless():
     lowest[4, 3] = -7.5  # searches differ too much: 2 · 2.5 more would do
     lowest[5, 1] = -9.0  # a single search does not differ from itself
     hunt = replace(hunt, tries=tries, highest=highest, lowest=lowest, bound=bound)
-    assert hunt.hopeless().tolist() == [True, False, False, False, False, True]
+    assert hunt.is_hopeless().tolist() == [True, False, False, False, False, True]
 
 
 def test_a_smaller_budget_is_a_beginning():
@@ -184,8 +184,8 @@ def test_each_search_draws_its_own_start():
     assert len(torch.stack(starts).unique(dim=0)) == len(starts)
     _, again = hunt_of(model, x, y, Linf(1e-6))
     assert torch.equal(again.point, starts[0])
-    other = Problem.of(Linf(1e-6), model, x, y, target=None, seed=1, index=None, final="none")
-    assert not torch.equal(_begun(other, logits_of(model, x)).point, starts[0])
+    other = Problem.of(Linf(1e-6), model, x, y, seed=1)
+    assert not torch.equal(_begin(other, logits_of(model, x)).point, starts[0])
 
 
 @pytest.mark.parametrize("final", ["gradient", "loss", "none"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from innermax.attacks.pgd import PGD
-from innermax.attacks.search import AttackResult, better, measure, search
+from innermax.attacks.search import AttackResult, choose_better, measure, search
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle
 from innermax.threat import L1, L2, Linf
@@ -288,7 +288,7 @@ def test_success_comes_before_loss():
 
     one = result([1.0, 1.0, 1.0, 1.0, 1.0, math.nan, 1.0], [False, True, False, True, True, False, True], 1)
     two = result([2.0, 2.0, 0.5, 0.5, 2.0, 1.0, 1.0], [False, False, True, True, True, True, True], 2)
-    best = better(one, two)
+    best = choose_better(one, two)
     taken = [2, 1, 2, 1, 2, 2, 1]  # of two alike the first
     assert best.steps.tolist() == taken
     assert best.x_adv[:, 0].tolist() == taken

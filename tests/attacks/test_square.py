@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from innermax.attacks.autoattack import AutoAttack
-from innermax.attacks.square import _HALVINGS, Square, _begun, _patterns, _repainted
+from innermax.attacks.square import _HALVINGS, Square, _begin, _patterns, _repaint
 from innermax.losses import margin
 from innermax.threat import L2, Linf
 from tests.helpers.attacks import NORMS, logits_of
@@ -97,7 +97,7 @@ def test_square_begins_with_a_grid_of_patterns(norm):
     """Tiles of a fifth of the shorter edge, as many as there is room for, in the middle; each ± one of two patterns."""
     threat = NORMS[norm][0](1000.0, bounds=None)
     around = threat.around(torch.zeros(8, 2, 17, 20).double())
-    tiles = _begun(around, torch.arange(8))
+    tiles = _begin(around, torch.arange(8))
     edge = torch.ones(17, 20, dtype=torch.bool)
     edge[1:16, 1:19] = False
     assert (tiles[:, :, edge] == 0).all()
@@ -113,7 +113,7 @@ def test_square_begins_with_a_grid_of_patterns(norm):
     assert len(seen) > 100, "turned and signed by chance"
     assert len({first for _, first, _ in seen}) == 4, "one without relation to the other"
     tiny = threat.around(torch.zeros(1, 1, 4, 3).double())
-    assert (_begun(tiny, torch.arange(1)) != 0).all(), "tiles of a single pixel"
+    assert (_begin(tiny, torch.arange(1)) != 0).all(), "tiles of a single pixel"
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
@@ -121,7 +121,7 @@ def test_square_replaces_one_square_and_empties_another_anywhere(norm):
     """In one square the pattern, on what was there, and nothing in the other; both at every place, without relation."""
     count, side, threat = 3000, 3, NORMS[norm][0](10.0, bounds=None)
     around, flat = threat.around(torch.zeros(count, 1, 9, 7).double()), torch.full((count, 1, 9, 7), 0.01).double()
-    changed = _repainted(around, flat, torch.arange(count), side)[:, 0]
+    changed = _repaint(around, flat, torch.arange(count), side)[:, 0]
     changed = changed / changed.flatten(1).median(1).values[:, None, None]  # most lies outside of both
     patterns, third = _patterns(norm == "l1", side), 1 / (side if norm == "l2" else side**2)
     new = torch.stack([sign * pattern + third for sign in (1, -1) for pattern in patterns])

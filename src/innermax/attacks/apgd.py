@@ -3,17 +3,19 @@
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
-from innermax.attacks.search import AttackResult, joined
+from innermax.attacks.base import VerdictAttack, build_result, search_survivors
+from innermax.attacks.cost import SURVIVING
+from innermax.attacks.problem import Problem
+from innermax.attacks.search import AttackResult, reassemble
 from innermax.losses import Loss, Paired, TowardsLikeliest, dlr, find_loss, margin, reaching, targeted
 from innermax.oracle.oracle import Answer
-from innermax.threat import L1, FeasibleSet, Linf
+from innermax.threat import L1, L2, FeasibleSet, Linf
 from innermax.utils import randomness
 from innermax.utils.validation import check_count
 
@@ -28,24 +30,25 @@ _log = logging.getLogger(__name__)
 class APGD(VerdictAttack):
     """Auto-PGD (Croce & Hein 2020a, Algorithm 1; for L1: Croce & Hein 2021).
 
-    L∞ and L2: steps of 2ε with momentum, halved at checkpoints where the loss rose too seldom, with a new start from
-    the best point. L1: steps on a few coordinates, whose number follows the best point's sparsity, first in balls of
-    3ε and 2ε. Returned is the point where an example fell, or else the point of the highest loss.
+    Steps of 2ε with momentum, halved at checkpoints where the loss rose too seldom, with a new start from the best
+    point. L1: steps on a few coordinates, whose number follows the best point's sparsity, first in balls of 3ε and 2ε.
+    Returned is the point where an example fell, or else the point of the highest loss.
 
     Args:
-        threat: Linf, L2 or L1.
+        threat: any threat model; what is not L1 is searched as L∞ and L2 are, by the threat's own steps.
         steps: ≥ 1 in each search, at most.
         restarts: ≥ 1 searches from different random starts, of survivors only.
         loss: "cross_entropy", "margin", "dlr" or a function (logits, label) → (B,). With too few classes for "dlr" (2;
             3 with targets) its numerator alone is maximised.
-        targets: None, or the number ≥ 1 of wrong classes, the most likely on the clean input first, that are made for
-            one after the other; a class that does not exist is left out.
+        targets: None, or the number ≥ 1 of wrong classes, the most likely on the clean input first, that the searches
+            head for one after the other; a class that does not exist is left out.
         eot: ≥ 1 gradients that are averaged in each step, for models that draw random numbers.
 
     Raises:
         ValueError, TypeError: an argument is outside what is said above.
     """
 
+    accepts: ClassVar[frozenset[str]] = frozenset({"target"})
     steps: int = 100
     restarts: int = 1
     loss: str | Loss = "cross_entropy"
@@ -61,12 +64,18 @@ class APGD(VerdictAttack):
         find_loss(self.loss)
 
     @property
+    def cost(self) -> float:
+        """About how many gradients an example it takes."""
+        return SURVIVING * self.steps * self.restarts * (self.targets or 1) * self.eot
+
+    @property
     def samples(self) -> int:
-        """How many answers of the network are averaged."""
+        """How many answers of the network are averaged each time it is asked."""
         return self.eot
 
     def check(self, problem: Problem) -> None:
-        """Raises ValueError where a label to reach is given to a search that chooses its own."""
+        """Raises ValueError where the attack cannot take the problem on: targets choose the labels to reach."""
+        super().check(problem)
         if problem.reach and self.targets is not None:
             raise ValueError(f"target needs targets=None: targets={self.targets} chooses the classes itself")
 
@@ -76,11 +85,11 @@ class APGD(VerdictAttack):
         if self._loss(classes) is not find_loss(self.loss):
             _log.warning("loss %r needs more than the model's %d classes: the margin is maximised", self.loss, classes)
         loss = self.reported_loss(classes, problem.reach)
-        found = reported(problem, problem.feasible.x, loss(clean, problem.label), clean)
+        found = build_result(problem, problem.feasible.x, loss(clean, problem.label), clean)
         aimed = (problem,) if self.targets is None else problem.towards(self.targets, clean)
         for number, one in enumerate(aimed):
             for restart in range(self.restarts):
-                found = pursued(found, partial(self._once, one, loss, (number, restart)), problem.oracle)
+                found = search_survivors(found, partial(self._once, one, loss, (number, restart)), problem.oracle)
         return found
 
     def reported_loss(self, classes: int, reach: bool) -> Loss:
@@ -95,20 +104,20 @@ class APGD(VerdictAttack):
         return margin if loss is dlr and classes < (3 if self.targets is None else 4) else loss
 
     def _once(self, problem: Problem, loss: Loss, streams: tuple[int, int], rows: Int[Tensor, " k"]) -> AttackResult:
-        """One search of some of the examples; its result is told in the reported loss."""
+        """One search of some of the examples; its result holds the reported loss."""
         problem = problem[rows]
         climbed = Paired(loss.loss) if isinstance(loss, TowardsLikeliest) else loss
         key = problem.keys(*streams)
         if isinstance(self.threat, L1):
-            found = self._shrinking(problem, climbed, key)
+            found = self._search_l1(problem, climbed, key)
         else:
             found = _climb(problem, climbed, problem.feasible.sample(key), self.steps)
         if climbed is loss:
             return found
         return replace(found, loss=loss(cast(Tensor, found.logits), problem.y))
 
-    def _shrinking(self, problem: Problem, loss: Loss, key: Int[Tensor, " b"]) -> AttackResult:
-        """One search in L1: three tenths of the steps in balls of 3ε and 2ε each, where nothing counts as fallen."""
+    def _search_l1(self, problem: Problem, loss: Loss, key: Int[Tensor, " b"]) -> AttackResult:
+        """One search in L1: three tenths of the steps each in balls of 3ε and 2ε, where nothing counts as fallen."""
         feasible, third = problem.feasible, 3 * self.steps // 10
         noise = randomness.normal(key, feasible.floor.shape[1]).to(feasible.x)
         point, cost = feasible.x + noise.reshape(feasible.x.shape), torch.zeros_like(problem.y)
@@ -122,11 +131,11 @@ class APGD(VerdictAttack):
 
 @dataclass(frozen=True, eq=False)
 class _Climb:
-    """Where searches are; each value has a row an example, and rows leave together.
+    """The state of searches; each value has a row an example, and rows leave together.
 
-    `best` is the iterate of the highest loss. Since the last checkpoint: `rises` counts the increases of the loss,
-    `checked` is its highest then, `reduced` whether the step size was halved there, `sparsity` in how many coordinates
-    the best point then differed from x.
+    `best` is the iterate of the highest loss. `rises` counts the increases of the loss since the last checkpoint; there
+    `checked` was the highest loss, `reduced` says whether the step size was halved, and `sparsity` in how many
+    coordinates the best point differed from x.
     """
 
     rows: Int[Tensor, " b"]
@@ -146,17 +155,23 @@ class _Climb:
         """Some of the searches."""
         return replace(self, **{name: value[rows] for name, value in vars(self).items()})
 
-    def moved(self, feasible: FeasibleSet, first: bool) -> Float[Tensor, "b ..."]:
-        """The next iterates: a step, and away from L1 some of the last move; projected."""
-        direction = _direction(feasible, self.answer.gradient.flatten(1), self.sparsity).reshape(self.point.shape)
-        step = self.step_size.reshape(-1, *[1] * (direction.ndim - 1)) * direction
-        stepped = feasible.project(self.point + step)
+    def move(self, feasible: FeasibleSet, first: bool) -> Float[Tensor, "b ..."]:
+        """The next iterates: a step and, except in L1, some of the last move; projected."""
+        stepped = self._step(feasible)
         if first or isinstance(feasible.threat, L1):
             return stepped
         move = _NEW * (stepped - self.point) + (1 - _NEW) * (self.point - self.previous)
         return feasible.project(self.point + move)
 
-    def advanced(self, point: Float[Tensor, "b ..."], answer: Answer, step: int) -> "_Climb":
+    def _step(self, feasible: FeasibleSet) -> Float[Tensor, "b ..."]:
+        """The projected steps; of a norm whose steepest ascent is not written here, the threat's own."""
+        if type(feasible.threat) not in (Linf, L2) and not isinstance(feasible.threat, L1):
+            return feasible.step(self.point, self.answer.gradient, self.step_size)
+        direction = _direction(feasible, self.answer.gradient.flatten(1), self.sparsity).reshape(self.point.shape)
+        step = self.step_size.reshape(-1, *[1] * (direction.ndim - 1)) * direction
+        return feasible.project(self.point + step)
+
+    def advance(self, point: Float[Tensor, "b ..."], answer: Answer, step: int) -> "_Climb":
         """The searches at their next iterates."""
         higher = answer.loss > self.best_answer.loss
         return replace(
@@ -171,52 +186,52 @@ class _Climb:
         )
 
     def checkpoint(self, feasible: FeasibleSet, interval: int) -> "_Climb":
-        """The searches with the step sizes of their next interval; some start again from their best point."""
+        """The searches with the step sizes until the next checkpoint; some start again from their best point."""
         if isinstance(feasible.threat, L1):
             sparsity, eps = _nonzeros(self.best - feasible.x), feasible.threat.eps
             again = sparsity < _SPARSER * self.sparsity
             step_size = torch.where(again, eps, (self.step_size / _THINNING).clamp(min=eps / 10))
-            return replace(self, step_size=step_size, sparsity=sparsity)._restarted(again)
+            return replace(self, step_size=step_size, sparsity=sparsity)._restart(again)
         highest = self.best_answer.loss
         again = (self.rises < _RISES * interval) | (~self.reduced & (highest == self.checked))
         step_size = torch.where(again, self.step_size / 2, self.step_size)
         rises = torch.zeros_like(self.rises)
-        return replace(self, step_size=step_size, rises=rises, checked=highest, reduced=again)._restarted(again)
+        return replace(self, step_size=step_size, rises=rises, checked=highest, reduced=again)._restart(again)
 
-    def _restarted(self, again: Bool[Tensor, " b"]) -> "_Climb":
+    def _restart(self, again: Bool[Tensor, " b"]) -> "_Climb":
+        """The searches, some of them back at their best point."""
         answer = _either_answer(again, self.best_answer, self.answer)
         return replace(self, point=_either(again, self.best, self.point), answer=answer)
 
 
 def _climb(problem: Problem, loss: Loss, start: Float[Tensor, "b ..."], steps: int, stop: bool = True) -> AttackResult:
-    """Climbs from `start` over X(x); where told, an example stops once the adversary has what it wants."""
-    search = _begun(problem, start, problem.gradient(start, loss))
+    """Climbs from `start` over X(x); with `stop`, an example stops once the adversary has what it wants."""
+    search = _begin(problem, start, problem.gradient(start, loss))
     checkpoints = _checkpoints(steps, isinstance(problem.feasible.threat, L1))
     pieces: list[tuple[Tensor, AttackResult]] = []
     for step in range(steps + 1):
         if step > 0:
-            point = search.moved(problem.feasible, step == 1)
-            search = search.advanced(point, problem.gradient(point, loss), step)
+            point = search.move(problem.feasible, step == 1)
+            search = search.advance(point, problem.gradient(point, loss), step)
         won = problem.won(search.point, search.answer.logits)
         if stop and bool(won.any()):
             done, going = won.nonzero()[:, 0], (~won).nonzero()[:, 0]
-            pieces.append(
-                (search.rows[done], _ended(problem[done], search.point[done], search.answer[done], step, step))
-            )
+            pieces.append((search.rows[done], _end(problem[done], search.point[done], search.answer[done], step, step)))
             if len(going) == 0:
-                return joined(pieces)
+                return reassemble(pieces)
             search, problem = search[going], problem[going]
         if step in checkpoints:
             search = search.checkpoint(problem.feasible, checkpoints[step])
-    return joined([*pieces, (search.rows, _ended(problem, search.best, search.best_answer, search.best_step, steps))])
+    return reassemble([*pieces, (search.rows, _end(problem, search.best, search.best_answer, search.best_step, steps))])
 
 
-def _ended(problem: Problem, x_adv: Tensor, answer: Answer, reached: int | Tensor, steps: int) -> AttackResult:
+def _end(problem: Problem, x_adv: Tensor, answer: Answer, reached: int | Tensor, steps: int) -> AttackResult:
     """The result of searches that took so many steps; x_adv is where they were at step `reached`."""
-    return reported(problem, x_adv, answer.loss, answer.logits, reached, gradients=steps + 1)
+    return build_result(problem, x_adv, answer.loss, answer.logits, reached, gradients=steps + 1)
 
 
-def _begun(problem: Problem, start: Tensor, answer: Answer) -> _Climb:
+def _begin(problem: Problem, start: Tensor, answer: Answer) -> _Climb:
+    """Searches at their starts."""
     eps, zeros = problem.feasible.threat.eps, torch.zeros_like(problem.y)
     return _Climb(
         rows=torch.arange(len(start), device=start.device),
@@ -235,7 +250,7 @@ def _begun(problem: Problem, start: Tensor, answer: Answer) -> _Climb:
 
 
 def _checkpoints(steps: int, sparse: bool) -> dict[int, int]:
-    """The steps after which step sizes are looked at, each with the number of steps since the one before."""
+    """The steps after which step sizes are reconsidered, each with the number of steps since the one before."""
     if sparse:
         every = max(4 * steps // 100, 1)
         return dict.fromkeys(range(every, steps + 1, every), every)
@@ -276,7 +291,7 @@ def _nonzeros(difference: Float[Tensor, "b ..."]) -> Int[Tensor, " b"]:
 
 
 def _either(take: Bool[Tensor, " b"], one: Tensor, other: Tensor) -> Tensor:
-    """The rows of one where told, else those of the other."""
+    """The rows of `one` where `take` is true, else those of `other`."""
     return torch.where(take.reshape(-1, *[1] * (one.ndim - 1)), one, other)
 
 

@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from innermax.attacks.apgd import APGD
-from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
+from innermax.attacks.base import VerdictAttack, build_result, search_survivors
 from innermax.attacks.fab import FAB
-from innermax.attacks.search import AttackResult, better
+from innermax.attacks.problem import Problem
+from innermax.attacks.search import AttackResult, choose_better
 from innermax.attacks.square import Square
 from innermax.losses import margin
-from innermax.threat import L1
+from innermax.threat import L1, L2, Linf, Threat
 from innermax.utils import randomness
 from innermax.utils.validation import unknown
 
@@ -23,6 +24,9 @@ Version = Literal["standard", "rand"]
 @dataclass(frozen=True)
 class AutoAttack(VerdictAttack):
     """AutoAttack (Croce & Hein 2020a; for L1: Croce & Hein 2021). Of survivors the point of the highest margin returns.
+
+    The name stands for a fixed ensemble, so no member is left out: a threat model that FAB and Square do not serve is
+    refused.
 
     Args:
         threat: Linf, L2 or L1.
@@ -35,6 +39,7 @@ class AutoAttack(VerdictAttack):
             (B, C, H, W).
     """
 
+    norms: ClassVar[tuple[type[Threat], ...]] = (Linf, L2, L1)
     version: Version = "standard"
 
     def __post_init__(self) -> None:
@@ -43,8 +48,13 @@ class AutoAttack(VerdictAttack):
             raise unknown("version", self.version, get_args(Version))
 
     @property
+    def cost(self) -> float:
+        """About how many gradients an example it takes."""
+        return sum(attack.cost for attack in self.attacks())
+
+    @property
     def samples(self) -> int:
-        """How many answers of the network are averaged."""
+        """How many answers of the network are averaged each time it is asked."""
         return self.attacks()[0].samples
 
     def attacks(self) -> tuple[VerdictAttack, ...]:
@@ -67,25 +77,27 @@ class AutoAttack(VerdictAttack):
 
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
         """What was found, without FOSC, given the clean inputs' logits."""
-        found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
+        found = build_result(problem, problem.feasible.x, margin(clean, problem.y), clean)
         for number, attack in enumerate(self.attacks()):
             own = replace(problem, seed=randomness.derive_seed(problem.seed, number))
-            found = pursued(found, partial(_by, attack, own, clean))
-        return self._seen_clearly(problem, clean, found) if problem.oracle.lowered else found
+            found = search_survivors(found, partial(_search_with, attack, own, clean))
+        return self._search_precisely(problem, clean, found) if problem.oracle.lowered else found
 
-    def _seen_clearly(self, problem: Problem, clean: Float[Tensor, "b classes"], found: AttackResult) -> AttackResult:
-        """What was found in bf16, and by the same search in float32 for survivors too close to a boundary for bf16."""
+    def _search_precisely(
+        self, problem: Problem, clean: Float[Tensor, "b classes"], found: AttackResult
+    ) -> AttackResult:
+        """What was found in bf16, searched again in float32 for survivors whose margin is within bf16's rounding."""
         close = ~cast(Tensor, found.misclassified) & (cast(Tensor, found.loss) >= -problem.oracle.doubt)
         rows = close.nonzero()[:, 0]
         if len(rows) == 0:
             return found
         exact = replace(problem[rows], oracle=problem.oracle.precise)
-        return found.updated(rows, better(found[rows], self.search(exact, clean[rows])))
+        return found.with_rows(rows, choose_better(found[rows], self.search(exact, clean[rows])))
 
 
-def _by(
+def _search_with(
     attack: VerdictAttack, problem: Problem, clean: Float[Tensor, "b classes"], rows: Int[Tensor, " k"]
 ) -> AttackResult:
-    """What one attack finds on some of the examples; its loss is the margin, as the others'."""
+    """What one attack finds on some of the examples, with the margin as its loss, like the others."""
     found = attack.search(problem[rows], clean[rows])
     return replace(found, loss=margin(cast(Tensor, found.logits), problem.y[rows]))

@@ -3,15 +3,18 @@
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
-from innermax.attacks.search import AttackResult, has_won, joined
+from innermax.attacks.base import VerdictAttack, build_result, search_survivors
+from innermax.attacks.cost import SURVIVING
+from innermax.attacks.problem import Problem
+from innermax.attacks.search import AttackResult, has_won, reassemble
 from innermax.losses import Paired, difference, margin
-from innermax.threat import L1, Column, Flat, Linf, Threat, fill
+from innermax.threat import L1, L2, Column, Flat, Linf, Threat, fill
 from innermax.utils.validation import check_count
 
 _TOWARDS_X = 0.1  # α_max: largest share of the step that starts from x
@@ -38,6 +41,7 @@ class FAB(VerdictAttack):
         ValueError, TypeError: an argument is outside what is said above.
     """
 
+    norms: ClassVar[tuple[type[Threat], ...]] = (Linf, L2, L1)
     steps: int = 100
     restarts: int = 1
     targets: int = 9
@@ -47,12 +51,17 @@ class FAB(VerdictAttack):
         for name in ("steps", "restarts", "targets"):
             check_count(getattr(self, name), name)
 
+    @property
+    def cost(self) -> float:
+        """About how many gradients an example it takes."""
+        return SURVIVING * self.steps * self.restarts * self.targets
+
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
         """What was found, without FOSC, given the clean inputs' logits."""
-        found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
+        found = build_result(problem, problem.feasible.x, margin(clean, problem.y), clean)
         for number, aimed in enumerate(problem.towards(self.targets, clean)):
             for restart in range(self.restarts):
-                found = pursued(found, partial(self._once, aimed, (number, restart)), problem.oracle)
+                found = search_survivors(found, partial(self._once, aimed, (number, restart)), problem.oracle)
         return found
 
     def _once(self, problem: Problem, streams: tuple[int, int], rows: Int[Tensor, " k"]) -> AttackResult:
@@ -65,24 +74,24 @@ class FAB(VerdictAttack):
         search = _Approach(rows, start, start, torch.full_like(rows, math.inf, dtype=torch.float64))
         pieces: list[tuple[Tensor, AttackResult]] = []
         for step in range(1, self.steps + 1):
-            point = _stepped(problem, search.point)
+            point = _step(problem, search.point)
             logits = problem.logits(point)
-            search = search.crossed(problem, point, logits)
+            search = search.cross(problem, point, logits)
             fallen = search.distance <= self.threat.eps
             if bool(fallen.any()):
                 done, going = fallen.nonzero()[:, 0], (~fallen).nonzero()[:, 0]
-                pieces.append((search.rows[done], _ended(problem[done], point[done], logits[done], step, step)))
+                pieces.append((search.rows[done], _end(problem[done], point[done], logits[done], step, step)))
                 if len(going) == 0:
-                    return joined(pieces)
+                    return reassemble(pieces)
                 search, problem = search[going], problem[going]
         x_adv = problem.feasible.project(search.nearest)
-        result = _ended(problem, x_adv, problem.logits(x_adv), self.steps, self.steps + 1)
-        return joined([*pieces, (search.rows, result)])
+        result = _end(problem, x_adv, problem.logits(x_adv), self.steps, self.steps + 1)
+        return reassemble([*pieces, (search.rows, result)])
 
 
 @dataclass(frozen=True, eq=False)
 class _Approach:
-    """Where searches are; each value has a row an example, and rows leave together.
+    """The state of searches; each value has a row an example, and rows leave together.
 
     `nearest` is the misclassified point nearest to x, at `distance` in the threat's norm; as long as there is none, the
     last iterate.
@@ -97,16 +106,14 @@ class _Approach:
         """Some of the searches."""
         return _Approach(*(value[rows] for value in vars(self).values()))
 
-    def crossed(
-        self, problem: Problem, point: Float[Tensor, "b ..."], logits: Float[Tensor, "b classes"]
-    ) -> "_Approach":
-        """The searches at their next iterates; those beyond the boundary turn back some of the way."""
+    def cross(self, problem: Problem, point: Float[Tensor, "b ..."], logits: Float[Tensor, "b classes"]) -> "_Approach":
+        """The searches at their next iterates; those beyond the boundary go some of the way back to x."""
         threat, x, column = problem.feasible.threat, problem.feasible.x, (-1, *[1] * (point.ndim - 1))
         distance = threat.norm((point.double() - x.double()).flatten(1))
         wrong = has_won(logits, problem.y, reach=False)
         nearer = wrong & (distance < self.distance)
         fallen = (nearer & (distance <= threat.eps)).nonzero()[:, 0]
-        if len(fallen) > 0:  # bf16 may say where to search, not who falls
+        if len(fallen) > 0:  # bf16 guides the search; float32 decides who has fallen
             nearer[fallen] = problem[fallen].won(point[fallen], logits[fallen])
         kept = torch.isfinite(self.distance) & ~nearer
         return replace(
@@ -117,7 +124,7 @@ class _Approach:
         )
 
 
-def _stepped(problem: Problem, point: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+def _step(problem: Problem, point: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
     """Beyond the boundary's linearisation, by a mean of the shortest ways there from the iterate and from x."""
     threat, x = problem.feasible.threat, problem.feasible.x.flatten(1)
     answer = problem.gradient(point, Paired(difference))
@@ -166,5 +173,5 @@ def _level(pace: Flat, worth: Flat, room: Flat, amount: Column) -> Column:
         level = torch.maximum(level, further)
 
 
-def _ended(problem: Problem, x_adv: Tensor, logits: Tensor, steps: int, forwards: int) -> AttackResult:
-    return reported(problem, x_adv, margin(logits, problem.y), logits, steps, steps, forwards)
+def _end(problem: Problem, x_adv: Tensor, logits: Tensor, steps: int, forwards: int) -> AttackResult:
+    return build_result(problem, x_adv, margin(logits, problem.y), logits, steps, steps, forwards)

@@ -1,4 +1,4 @@
-"""The guided attack: searches end where the gauge says they are done, and new ones go to the nearest classes."""
+"""GuidedPGD: searches end where the gauge says that they have converged, and new ones head for the nearest classes."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
-from innermax.attacks.search import AttackResult, better, joined
+from innermax.attacks.base import VerdictAttack, build_result, search_survivors
+from innermax.attacks.cost import SURVIVING
+from innermax.attacks.problem import Problem
+from innermax.attacks.search import AttackResult, choose_better, reassemble
 from innermax.losses import Paired, difference, margin
 from innermax.oracle.oracle import Answer
 from innermax.threat import FeasibleSet
@@ -29,15 +31,15 @@ _DOUBT = 2.0  # spreads by which further searches might get beyond the best
 class GuidedPGD(VerdictAttack):
     """Projected gradient ascent that spends its gradients where the gauge says that the search has not converged.
 
-    Each example has one search at a time: steps from ε on, halved where its relative FOSC stalls, with a return to its
-    best point. A search ends once it is stationary and the linear model no longer reaches over the boundary; its
-    survivor starts anew from another random point: first on the margin, then towards the wrong classes, each the more
-    often the nearer its logit came to the label's. An example ends where it falls, or where nothing is left to try:
-    where the searches for every class ended below the boundary by more than the linear model (FOSC) and their spread
-    leave open. What a smaller budget finds is the beginning of what a larger one finds.
+    Each example has one search at a time. Its steps begin at ε and are halved, from its best point, whenever its
+    relative FOSC stalls. It ends once it is stationary and the linear model no longer reaches over the boundary. Then
+    another search begins at another random point: the first maximises the margin, later ones head for a wrong class,
+    the more often the nearer that class's logit came to the label's. An example is done where it falls, or where
+    further searches promise nothing: for every class, all ended farther below the boundary than the linear model (FOSC)
+    and the spread of the searches could make up for. A larger budget continues the search of a smaller one.
 
     Args:
-        threat: Linf, L2 or L1.
+        threat: any threat model.
         budget: ≥ 1 gradients an example, at most.
 
     Raises:
@@ -50,42 +52,47 @@ class GuidedPGD(VerdictAttack):
         super().__post_init__()
         check_count(self.budget, "budget")
 
+    @property
+    def cost(self) -> float:
+        """About how many gradients an example it takes."""
+        return SURVIVING**2 * self.budget
+
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
         """What was found, without FOSC, given the clean inputs' logits."""
-        found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
-        return pursued(found, partial(self._hunt, problem, found), problem.oracle)
+        found = build_result(problem, problem.feasible.x, margin(clean, problem.y), clean)
+        return search_survivors(found, partial(self._pursue, problem, found), problem.oracle)
 
-    def _hunt(self, problem: Problem, found: AttackResult, rows: Int[Tensor, " k"]) -> AttackResult:
-        """All searches of some of the examples; one gradient each a turn."""
+    def _pursue(self, problem: Problem, found: AttackResult, rows: Int[Tensor, " k"]) -> AttackResult:
+        """All searches of some of the examples; in each turn one gradient an example."""
         problem, found = problem[rows], found[rows].map(torch.clone)
         found = replace(found, forward_calls=torch.zeros_like(found.forward_calls))
-        hunt, rows = _begun(problem, cast(Tensor, found.logits)), torch.arange(len(rows), device=rows.device)
+        hunt, rows = _begin(problem, cast(Tensor, found.logits)), torch.arange(len(rows), device=rows.device)
         pieces: list[tuple[Tensor, AttackResult]] = []
         for _ in range(self.budget):
-            answer = hunt.asked(problem)
+            answer = hunt.ask(problem)
             loss = margin(answer.logits, problem.y)
-            found = better(found, reported(problem, hunt.point, loss, answer.logits, hunt.age, gradients=1))
-            hunt = hunt.learned(problem, answer)
-            done = cast(Tensor, found.misclassified) | hunt.hopeless()
+            found = choose_better(found, build_result(problem, hunt.point, loss, answer.logits, hunt.age, gradients=1))
+            hunt = hunt.learn(problem, answer)
+            done = cast(Tensor, found.misclassified) | hunt.is_hopeless()
             if bool(done.any()):
                 pieces.append((rows[done], found[done]))
                 going = ~done
                 rows, problem, found, hunt = rows[going], problem[going], found[going], hunt[going]
                 if len(rows) == 0:
                     break
-            hunt = hunt.moved(problem.feasible)
-        return joined([*pieces, (rows, found)])
+            hunt = hunt.move(problem.feasible)
+        return reassemble([*pieces, (rows, found)])
 
 
 @dataclass(frozen=True, eq=False)
 class _Hunt:
-    """Where each example's present search is, and what the ended ones have found; a row an example.
+    """The state of each example's present search, and what its earlier ones found; a row an example.
 
-    `aim` is the class to reach, or the label itself for the margin. Of the present search: `point` is where it is and
-    `gradient` what it follows, after `age` steps; `best` is its point of the highest loss; `gauge` its lowest relative
-    FOSC, without progress for `stalled` gradients. `number` counts searches. For each aim: `reached` is the highest
-    loss at any point, `tries` the number of searches; of those that have ended, `highest` and `lowest` are their
-    losses, `bound` is the linear model's largest.
+    `aim` is the class to reach, or the label itself for the margin. Of the present search: `point` is where it is,
+    `gradient` what it follows, `age` its number of steps; `best` is its point of the highest loss; `gauge` its lowest
+    relative FOSC, `stalled` the number of gradients since that made progress. `number` counts searches. For each aim:
+    `reached` is the highest loss at any point; of the `tries` searches that have ended, `highest` and `lowest` are
+    their losses, `bound` is the highest loss that the linear model promised at their ends.
     """
 
     aim: Int[Tensor, " b"]
@@ -110,16 +117,16 @@ class _Hunt:
         """Some of the examples."""
         return replace(self, **{name: value[rows] for name, value in vars(self).items()})
 
-    def asked(self, problem: Problem) -> Answer:
+    def ask(self, problem: Problem) -> Answer:
         """The network's answer at the present points, for the present aims."""
         pair = problem.y * self.reached.shape[1] + self.aim
         return replace(problem, pair=pair).gradient(self.point, Paired(_towards))
 
-    def learned(self, problem: Problem, answer: Answer) -> "_Hunt":
-        """The hunt after an answer: with another step size, or with another search where one has ended."""
+    def learn(self, problem: Problem, answer: Answer) -> "_Hunt":
+        """The hunt after the network's answer: with other step sizes, and with new searches where some have ended."""
         feasible, gradient = problem.feasible, answer.gradient
         gap, gauge = feasible.gap(gradient, self.point), feasible.gap(gradient, self.point, relative=True)
-        bound = torch.where(gauge.isnan(), math.inf, answer.loss + gap)  # without a slope there is no saying
+        bound = torch.where(gauge.isnan(), math.inf, answer.loss + gap)  # no slope, no bound
         done = gauge.isnan() | ((gauge <= _CONVERGED) & (bound < 0))
         gauge = gauge.nan_to_num(0.0)
         higher = answer.loss > self.best_loss
@@ -143,24 +150,24 @@ class _Hunt:
         smallest = _SMALLEST * feasible.threat.eps
         ended = done | (hunt.step_size < smallest) | (hunt.age >= _LONGEST)
         rows = ended.nonzero()[:, 0]
-        return hunt._updated(rows, hunt[rows]._renewed(problem[rows])) if len(rows) > 0 else hunt
+        return hunt._with_rows(rows, hunt[rows]._renew(problem[rows])) if len(rows) > 0 else hunt
 
-    def _updated(self, rows: Int[Tensor, " k"], part: "_Hunt") -> "_Hunt":
+    def _with_rows(self, rows: Int[Tensor, " k"], part: "_Hunt") -> "_Hunt":
         """The hunt with some examples replaced by those of `part`."""
         return replace(self, **{name: old.index_copy(0, rows, getattr(part, name)) for name, old in vars(self).items()})
 
-    def _renewed(self, problem: Problem) -> "_Hunt":
+    def _renew(self, problem: Problem) -> "_Hunt":
         """The next searches, where the present ones have ended: another class, another random point."""
         aim, column = self.aim[:, None], self.best_loss[:, None]
         highest = self.highest.scatter(1, aim, self.highest.gather(1, aim).maximum(column))
         lowest = self.lowest.scatter(1, aim, self.lowest.gather(1, aim).minimum(column))
         bound = self.bound.scatter(1, aim, self.bound.gather(1, aim).maximum(self.best_bound[:, None]))
         tries = self.tries.scatter_add(1, aim, torch.ones_like(aim))
-        told = replace(self, highest=highest, lowest=lowest, bound=bound, tries=tries, number=self.number + 1)
+        ended = replace(self, highest=highest, lowest=lowest, bound=bound, tries=tries, number=self.number + 1)
         nearest = (-self.reached * (1 + tries).square()).argmin(1)
-        return told._begun(problem, nearest)
+        return ended._begin(problem, nearest)
 
-    def _begun(self, problem: Problem, aim: Int[Tensor, " b"]) -> "_Hunt":
+    def _begin(self, problem: Problem, aim: Int[Tensor, " b"]) -> "_Hunt":
         """Searches at their starts."""
         nothing, zeros = torch.full_like(self.best_loss, -math.inf), torch.zeros_like(aim)
         return replace(
@@ -175,22 +182,20 @@ class _Hunt:
             age=zeros,
         )
 
-    def moved(self, feasible: FeasibleSet) -> "_Hunt":
+    def move(self, feasible: FeasibleSet) -> "_Hunt":
         """The next points; searches that begin stay at their starts."""
-        point, moving = self.point, self.age > 0
-        for step_size in set(self.step_size[moving].tolist()):  # ε over some power of 2
-            rows = (moving & (self.step_size == step_size)).nonzero()[:, 0]
-            point = point.index_copy(0, rows, feasible[rows].step(point[rows], self.gradient[rows], step_size))
-        return replace(self, point=point)
+        rows = (self.age > 0).nonzero()[:, 0]
+        stepped = feasible[rows].step(self.point[rows], self.gradient[rows], self.step_size[rows])
+        return replace(self, point=self.point.index_copy(0, rows, stepped))
 
-    def hopeless(self) -> Bool[Tensor, " b"]:
-        """Whose searches for every class all ended too far from the boundary for others to get there."""
+    def is_hopeless(self) -> Bool[Tensor, " b"]:
+        """Whose searches for every class all ended too far from the boundary for further ones to get there."""
         spread = torch.where(self.tries > 1, self.highest - self.lowest, 0.0).amax(1, keepdim=True)
         short = (self.tries > 0) & (self.bound + _DOUBT * spread < 0)
         return short.all(1) & (self.tries.amax(1) >= _TRIALS)
 
 
-def _begun(problem: Problem, clean: Float[Tensor, "b classes"]) -> _Hunt:
+def _begin(problem: Problem, clean: Float[Tensor, "b classes"]) -> _Hunt:
     """The first searches: on the margin."""
     x, zeros, none = problem.feasible.x, torch.zeros_like(problem.y), torch.full_like(clean, -math.inf)
     nothing = none[:, 0]
@@ -213,7 +218,7 @@ def _begun(problem: Problem, clean: Float[Tensor, "b classes"]) -> _Hunt:
         lowest=-none,
         bound=none,
     )
-    return hunt._begun(problem, problem.y)
+    return hunt._begin(problem, problem.y)
 
 
 def _towards(logits: Tensor, label: Tensor, aim: Tensor) -> Float[Tensor, " b"]:
@@ -228,5 +233,5 @@ def _losses(logits: Float[Tensor, "b classes"], label: Int[Tensor, " b"]) -> Flo
 
 
 def _either(take: Bool[Tensor, " b"], one: Tensor, other: Tensor) -> Tensor:
-    """The rows of one where told, else those of the other."""
+    """The rows of `one` where `take` is true, else those of `other`."""
     return torch.where(take.reshape(-1, *[1] * (one.ndim - 1)), one, other)

@@ -3,22 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import ClassVar, cast, get_args
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from innermax.attacks.base import Problem, inspected
-from innermax.attacks.search import AttackResult, Final, Gauge, better, concatenated, search
+from innermax.attacks.base import BaseAttack
+from innermax.attacks.cost import FORWARD
+from innermax.attacks.problem import Problem
+from innermax.attacks.search import AttackResult, Final, Gauge, Observer, choose_better, concatenate, search
 from innermax.losses import CappedMargin, Loss, find_loss, reaching
-from innermax.oracle.oracle import Oracle
 from innermax.threat import Threat
-from innermax.utils.validation import check_count, check_inputs, check_labels, unknown
+from innermax.utils.validation import check_count, check_labels, unknown
 
 
 @dataclass(frozen=True)
-class PGD:
+class PGD(BaseAttack):
     """Projected gradient descent (Madry et al. 2018): `steps` steepest-ascent steps on the loss, inside X(x).
 
     Args:
@@ -38,7 +38,7 @@ class PGD:
         ValueError, TypeError: an argument is outside what is said above.
     """
 
-    threat: Threat
+    accepts: ClassVar[frozenset[str]] = frozenset({"target", "start"})
     steps: int = 10
     step_size: float | Sequence[float] | str | None = None
     random_start: bool = True
@@ -49,8 +49,7 @@ class PGD:
     stop_on_success: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threat, Threat):
-            raise TypeError(f"threat must be a threat model such as Linf(8 / 255), got {self.threat!r}")
+        super().__post_init__()
         check_count(self.steps, "steps")
         check_count(self.restarts, "restarts")
         if self.restarts > 1 and not self.random_start:
@@ -90,77 +89,58 @@ class PGD:
         """The function behind `loss`."""
         return find_loss(self.loss)
 
-    def __call__(
-        self,
-        model: nn.Module | Oracle,
-        x: Float[Tensor, "b ..."],
-        y: Int[Tensor, " b"],
-        *,
-        target: Int[Tensor, " b"] | None = None,
-        seed: int = 0,
-        index: Int[Tensor, " b"] | None = None,
-        start: Float[Tensor, "b ..."] | None = None,
-        final: Final = "gradient",
-    ) -> AttackResult:
-        """Attacks a batch.
+    @property
+    def cost(self) -> float:
+        """About how many gradients an example it takes."""
+        return self.steps * self.restarts + 1 + FORWARD
 
-        Args:
-            model: any nn.Module with logits, in any mode, left exactly as found; or an Oracle of one.
-            x: (B, *features) clean inputs within the threat's bounds; half precision is attacked in float32.
-            y: (B,) int64 true labels.
-            target: (B,) int64 labels to reach instead of y to leave.
-            seed: any integer; with `index` it alone decides the random starts.
-            index: (B,) int64 example numbers; 0…B − 1 unless told.
-            start: (B, *features) where the first search begins, projected onto X(x): where an earlier one ended. An
-                example whose gauge is ≤ stop_at there takes no step. None: as random_start says.
-            final: what is computed where the steps end: "gradient" (loss, logits, FOSC), "loss" (loss, logits) or
-                "none".
-
-        Raises:
-            ValueError, TypeError: x, y, target, index or start do not fit, or the model's answer is not (B, classes)
-                numbers.
-        """
-        problem = Problem.of(self.threat, model, x, y, target=target, seed=seed, index=index, final=final)
-        if start is not None:
-            check_inputs(start, "start")
-            if start.shape != x.shape:
-                raise ValueError(f"start must have x's shape {tuple(x.shape)}, got {tuple(start.shape)}")
-            start = self.threat.project(start.to(problem.feasible.x.dtype), problem.feasible.x)
-        with problem.oracle.private_randomness(seed):
-            result = self._best(problem, start, final)
-        return inspected(result, y)
-
-    def _best(self, problem: Problem, given: Tensor | None, final: Final) -> AttackResult:
+    def solve(self, problem: Problem, final: Final) -> AttackResult:
         """The best of the restarts; with stop_on_success only survivors start again."""
-        loss, label, reach = self.objective(), problem.label, problem.reach
-        options: dict[str, Any] = {
-            "loss": _Checked(reaching(loss) if reach else loss, "target" if reach else "y", int(label.max())),
-            "step_sizes": self.step_sizes(),
-            "reach": reach,
-            "gauge": self.gauge,
-            "stop_at": self.stop_at,
-            "stop_on_success": self.stop_on_success,
-            "final": "loss" if final == "none" and self.restarts > 1 else final,
-        }
-
-        def once(rows: Tensor, restart: int) -> AttackResult:
-            part = problem[rows]
-            start = given[rows] if given is not None and restart == 0 else None
-            warm = start is not None
-            if start is None:
-                start = part.feasible.sample(part.keys(restart)) if self.random_start else part.feasible.x
-            return search(part.oracle, part.feasible, start, part.label, warm=warm, **options)
+        loss = self.checked_objective(problem)
+        each = "loss" if final == "none" and self.restarts > 1 else final  # restarts are compared by their loss
 
         def best_of(rows: Tensor) -> AttackResult:
-            best, again = once(rows, 0), torch.arange(len(rows), device=rows.device)
+            best, again = self.search_once(problem[rows], loss, 0, each), torch.arange(len(rows), device=rows.device)
             for restart in range(1, self.restarts):
                 if self.stop_on_success:
                     again = (~cast(Tensor, best.misclassified)).nonzero()[:, 0]
                 if len(again) > 0:
-                    best = best.updated(again, better(best[again], once(rows[again], restart)))
+                    other = self.search_once(problem[rows[again]], loss, restart, each)
+                    best = best.with_rows(again, choose_better(best[again], other))
             return best
 
-        return concatenated(problem.oracle.side_by_side(best_of, torch.arange(len(label), device=label.device)))
+        rows = torch.arange(len(problem.y), device=problem.y.device)
+        return concatenate(problem.oracle.side_by_side(best_of, rows))
+
+    def search_once(
+        self, problem: Problem, loss: Loss, restart: int, final: Final, observe: Observer | None = None
+    ) -> AttackResult:
+        """One search of all examples; the first, restart 0, begins at the problem's start where it has one."""
+        warm = problem.start is not None and restart == 0
+        if warm:
+            start = cast(Tensor, problem.start)
+        else:
+            start = problem.feasible.sample(problem.keys(restart)) if self.random_start else problem.feasible.x
+        return search(
+            problem.oracle,
+            problem.feasible,
+            start,
+            problem.label,
+            loss,
+            self.step_sizes(),
+            reach=problem.reach,
+            gauge=self.gauge,
+            stop_at=self.stop_at,
+            stop_on_success=self.stop_on_success,
+            warm=warm,
+            final=final,
+            observe=observe,
+        )
+
+    def checked_objective(self, problem: Problem) -> Loss:
+        """What a search of the problem maximises; labels the model has no class for raise ValueError."""
+        loss, reach = self.objective(), problem.reach
+        return _Checked(reaching(loss) if reach else loss, "target" if reach else "y", int(problem.label.max()))
 
 
 def FGSM(threat: Threat, loss: str | Loss = "cross_entropy") -> PGD:

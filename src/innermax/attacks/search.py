@@ -14,6 +14,7 @@ from innermax.threat import FeasibleSet
 
 Gauge = Literal["exact", "ball", "relative"]
 Final = Literal["gradient", "loss", "none"]
+Observer = Callable[[FeasibleSet, Tensor, Answer], object]
 _COARSE = 0.75  # share of the steps for which bf16 is precise enough
 
 
@@ -55,7 +56,7 @@ class AttackResult:
         """Some of the examples."""
         return self.map(lambda value: value[rows])
 
-    def updated(self, rows: Int[Tensor, " k"], part: "AttackResult") -> "AttackResult":
+    def with_rows(self, rows: Int[Tensor, " k"], part: "AttackResult") -> "AttackResult":
         """The result with some examples replaced by those of `part`; what one of the two lacks, it lacks."""
         pairs = {name: (value, getattr(part, name)) for name, value in vars(self).items()}
         values: dict[str, Any] = {
@@ -79,13 +80,14 @@ def search(
     stop_on_success: bool = False,
     warm: bool = False,
     final: Final = "gradient",
+    observe: Observer | None = None,
 ) -> AttackResult:
     """Climbs the loss from `start` over X(x), one step size after the other.
 
     Finished examples leave the batch that is sent through the network. The gradient that gauged an iterate is the one
     its next step follows, so an example that stops at its k-th iterate has cost k + 1 gradients. Where the end is to be
-    scored, an oracle that computes in bf16 is asked in float32 for the last quarter of the steps and for the end: what
-    rounding misled before, these set right. Nobody leaves as fallen on bf16's word: float32 is asked again, for one
+    scored, an oracle that computes in bf16 is asked in float32 for the last quarter of the steps and for the end, which
+    makes up for rounding in the steps before. An example counts as fallen only where float32 confirms it, for one
     forward pass.
 
     In the result `misclassified` says where the adversary has what it wants.
@@ -103,6 +105,8 @@ def search(
         stop_on_success: an example stops where the adversary has what it wants.
         warm: the start is where an earlier search ended, so an example may stop there, before any step.
         final: what is computed where the steps end: "gradient" (loss, logits, FOSC), "loss" (loss, logits) or "none".
+        observe: called with X(x), the iterates and the oracle's answer there, of the examples that are still searching:
+            at the start, after each step and, where `final` is "gradient", at the end.
     """
     rows, x_adv = torch.arange(len(start), device=start.device), start
     pieces: list[tuple[Tensor, AttackResult]] = []
@@ -112,26 +116,37 @@ def search(
         asked = oracle if step < coarse else oracle.precise
         answer = asked.gradient(x_adv, label, loss)
         gradient = answer.gradient
+        if observe is not None:
+            observe(feasible, x_adv, answer)
         stopping = torch.zeros_like(label, dtype=torch.bool)
         if stop_at is not None and (step > 0 or warm):
-            stopping |= _converged(feasible, gradient, x_adv, gauge, stop_at)
+            stopping |= _has_converged(feasible, gradient, x_adv, gauge, stop_at)
         if stop_on_success:
             seeming = has_won(answer.logits, label, reach)
             if asked.lowered and bool(seeming.any()):
-                answer = _confirmed(asked.precise, x_adv, answer, label, loss, seeming.nonzero()[:, 0])
+                answer = _confirm(asked.precise, x_adv, answer, label, loss, seeming.nonzero()[:, 0])
                 confirmations[rows[seeming]] += 1
             stopping |= has_won(answer.logits, label, reach)
         if (stop_at is not None or stop_on_success) and bool(stopping.any()):
             done, going = stopping.nonzero()[:, 0], (~stopping).nonzero()[:, 0]
-            pieces.append((rows[done], _measured(feasible[done], x_adv[done], answer[done], label[done], reach, step)))
+            pieces.append(
+                (rows[done], _end_gauged(feasible[done], x_adv[done], answer[done], label[done], reach, step))
+            )
             if len(going) == 0:
                 break
             rows, x_adv, label = rows[going], x_adv[going], label[going]
             feasible, gradient = feasible[going], gradient[going]
         x_adv = feasible.step(x_adv, gradient, step_size)
     else:
-        pieces.append((rows, _last(oracle.precise, feasible, x_adv, label, loss, reach, len(step_sizes), final)))
-    result = joined(pieces)
+        if final == "gradient":
+            answer = oracle.precise.gradient(x_adv, label, loss)
+            if observe is not None:
+                observe(feasible, x_adv, answer)
+            pieces.append((rows, _end_gauged(feasible, x_adv, answer, label, reach, len(step_sizes))))
+        else:
+            scored = oracle.precise if final == "loss" else None
+            pieces.append((rows, _end_ungauged(scored, x_adv, label, loss, reach, len(step_sizes))))
+    result = reassemble(pieces)
     return replace(result, forward_calls=result.forward_calls + confirmations)
 
 
@@ -144,13 +159,13 @@ def measure(
     return feasible.gap(gradient, x_adv, relative=gauge == "relative")
 
 
-def concatenated(results: Sequence[AttackResult]) -> AttackResult:
+def concatenate(results: Sequence[AttackResult]) -> AttackResult:
     """The examples of several results, one after the other; what one lacks, the whole lacks."""
     values = {field.name: [getattr(result, field.name) for result in results] for field in fields(AttackResult)}
-    joined: dict[str, Any] = {
+    columns: dict[str, Any] = {
         name: None if any(part is None for part in parts) else torch.cat(parts) for name, parts in values.items()
     }
-    whole: AttackResult = replace(results[0], **joined)
+    whole: AttackResult = replace(results[0], **columns)
     return whole
 
 
@@ -159,11 +174,11 @@ def gauges(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor) -> dict[str, 
     return {
         "fosc": feasible.gap(gradient, x_adv),
         "relative_fosc": feasible.gap(gradient, x_adv, relative=True),
-        "zero_gradient": ~_nonzero(gradient),
+        "zero_gradient": ~_is_nonzero(gradient),
     }
 
 
-def better(one: AttackResult, other: AttackResult) -> AttackResult:
+def choose_better(one: AttackResult, other: AttackResult) -> AttackResult:
     """Of two searches the better for each example: the one that made it fall, then the higher loss; costs add up."""
     if one.loss is None or other.loss is None or one.misclassified is None or other.misclassified is None:
         raise ValueError("searches are compared by their loss: final must be 'gradient' or 'loss'")
@@ -179,11 +194,11 @@ def better(one: AttackResult, other: AttackResult) -> AttackResult:
     return replace(one, **chosen)
 
 
-def _converged(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor, gauge: Gauge, stop_at: float) -> Tensor:
+def _has_converged(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor, gauge: Gauge, stop_at: float) -> Tensor:
     """Whose gauge is at or below the threshold; a zero gradient is nothing to follow, not convergence."""
     converged = measure(feasible, gradient, x_adv, gauge) <= stop_at
     if converged.is_cuda or bool(converged.any()):  # few are; a GPU looks at all gradients sooner than it waits
-        converged &= _nonzero(gradient)
+        converged &= _is_nonzero(gradient)
     return converged
 
 
@@ -193,7 +208,7 @@ def has_won(logits: Tensor, label: Tensor, reach: bool) -> Tensor:
     return predicted == label if reach else predicted != label
 
 
-def _confirmed(
+def _confirm(
     precise: Oracle, x_adv: Tensor, answer: Answer, label: Tensor, loss: Loss, rows: Int[Tensor, " k"]
 ) -> Answer:
     """An answer in bf16 whose logits and loss are float32's in some rows."""
@@ -205,31 +220,22 @@ def _confirmed(
     )
 
 
-def _last(
-    oracle: Oracle,
-    feasible: FeasibleSet,
-    x_adv: Tensor,
-    label: Tensor,
-    loss: Loss,
-    reach: bool,
-    steps: int,
-    final: Final,
+def _end_ungauged(
+    oracle: Oracle | None, x_adv: Tensor, label: Tensor, loss: Loss, reach: bool, steps: int
 ) -> AttackResult:
-    """The piece of those that took every step."""
-    if final == "gradient":
-        return _measured(feasible, x_adv, oracle.gradient(x_adv, label, loss), label, reach, steps)
+    """The result of examples that took every step, without FOSC; without an oracle, without loss and logits, too."""
     count, nothing = torch.full_like(label, steps), torch.zeros_like(label)
-    if final == "none":
+    if oracle is None:
         return AttackResult(x_adv, None, None, None, None, None, None, count, count, nothing)
     logits = oracle.logits(x_adv)
     won = has_won(logits, label, reach)
     return AttackResult(x_adv, loss(logits, label), logits, None, None, None, won, count, count, nothing + 1)
 
 
-def _measured(
+def _end_gauged(
     feasible: FeasibleSet, x_adv: Tensor, answer: Answer, label: Tensor, reach: bool, steps: int
 ) -> AttackResult:
-    """The piece of examples that end at an iterate whose gradient is known."""
+    """The result of examples that end at an iterate whose gradient is known."""
     count = torch.full_like(label, steps)
     return AttackResult(
         x_adv=x_adv,
@@ -243,11 +249,11 @@ def _measured(
     )
 
 
-def _nonzero(gradient: Tensor) -> Tensor:
+def _is_nonzero(gradient: Tensor) -> Tensor:
     return (gradient != 0).flatten(1).any(1)
 
 
-def joined(pieces: list[tuple[Tensor, AttackResult]]) -> AttackResult:
-    """The pieces in the batch's order."""
+def reassemble(pieces: Sequence[tuple[Tensor, AttackResult]]) -> AttackResult:
+    """The result of a batch from pieces, each with the numbers of its rows."""
     rows, results = zip(*pieces, strict=True)
-    return concatenated(results)[torch.cat(rows).argsort()]
+    return concatenate(results)[torch.cat(rows).argsort()]

@@ -3,16 +3,18 @@
 import math
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from innermax.attacks.base import Problem, VerdictAttack, pursued, reported
-from innermax.attacks.search import AttackResult, better, joined
+from innermax.attacks.base import VerdictAttack, build_result, search_survivors
+from innermax.attacks.cost import FORWARD, SURVIVING
+from innermax.attacks.problem import Problem
+from innermax.attacks.search import AttackResult, choose_better, reassemble
 from innermax.losses import margin
-from innermax.threat import L1, FeasibleSet, Linf, Threat
+from innermax.threat import L1, L2, FeasibleSet, Linf, Threat
 from innermax.utils import randomness
 from innermax.utils.validation import check_count
 
@@ -36,6 +38,7 @@ class Square(VerdictAttack):
         ValueError, TypeError: an argument is outside what is said above; when called, x is not of shape (B, C, H, W).
     """
 
+    norms: ClassVar[tuple[type[Threat], ...]] = (Linf, L2, L1)
     queries: int = 5000
     restarts: int = 1
     p_init: float = 0.8
@@ -49,24 +52,29 @@ class Square(VerdictAttack):
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init must be in (0, 1], got {self.p_init}")
 
+    @property
+    def cost(self) -> float:
+        """About how many gradients an example it takes."""
+        return SURVIVING * self.queries * self.restarts * FORWARD
+
     def check(self, problem: Problem) -> None:
-        """Raises ValueError where inputs are no images or a label is to be reached."""
+        """Raises ValueError where the attack cannot take the problem on: it paints squares on images."""
         super().check(problem)
         if problem.feasible.x.ndim != 4:
             raise ValueError(f"x must be images (B, C, H, W) for Square, got {tuple(problem.feasible.x.shape)}")
 
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
         """What was found, without FOSC, given the clean inputs' logits."""
-        found = reported(problem, problem.feasible.x, margin(clean, problem.y), clean)
+        found = build_result(problem, problem.feasible.x, margin(clean, problem.y), clean)
         for restart in range(self.restarts):
-            found = pursued(found, partial(self._once, problem, restart), problem.oracle)
+            found = search_survivors(found, partial(self._once, problem, restart), problem.oracle)
         return found
 
     def _once(self, problem: Problem, restart: int, rows: Int[Tensor, " k"]) -> AttackResult:
         """One search of some of the examples."""
         problem = problem[rows]
         rows = torch.arange(len(rows), device=rows.device)
-        best = _asked(problem, _begun(problem.feasible, problem.keys(restart, 0)), 0)
+        best = _ask(problem, _begin(problem.feasible, problem.keys(restart, 0)), 0)
         pieces: list[tuple[Tensor, AttackResult]] = []
         for query in range(1, self.queries):
             won = cast(Tensor, best.misclassified)
@@ -74,12 +82,12 @@ class Square(VerdictAttack):
                 done, going = won.nonzero()[:, 0], (~won).nonzero()[:, 0]
                 pieces.append((rows[done], best[done]))
                 if len(going) == 0:
-                    return joined(pieces)
+                    return reassemble(pieces)
                 rows, problem, best = rows[going], problem[going], best[going]
             side = self.side(query, *best.x_adv.shape[2:])
-            point = _repainted(problem.feasible, best.x_adv, problem.keys(restart, query), side)
-            best = better(best, _asked(problem, point, query))
-        return joined([*pieces, (rows, best)])
+            point = _repaint(problem.feasible, best.x_adv, problem.keys(restart, query), side)
+            best = choose_better(best, _ask(problem, point, query))
+        return reassemble([*pieces, (rows, best)])
 
     def side(self, query: int, height: int, width: int) -> int:
         """The length of the squares' sides at a query; the first square is tried at query 1."""
@@ -90,12 +98,13 @@ class Square(VerdictAttack):
         return min(max(side, 1), height, width)
 
 
-def _asked(problem: Problem, point: Float[Tensor, "b c h w"], query: int) -> AttackResult:
+def _ask(problem: Problem, point: Float[Tensor, "b c h w"], query: int) -> AttackResult:
+    """The result of one query."""
     logits = problem.logits(point)
-    return reported(problem, point, margin(logits, problem.y), logits, query, forwards=1)
+    return build_result(problem, point, margin(logits, problem.y), logits, query, forwards=1)
 
 
-def _begun(feasible: FeasibleSet, key: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
+def _begin(feasible: FeasibleSet, key: Int[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
     """L∞: vertical stripes of ±ε; L2 and L1: a grid of tiles with the pattern of later squares."""
     x, threat = feasible.x, feasible.threat
     batch, channels, height, width = x.shape
@@ -110,29 +119,29 @@ def _begun(feasible: FeasibleSet, key: Int[Tensor, " b"]) -> Float[Tensor, "b c 
     signs = _signs(draws[:, 1:]).to(x).repeat_interleave(side, 2).repeat_interleave(side, 3)
     u, top, left = torch.zeros_like(x), (height - down * side) // 2, (width - across * side) // 2
     u[:, :, top : top + down * side, left : left + across * side] = signs * tiles
-    return feasible.project(x + _filled(feasible, u))
+    return feasible.project(x + _stretch(feasible, u))
 
 
-def _repainted(
+def _repaint(
     feasible: FeasibleSet, x_adv: Float[Tensor, "b c h w"], key: Int[Tensor, " b"], side: int
 ) -> Float[Tensor, "b c h w"]:
-    """x_adv with one square of the perturbation replaced; L2 and L1: and with the mass of a second one moved there."""
+    """x_adv with one square of the perturbation replaced; L2 and L1: the mass of a second square moves there, too."""
     x, threat = feasible.x, feasible.threat
     channels, height, width = x.shape[1:]
     draws = randomness.uniform(key, 5 + channels)
     signs, u = _signs(draws[:, 5:])[:, :, None, None].to(x), x_adv - x
     down, across = _offsets(draws[:, 0], height, side), _offsets(draws[:, 1], width, side)
-    here = _within(down, across, side)
+    here = _in_square(down, across, side)
     if isinstance(threat, Linf):
         return feasible.project(x + torch.where(here, threat.eps * signs, u))
-    there = _within(_offsets(draws[:, 2], height, side), _offsets(draws[:, 3], width, side), side)
+    there = _in_square(_offsets(draws[:, 2], height, side), _offsets(draws[:, 3], width, side), side)
     turned = (draws[:, 4] > 0.5).long()[:, None, None]
     place = turned, down.clamp(0, side - 1)[:, :, None], across.clamp(0, side - 1)[:, None, :]
     pattern = _patterns(isinstance(threat, L1), side).to(x)[place][:, None]
     old = torch.where(here, u, 0.0)
     new = torch.where(here, signs * pattern, 0.0) + old / _length(threat, old).clamp(min=1e-12)
     new = new / _length(threat, new).clamp(min=1e-12) * _budget(feasible, u, here | there)
-    return feasible.project(x + _filled(feasible, torch.where(here, new, torch.where(there, 0.0, u))))
+    return feasible.project(x + _stretch(feasible, torch.where(here, new, torch.where(there, 0.0, u))))
 
 
 def _budget(feasible: FeasibleSet, u: Tensor, windows: Tensor) -> Float[Tensor, "b c 1 1"]:
@@ -145,8 +154,8 @@ def _budget(feasible: FeasibleSet, u: Tensor, windows: Tensor) -> Float[Tensor, 
     return ((threat.eps**2 - size.square()).clamp(min=0) / channels + held.square()).sqrt()
 
 
-def _filled(feasible: FeasibleSet, u: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """L2: the perturbation at the length ε; L1: as it is, since projection brings it there."""
+def _stretch(feasible: FeasibleSet, u: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """L2: the perturbation at length ε; L1: unchanged, since projection brings it to ε."""
     threat = feasible.threat
     if isinstance(threat, L1):
         return u
@@ -168,7 +177,7 @@ def _offsets(draw: Float[Tensor, " b"], length: int, side: int) -> Int[Tensor, "
     return torch.arange(length, device=draw.device) - start[:, None]
 
 
-def _within(down: Int[Tensor, "b h"], across: Int[Tensor, "b w"], side: int) -> Bool[Tensor, "b 1 h w"]:
+def _in_square(down: Int[Tensor, "b h"], across: Int[Tensor, "b w"], side: int) -> Bool[Tensor, "b 1 h w"]:
     """The pixels of a square."""
     rows, columns = (down >= 0) & (down < side), (across >= 0) & (across < side)
     return rows[:, None, :, None] & columns[:, None, None, :]
@@ -176,7 +185,7 @@ def _within(down: Int[Tensor, "b h"], across: Int[Tensor, "b w"], side: int) -> 
 
 @cache
 def _patterns(sparse: bool, side: int) -> Float[Tensor, "2 s s"]:
-    """Two peaks of opposite sign, one above the other and side by side; of Euclidean length 1, or of L1 norm 1."""
+    """Two peaks of opposite sign, one above the other and then side by side; of L2 norm 1, if sparse of L1 norm 1."""
     half = side // 2
     pattern = torch.cat([_peak(half, side, sparse), -_peak(side - half, side, sparse)])
     pattern = pattern / torch.linalg.vector_norm(pattern, ord=1 if sparse else 2)

@@ -1,23 +1,33 @@
-"""A search watched: what it met at its start and after each of its steps."""
+"""What a search met on its way: loss and FOSC at its start and after each of its steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from innermax.attacks.base import Problem
 from innermax.attacks.pgd import PGD
-from innermax.oracle.oracle import Oracle
+from innermax.attacks.problem import Problem
+from innermax.oracle.oracle import Answer, Oracle
+from innermax.threat import FeasibleSet
 
 
 @dataclass(frozen=True)
 class Trace:
-    """(K + 1, B) each, the start first: the loss, exact FOSC, and relative FOSC (NaN where the gradient is 0)."""
+    """One search of each example, step by step.
+
+    Attributes:
+        loss: (K + 1, B), the start first.
+        fosc: (K + 1, B) exact FOSC.
+        relative_fosc: (K + 1, B), NaN where the gradient is 0.
+        start, end: (B, *features) the first and the last iterate.
+    """
 
     loss: Float[Tensor, "steps b"]
     fosc: Float[Tensor, "steps b"]
     relative_fosc: Float[Tensor, "steps b"]
+    start: Float[Tensor, "b ..."]
+    end: Float[Tensor, "b ..."]
 
 
 def trace_search(
@@ -29,18 +39,21 @@ def trace_search(
     seed: int = 0,
     index: Int[Tensor, " b"] | None = None,
 ) -> Trace:
-    """The first search of an attack with the same arguments, all of its steps whatever would end it earlier.
+    """The first search of an attack with the same arguments; every example takes all steps, whatever would stop it.
 
     Raises ValueError or TypeError where x, y or index do not fit.
     """
-    problem = Problem.of(attack.threat, model, x, y, target=None, seed=seed, index=index, final="gradient")
-    feasible, loss = problem.feasible, attack.objective()
-    x_adv = feasible.sample(problem.keys(0)) if attack.random_start else feasible.x
-    met = []
+    attack = replace(attack, stop_at=None, stop_on_success=False)
+    problem = Problem.of(attack.threat, model, x, y, seed=seed, index=index)
+    met: list[tuple[Tensor, Tensor, Tensor]] = []
+    points: list[Tensor] = []
+
+    def observe(feasible: FeasibleSet, x_adv: Tensor, answer: Answer) -> None:
+        fosc, relative = (feasible.gap(answer.gradient, x_adv, relative=relative) for relative in (False, True))
+        met.append((answer.loss, fosc, relative))
+        points[1:] = [x_adv]  # the start stays first
+
     with problem.oracle.private_randomness(seed):
-        for size in (*attack.step_sizes(), None):
-            found = problem.oracle.gradient(x_adv, y, loss)
-            gaps = [feasible.gap(found.gradient, x_adv, relative=relative) for relative in (False, True)]
-            met.append((found.loss, *gaps))
-            x_adv = x_adv if size is None else feasible.step(x_adv, found.gradient, size)
-    return Trace(*(torch.stack(values) for values in zip(*met, strict=True)))
+        attack.search_once(problem, attack.checked_objective(problem), 0, "gradient", observe)
+    loss, fosc, relative_fosc = (torch.stack(values) for values in zip(*met, strict=True))
+    return Trace(loss, fosc, relative_fosc, points[0], points[-1])

@@ -1,0 +1,138 @@
+"""The problem an attack is given: a network to ask, the set X(x), and a label to leave or to reach."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from innermax.attacks.search import has_won
+from innermax.losses import Loss, likeliest_others
+from innermax.oracle.oracle import Answer, Oracle
+from innermax.threat import FeasibleSet, Threat
+from innermax.utils import randomness
+from innermax.utils.validation import check_inputs, check_labels
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What an attack is asked about a batch; rows are examples.
+
+    Attributes:
+        oracle: the network as the attack sees it.
+        feasible: X(x).
+        y: (B,) true labels.
+        target: (B,) labels to reach; None: y is to be left.
+        seed, index: an integer and (B,) example numbers, which together decide all that is random.
+        pair: (B,) y · classes + the wrong class that a search heads for, where it heads for one: the label of a
+            `losses.Paired` loss. Such a search has won wherever y is left.
+        samples: answers of the network that are averaged each time it is asked (expectation over transformation).
+        start: (B, *features) points of X(x) where the first search begins; None: where the attack chooses.
+    """
+
+    oracle: Oracle
+    feasible: FeasibleSet
+    y: Int[Tensor, " b"]
+    target: Int[Tensor, " b"] | None
+    seed: int
+    index: Int[Tensor, " b"]
+    pair: Int[Tensor, " b"] | None = None
+    samples: int = 1
+    start: Float[Tensor, "b ..."] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        threat: Threat,
+        model: nn.Module | Oracle,
+        x: Tensor,
+        y: Tensor,
+        *,
+        target: Tensor | None = None,
+        seed: int = 0,
+        index: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> "Problem":
+        """An attack's arguments, checked; the start projected onto X(x).
+
+        Raises:
+            ValueError, TypeError: x, y, target, seed, index or start do not fit together.
+        """
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {seed!r}")
+        check_inputs(x)
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        feasible = threat.around(x)
+        for name, label in (("y", y), ("target", y if target is None else target)):
+            check_labels(label, len(x), name=name)
+        index = torch.arange(len(x), device=x.device) if index is None else index
+        check_labels(index, len(x), name="index")
+        oracle = Oracle.of(model)
+        if start is not None:
+            check_inputs(start, "start")
+            if start.shape != x.shape:
+                raise ValueError(f"start must have x's shape {tuple(x.shape)}, got {tuple(start.shape)}")
+            start = feasible.project(start.to(feasible.x.dtype))
+        return cls(oracle, feasible, y, target, seed, index, start=start)
+
+    def __getitem__(self, rows: Tensor) -> "Problem":
+        """The same problem for some of the examples."""
+        optional = {name: getattr(self, name) for name in ("target", "pair", "start")}
+        return replace(
+            self,
+            feasible=self.feasible[rows],
+            y=self.y[rows],
+            index=self.index[rows],
+            **{name: value[rows] for name, value in optional.items() if value is not None},
+        )
+
+    def towards(self, targets: int, clean: Float[Tensor, "b classes"]) -> "Iterator[Problem]":
+        """The problem with one wrong class after the other to head for, the most likely on the clean input first."""
+        classes = clean.shape[1]
+        for aim in likeliest_others(clean, self.y, min(targets, classes - 1)).unbind(1):
+            yield replace(self, pair=self.y * classes + aim)
+
+    @property
+    def reach(self) -> bool:
+        """Whether a label is to be reached, not left."""
+        return self.target is not None
+
+    @property
+    def label(self) -> Int[Tensor, " b"]:
+        """The label to leave, or to reach."""
+        return self.y if self.target is None else self.target
+
+    def keys(self, *streams: int | Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """One key an example for random draws; streams: restart numbers and the like."""
+        return randomness.hash_keys(self.seed, self.index, *streams)
+
+    def won(self, point: Float[Tensor, "b ..."], logits: Float[Tensor, "b classes"]) -> Bool[Tensor, " b"]:
+        """Where the adversary has what it wants, at points with these logits; bf16 logits are confirmed in float32."""
+        won = has_won(logits, self.label, self.reach)
+        rows = won.nonzero()[:, 0]
+        if len(rows) > 0 and self.oracle.lowered:
+            confirmed = _mean(self.oracle.precise.logits, point[rows], self.samples)
+            won[rows] = has_won(confirmed, self.label[rows], self.reach)
+        return won
+
+    def logits(self, point: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
+        """The logits at a point of each example, the mean of `samples` answers."""
+        return _mean(self.oracle.logits, point, self.samples)
+
+    def gradient(self, point: Float[Tensor, "b ..."], loss: Loss) -> Answer:
+        """Gradient, loss and logits at a point of each example, the means of `samples` answers."""
+        label = self.label if self.pair is None else self.pair
+        answer = self.oracle.gradient(point, label, loss)
+        for _ in range(1, self.samples):
+            more = self.oracle.gradient(point, label, loss)
+            answer = Answer(answer.gradient + more.gradient, answer.loss + more.loss, answer.logits + more.logits)
+        return Answer(answer.gradient / self.samples, answer.loss / self.samples, answer.logits / self.samples)
+
+
+def _mean(logits: Callable[[Tensor], Tensor], point: Tensor, samples: int) -> Tensor:
+    """The mean of so many answers."""
+    total = logits(point)
+    for _ in range(1, samples):
+        total = total + logits(point)
+    return total / samples
