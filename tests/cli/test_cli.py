@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ import yaml
 from PIL import Image
 
 from innermax.cli import main
-from innermax.cli.arguments import spelled_out
-from innermax.cli.settings import read_yaml, recipe_names, recipe_text
+from innermax.cli.recipes import recipe_names
+from innermax.cli.train import build_network, read_recipe, train_parser
 from innermax.models.registry import MODELS, wideresnet
 
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -66,11 +67,6 @@ def refused(capsys, *words):
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_is_complete(name):
     """Nothing that identifies a training is left to a default that may change."""
-    from innermax.cli.train import train_parser
-
-    stated = read_yaml(recipe_text(name))
-    flat = {f"{key}.{inner}" for key, value in stated.items() if isinstance(value, dict) for inner in value}
-    flat |= {key for key, value in stated.items() if not isinstance(value, dict)}
     of_the_run = {"seed", "device", "run_dir", "overwrite", "logger", "progress", "init", "attacks"}
     of_the_run |= {"checkpoint_every", "keep_checkpoints", "on_nan", "devices", "nodes", "parallel", "sync_batch_norm"}
     options = {a.dest for a in train_parser({})._actions} - {
@@ -81,18 +77,18 @@ def test_a_recipe_is_complete(name):
         "curriculum",
         "warm",
     }
-    assert flat == options - of_the_run
+    assert set(read_recipe(name)) == options - of_the_run
 
 
 def test_the_papers_numbers():
-    mnist, cifar = read_yaml(recipe_text("mnist")), read_yaml(recipe_text("cifar10"))
-    assert (mnist["threat"]["eps"], cifar["threat"]["eps"]) == (0.3, 8 / 255)
-    assert (mnist["epochs"], mnist["lr_drops"], mnist["dynamic"]["zero_at"]) == (50, [20 / 50, 40 / 50], 40 / 50)
-    assert (cifar["epochs"], cifar["lr_drops"], cifar["dynamic"]["zero_at"]) == (120, [60 / 120, 100 / 120], 100 / 120)
+    mnist, cifar = read_recipe("mnist"), read_recipe("cifar10")
+    assert (mnist["threat.eps"], cifar["threat.eps"]) == (0.3, 8 / 255)
+    assert (mnist["epochs"], mnist["lr_drops"], mnist["dynamic.zero_at"]) == (50, [20 / 50, 40 / 50], 40 / 50)
+    assert (cifar["epochs"], cifar["lr_drops"], cifar["dynamic.zero_at"]) == (120, [60 / 120, 100 / 120], 100 / 120)
     for recipe in (mnist, cifar):
         assert (recipe["lr"], recipe["momentum"], recipe["weight_decay"]) == (0.01, 0.9, 1e-4)
-        assert (recipe["attack"]["steps"], recipe["attack"]["step_size"]) == (10, None)
-        assert (recipe["dynamic"]["c_max"], recipe["attack"]["gauge"]) == (0.5, "ball")
+        assert (recipe["attack.steps"], recipe["attack.step_size"]) == (10, None)
+        assert (recipe["dynamic.c_max"], recipe["attack.gauge"]) == (0.5, "ball")
 
 
 @pytest.mark.parametrize("strategy", ["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "warm-start"])
@@ -169,13 +165,61 @@ def test_options_reach_the_training(folder, capsys):
     assert (training["lr"], training["flip"], training["shift"]) == (0.001, True, 0)
 
 
-def test_words_are_spelled_out():
-    words = ["--threat.eps", "8/255", "--run-dir=a-b/c", "--overwrite", "--lr-drops=[1/2]", "--a=1/4", "--seed", "-1"]
-    assert spelled_out(words) == [
-        *("--threat.eps", repr(8 / 255), "--run_dir=a-b/c", "--overwrite=true", "--lr_drops=[1/2]", "--a=0.25"),
-        *("--seed", "-1"),
-    ]
-    assert spelled_out(["--x", "1/0"]) == ["--x", "1/0"]
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--threat.eps", "8/255"], {"threat.eps": 8 / 255}),
+        (["--lr=1/4", "--ema", "99/100"], {"lr": 0.25, "ema": 0.99}),
+        (["--lr-drops", "[1/2, 3/4]"], {"lr_drops": [0.5, 0.75]}),
+        (["--attack.step-size", "1/8"], {"attack.step_size": 0.125}),
+        (["--attack.step-size=[1/8,1/16]"], {"attack.step_size": [0.125, 0.0625]}),
+        (["--attack.step-size", "annealed"], {"attack.step_size": "annealed"}),
+        (["--dynamic.c_max", "1/2", "--switch", "1/3"], {"dynamic.c_max": 0.5, "switch": 1 / 3}),
+        (["--validation", "1/10"], {"validation": 0.1}),
+        (["--run-dir", "1/2", "--data", "10/20"], {"run_dir": "1/2", "data": "10/20"}),
+        (["--run_dir=1/2", "--data=10/20"], {"run_dir": "1/2", "data": "10/20"}),
+        (["--init", "1/2", "--model", "3/4"], {"init": "1/2", "model": "3/4"}),
+        (["--lr", "1/2", "--run-dir", "1/2", "--lr", "1/4"], {"lr": 0.25, "run_dir": "1/2"}),
+        (["--attack.random_start", "false", "--attack.random-start"], {"attack.random_start": True}),
+        (["--flip", "--overwrite", "--seed", "-1"], {"flip": True, "overwrite": True, "seed": -1}),
+        (["--seed", "3", "--flip"], {"seed": 3, "flip": True}),
+    ],
+)
+def test_words_are_read_as_their_options_type(words, expected):
+    """Fractions are numbers where a number is expected, and nowhere else; hyphens and underscores are one."""
+    chosen = train_parser({}).parse_args(["--data=digits", "--model=digits-cnn", *words])
+    assert {option: chosen[option] for option in expected} == expected
+
+
+def test_paths_that_look_like_fractions_are_paths(folder, capsys):
+    Path("1").mkdir()
+    assert said(capsys, "train", "mnist", "--run-dir", "1/2", *FAST)[0] == 0
+    assert said(capsys, "train", "mnist", "--run-dir", "3/4", "--init", "1/2", *FAST)[0] == 0
+    words = ["--attacks", "fgsm", "--json", "1/5", "--html", "1/6", "--rows-dir", "1/7", "--surrogate", "3/4"]
+    assert said(capsys, "evaluate", "1/2", *words)[0] == 0
+    assert {"2", "5", "6", "7"} == {path.name for path in Path("1").iterdir()}
+    assert said(capsys, "transfer", "3/4", "1/2", "--attacks", "fgsm", "--json", "1/8")[0] == 0
+    assert said(capsys, "export", "1/2", "--to", "1/9")[0] == 0
+    assert said(capsys, "report", "1/2", "--pictures", "0", "-o", "1/10")[0] == 0
+    assert {"8", "9", "10"} <= {path.name for path in Path("1").iterdir()}
+
+
+def test_recipes_hold_fractions_where_numbers_are_expected(folder):
+    Path("mine.yaml").write_text(
+        "data: 10/20\nmodel: mnist-cnn\nlr: 1/8\nlr_drops: [1/2, 0.75]\nweight_decay: 1e-4\n"
+        'threat: {norm: linf, eps: "8/255"}\nattack: {step_size: [1/4, 1/8]}\ninit: 1/2\n'
+    )
+    assert read_recipe("mine.yaml") == {
+        "data": "10/20",
+        "model": "mnist-cnn",
+        "lr": 0.125,
+        "lr_drops": [0.5, 0.75],
+        "weight_decay": 1e-4,
+        "threat.norm": "linf",
+        "threat.eps": 8 / 255,
+        "attack.step_size": [0.25, 0.125],
+        "init": "1/2",
+    }
 
 
 @pytest.mark.parametrize(
@@ -183,15 +227,33 @@ def test_words_are_spelled_out():
     [
         (["trian", "mnist"], "did you mean 'train'"),
         (["train", "minst"], "did you mean 'mnist'"),
-        (["train", "--epochs", "3"], "name of a recipe"),
+        (["train", "--epochs", "3"], "train takes the name of a recipe first, got --epochs: for example innermax"),
+        (["train", "mnist", "digits"], "train takes the name of a recipe first, got mnist digits"),
         (["train", "nowhere.yaml"], "nowhere.yaml is not readable"),
         (["train", "mnist", "--data", "mnits"], "did you mean 'mnist'"),
         (["train", "mnist", "--model", "mnist-cn"], "did you mean 'mnist-cnn'"),
-        (["train", "mnist", "--strategy", "dynamik"], "dynamic"),
+        (["train", "mnist", "--strategy", "dynamik"], "--strategy must be one of unsecured, standard, curriculum"),
+        (["train", "mnist", "--strategy", "dynamik"], "got dynamik; did you mean 'dynamic'?"),
         (["train", "mnist", "--attacks", "pgd10"], "did you mean 'pgd-10'"),
         (["train", "mnist", "--attacks", "autoatack"], "unknown attack"),
-        (["train", "mnist", "--epocs", "3"], "--epocs"),
-        (["train", "mnist", "--epochs", "many"], "epochs"),
+        (["train", "mnist", "--epocs", "3"], "unknown option '--epocs'; did you mean '--epochs'?"),
+        (["train", "mnist", "--run-dri", "3"], "unknown option '--run-dri'; did you mean '--run-dir'?"),
+        (["train", "mnist", "--xyz", "3"], "unknown option '--xyz'; innermax train --help lists them"),
+        (["train", "mnist", "--run-dir"], "--run-dir needs a value"),
+        (["train", "mnist", "--run-dir", "--overwrite"], "--run-dir needs a value"),
+        (["train", "mnist", "-x"], "unknown option '-x'"),
+        (["train", "mnist", "--seed", "0", "1"], "unexpected '1': an option such as --seed takes one value"),
+        (["train", "mnist", "--epochs", "many"], "--epochs must be an integer, got many"),
+        (["train", "mnist", "--epochs", "1/2"], "--epochs must be an integer, got 1/2"),
+        (["train", "mnist", "--batch_size", "1.5"], "--batch-size must be an integer, got 1.5"),
+        (["train", "mnist", "--flip", "maybe"], "--flip must be true or false, got maybe"),
+        (
+            ["train", "mnist", "--attack.step-size", "[1/2,x]"],
+            "--attack.step-size must be a number or a list of numbers",
+        ),
+        (["train", "mnist", "--dynamic.c-max", "autom"], "--dynamic.c-max must be a number or auto, got autom"),
+        (["train", "mnist", "--logger", "wnb"], "--logger must be one of tensorboard, wandb, mlflow, got wnb; did you"),
+        (["train", "mnist", "--threat.eps", "1/0"], "--threat.eps: 1/0 divides by zero"),
         (["train", "mnist", "--epochs", "0"], "epochs must be"),
         (["train", "mnist", "--threat.eps", "0"], "eps must be a positive finite number"),
         (["train", "mnist", "--threat.eps", "nan"], "threat.eps"),
@@ -208,7 +270,9 @@ def test_words_are_spelled_out():
         (["train", "cifar10", "--model", "mnist-cnn", "--data", "nowhere/at-all"], "nowhere/at-all"),
         (["evaluate", "nowhere"], "nowhere"),
         (["evaluate", "nowhere", "--data", "mnist", "--threat.eps", "0.1"], "nowhere"),
-        (["evaluate", "--data", "mnist"], "run folder or a model first"),
+        (["evaluate", "--data", "mnist"], "evaluate takes a run folder or a model first, got --data"),
+        (["transfer", "one"], "transfer takes a surrogate and then its targets first, got one: for example"),
+        (["report", "--device", "cpu"], "report takes run folders first"),
         (["recipes", "all"], "takes no arguments"),
     ],
 )
@@ -222,6 +286,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(folder, capsys, words, exp
 def test_broken_files(folder, capsys):
     Path("mine.yaml").write_text("data: mnist\nmodel: mnist-cnn\nepocs: 3\n")
     assert "did you mean 'epochs'" in refused(capsys, "train", "mine.yaml")
+    Path("mine.yaml").write_text("data: mnist\nmodel: mnist-cnn\nthreat: {eps: 1/0}\n")
+    assert "recipe mine.yaml: 1/0 divides by zero" in refused(capsys, "train", "mine.yaml")
+    Path("mine.yaml").write_text("data: mnist\nmodel: mnist-cnn\nepochs: 1/2\n")
+    assert "recipe mine.yaml: --epochs must be an integer, got 1/2" in refused(capsys, "train", "mine.yaml")
+    Path("mine.yaml").write_text("model: mnist-cnn\n")
+    assert "--data must be given" in refused(capsys, "train", "mine.yaml")
     Path("mine.yaml").write_text("- a list\n")
     assert "mine.yaml" in refused(capsys, "train", "mine.yaml")
     Path("mine.yaml").write_text("data: !!python/object/apply:os.system ['touch owned']\n")
@@ -251,9 +321,24 @@ def test_help_needs_nothing_and_reads_well(words):
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert "innermax" in result.stdout
-    if words[:1] == ["train"]:
-        assert "--run-dir" in result.stdout or "--run_dir" in result.stdout
-        assert "of PGD, at most" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "evaluate", "transfer", "report", "export", "reproduce"])
+def test_help_shows_options_as_they_are_typed(command, capsys):
+    status, out, err = said(capsys, command, "--help")
+    assert (status, err) == (0, "")
+    shown = re.findall(r"--[\w.-]+", out)
+    assert len(shown) > 2
+    assert [option for option in shown if "_" in option] == []
+    assert "None" not in out
+    if command in ("train", "sweep"):
+        assert {"--run-dir", "--attack.step-size", "--lr-drops"} <= set(shown)
+        assert not re.search(r"(?<!-)\blr_drops\b", out)
+        assert "CONFIG" not in out
+
+
+def test_help_of_a_recipe_shows_its_values(capsys):
+    assert "passes over the training set (default: 120)" in said(capsys, "train", "cifar10", "--help")[1].lower()
 
 
 def test_recipes_are_listed(capsys):
@@ -264,11 +349,9 @@ def test_recipes_are_listed(capsys):
 
 
 def test_the_same_seed_starts_from_the_same_weights(folder):
-    from innermax.cli.train import _model
-
     torch.manual_seed(3)
     state = torch.random.get_rng_state()
-    one, two, other = (_model("mnist-cnn", 10, (1, 28, 28), seed, None) for seed in (1, 1, 2))
+    one, two, other = (build_network("mnist-cnn", 10, (1, 28, 28), seed, None) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
     pairs = list(zip(one.parameters(), two.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from innermax.cli import main
-from innermax.cli.sweep import _listed
-from innermax.cli.sweep_engine import Plan, _run, combinations
+from innermax.cli.sweep import list_runs, read_values, sweep_parser
+from innermax.cli.sweep_engine import SweepRun, _run_all, combinations
 from innermax.cli.sweep_table import run_measures, sweep_rows
 from innermax.training.checkpoints import states
-from innermax.utils.files import LOCK, alone
+from innermax.utils.files import LOCK, lock_file
 from innermax.utils.intervals import student
 
 FAST = ["--epochs", "1", "--strategy", "standard", "--attack.steps", "1", "--attacks", "fgsm"]
@@ -48,7 +48,7 @@ def waited(happens, seconds=120.0):
 def is_free(run):
     """Whether nobody works in a run folder."""
     try:
-        with alone(run / LOCK, str(run)):
+        with lock_file(run / LOCK, str(run)):
             return True
     except ValueError:
         return False
@@ -63,13 +63,29 @@ class Uninterrupted:
 
 def test_options_are_listed():
     words = ["--strategy", "standard", "dynamic", "--lr=0.1", "--flip", "--seed", "-1", "2", "--lr", "0.2"]
-    assert _listed(words) == {
+    parser = sweep_parser({})
+    assert read_values(parser, words) == {
         "strategy": ["standard", "dynamic"],
         "lr": ["0.1", "0.2"],
         "flip": ["true"],
         "seed": ["-1", "2"],
     }
-    assert _listed(["--run-dir", "a-b"]) == {"run_dir": ["a-b"]}
+    assert read_values(parser, ["--run-dir", "a-b", "--submitit.slurm_partition", "gpu"]) == {
+        "run_dir": ["a-b"],
+        "submitit.slurm_partition": ["gpu"],
+    }
+
+
+def test_a_sweep_reads_fractions_where_numbers_are_expected():
+    options = {"threat.eps": ["4/255", "8/255"], "data": ["1/2"], "attack.step_size": ["[1/8,1/4]"], "run_dir": ["3/4"]}
+    runs, chosen = list_runs(sweep_parser({"model": "mnist-cnn"}), "mnist", options)
+    assert [run.settings["threat"]["eps"] for run in runs] == [4 / 255, 8 / 255]
+    assert [run.name for run in runs] == ["threat.eps=4_255", "threat.eps=8_255"]
+    assert {run.settings["data"] for run in runs} == {"1/2"}
+    assert runs[0].settings["attack"]["step_size"] == [0.125, 0.25]
+    assert chosen.run_dir == "3/4"
+    assert "--data=1/2" in runs[0].words
+    assert not any("run_dir" in word for word in runs[0].words)
 
 
 @given(
@@ -101,26 +117,26 @@ def test_names_are_made_of_what_varies():
 @pytest.mark.parametrize("workers", [1, 2, 3, 9])
 def test_no_more_than_the_workers_run_and_what_fails_stops_nobody(workers, tmp_path, monkeypatch):
     monkeypatch.setattr("innermax.cli.sweep_engine._PACE", 0.0)
-    plans = [Plan(str(number), [], {}) for number in range(6)]
+    runs = [SweepRun(str(number), [], {}) for number in range(6)]
     together, most = set(), []
 
     class Counted(Uninterrupted):
-        def __init__(self, plan):
-            self.plan, self.left = plan, 3
-            together.add(plan.name)
+        def __init__(self, run):
+            self.run, self.left = run, 3
+            together.add(run.name)
             most.append(len(together))
 
         def status(self):
             self.left -= 1
             if self.left:
                 return None
-            together.discard(self.plan.name)
-            return int(self.plan.name in "24")
+            together.discard(self.run.name)
+            return int(self.run.name in "24")
 
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "2.log").write_text("one\ninnermax: what it was\n\n")
     heard = []
-    failed = _run(tmp_path, plans, Counted, workers, heard.append)
+    failed = _run_all(tmp_path, runs, Counted, workers, heard.append)
     assert max(most) == min(workers, 6)
     assert failed == {"2": "what it was", "4": "exit status 1"}
     assert sorted(line for line in heard if "started" in line) == [f"{number}: started" for number in range(6)]
@@ -133,17 +149,17 @@ def test_a_run_that_another_process_still_works_in_is_waited_for(tmp_path, monke
     order = []
 
     class Quick(Uninterrupted):
-        def __init__(self, plan):
-            order.append(plan.name)
+        def __init__(self, run):
+            order.append(run.name)
 
         def status(self):
             if order == ["free"]:
                 held.__exit__(None, None, None)
             return 0
 
-    held = alone(tmp_path / "held" / LOCK, "it")
+    held = lock_file(tmp_path / "held" / LOCK, "it")
     held.__enter__()
-    assert _run(tmp_path, [Plan("held", [], {}), Plan("free", [], {})], Quick, 2, lambda _: None) == {}
+    assert _run_all(tmp_path, [SweepRun("held", [], {}), SweepRun("free", [], {})], Quick, 2, lambda _: None) == {}
     assert order == ["free", "held"]
 
 
@@ -259,14 +275,16 @@ def test_a_run_ends_with_the_sweep_of_a_scripts_background_job():
     [
         ([], "name of a recipe"),
         (["minst"], "did you mean 'mnist'"),
-        (["digits", "0"], "options after the recipe"),
+        (["digits", "0"], "sweep takes the name of a recipe first, got digits 0: for example"),
+        (["digits", "--run-dir"], "--run-dir needs a value"),
+        (["digits", "--seed", "--flip"], "--seed needs a value"),
         (["digits", "--sede", "0", "1"], "--sede"),
         (["digits", "--strategy", "standard", "dynamik"], "dynamic"),
-        (["digits", "--run-dir", "a", "b"], "run_dir is the whole sweep's"),
-        (["digits", "--workers", "1", "2"], "workers is the whole sweep's"),
+        (["digits", "--run-dir", "a", "b"], "--run-dir is the whole sweep's"),
+        (["digits", "--workers", "1", "2"], "--workers is the whole sweep's"),
         (["digits", "--workers", "0"], "workers must be at least 1"),
         (["digits", "--engine", "ray"], "engine"),
-        (["digits", "--overwrite"], "sweep takes no overwrite"),
+        (["digits", "--overwrite"], "sweep takes no --overwrite"),
         (["digits", "--seed", "0", "0"], "give each value once"),
         (["digits", "--run-dir", "full"], "holds no sweep of innermax"),
         (["digits", "--run-dir", "damaged"], "sweep.json: not readable as JSON"),
@@ -285,7 +303,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(words, expected, tmp_path,
 
 
 def test_two_sweeps_in_one_folder(tmp_path, capsys):
-    with alone(tmp_path / "sweep" / LOCK, "it"):
+    with lock_file(tmp_path / "sweep" / LOCK, "it"):
         status, _, err = said(capsys, "sweep", "digits", "--run-dir", str(tmp_path / "sweep"), *FAST)
     assert (status, f"run_dir {tmp_path / 'sweep'} is in use by process {os.getpid()}" in err) == (2, True)
 

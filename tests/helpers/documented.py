@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from innermax.cli import main
-from innermax.cli.settings import recipe_names
+from innermax.cli.recipes import recipe_names
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("recipes", "train", "sweep", "evaluate", "transfer", "reproduce", "report", "export")

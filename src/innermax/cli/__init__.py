@@ -1,27 +1,27 @@
-"""The command line: a thin door to training and evaluation."""
+"""The command line: one module a command, each with `run(words)`; `main` calls it and turns errors into one line."""
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-
-from innermax.cli import evaluate, export, report, reproduce, sweep, train, transfer
+from collections.abc import Sequence
+from importlib import import_module
 
 _HELP = """usage: innermax COMMAND …
 
 Train classifiers that withstand adversarial examples, and know whether a robustness number can be believed.
 
-  innermax recipes                            list the settings that come with innermax
-  innermax train digits                       train a robust classifier, a minute on two cores
+  innermax recipes                            list the recipes that come with innermax
+  innermax train digits                       train a robust classifier, in a minute on two cores
   innermax train mnist --strategy standard    the paper's setting, with another defence
-  innermax sweep digits --seed 0 1 2          train it with each seed, and with each of whatever else has several values
+  innermax sweep digits --seed 0 1 2          train once for each value, or combination of values, of the options
   innermax evaluate runs/digits               attack a trained model
-  innermax transfer runs/other runs/digits    make images on one model, score them on others
-  innermax report runs/digits -o report.html  a page to look at: how robust, why, and pictures
-  innermax export runs/digits --format onnx   write it for ONNX Runtime, torch.export or the Hugging Face Hub
-  innermax reproduce table1 --scale cpu       make a table or a figure of the paper again
+  innermax transfer runs/other runs/digits    make adversarial images on one model, score them on others
+  innermax report runs/digits -o report.html  write a page: how robust, why, and which images fool the model
+  innermax export runs/digits --format onnx   write a model for ONNX Runtime, torch.export or the Hugging Face Hub
+  innermax reproduce table1 --scale cpu       reproduce a table or figure of the paper
 
-innermax COMMAND --help lists what a command takes. Fractions such as 8/255 are read as numbers.
+innermax COMMAND --help lists the options of a command. Fractions such as 8/255 are read as numbers.
 """
+_COMMANDS = ("train", "sweep", "evaluate", "transfer", "report", "export", "recipes", "reproduce")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,27 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"innermax {__version__}")
         return 0
-    from jsonargparse import ArgumentError
-
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "train": train.run,
-        "sweep": sweep.run,
-        "evaluate": evaluate.run,
-        "transfer": transfer.run,
-        "report": report.run,
-        "export": export.run,
-        "recipes": _recipes,
-        "reproduce": reproduce.run,
-    }
     try:
-        if words[0] not in commands:
+        if words[0] not in _COMMANDS:
             from innermax.utils.validation import unknown
 
-            raise unknown("command", words[0], commands)
+            raise unknown("command", words[0], _COMMANDS)
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]  # it takes the rest, and does not look
-            commands[words[0]](words[1:])
-    except (ValueError, TypeError, ArgumentError, ArithmeticError, OSError) as error:
+            import_module(f"innermax.cli.{words[0]}").run(words[1:])  # that command's imports alone
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:
         print(f"innermax: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -67,21 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _one_line(said: BaseException | str) -> str:
-    """What an exception or warning says, and its notes."""
-    return " ".join(" ".join([str(said), *getattr(said, "__notes__", [])]).split())
+def _one_line(message: BaseException | str) -> str:
+    """The text of an exception or warning, and its notes."""
+    return " ".join(" ".join([str(message), *getattr(message, "__notes__", [])]).split())
 
 
 def _warn(message: Warning | str, *_: object) -> None:
-    """A warning as this command line says things."""
+    """Prints a warning in the command line's form."""
     print(f"innermax: {_one_line(message)}", file=sys.stderr)
-
-
-def _recipes(words: list[str]) -> None:
-    """Lists the recipes, with the first line of each."""
-    from innermax.cli.settings import recipe_names, recipe_text
-
-    if words and words[0] not in ("-h", "--help"):
-        raise ValueError(f"recipes takes no arguments, got {' '.join(words)}")
-    for name in recipe_names():
-        print(f"{name:20} {recipe_text(name).splitlines()[0].removeprefix('# ')}")

@@ -1,43 +1,221 @@
-"""What commands share: how their words are read and checked."""
+"""What commands share: how words are split and parsed, how options are shown, and checks of what will be written."""
 
+import argparse
+import difflib
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 SOURCES = (
-    "a run folder, a model file or folder, a Hub id, timm:NAME, or with --allow-code module:function or a .pt2 program "
-    "of torch.export"
+    "a run folder, a model file or folder, a Hub id, timm:NAME or, with --allow-code, module:function or a .pt2 "
+    "program of torch.export"
 )
-_FRACTION = r"^(\d+\.?\d*)/(\d+\.?\d*)$"
+_FRACTION = re.compile(r"(?<![\w./])(\d+\.?\d*)/(\d+\.?\d*)(?![\w./])")
+_OPTION = re.compile(r"(?<![\w-])--\w[\w.-]*")
 
 
-def check_count(name: str, count: int | None) -> None:
+def split_words(
+    words: Sequence[str], what: str, example: str, least: int = 1, most: int | None = 1
+) -> tuple[list[str], list[str]]:
+    """The words a command begins with, such as a recipe's name, and its options.
+
+    Where help is asked for, or there are no words, the options are --help alone.
+
+    Args:
+        words: those behind the command.
+        what: the command takes first.
+        example: of the whole command.
+        least: so many of them, at least.
+        most: so many, at most; None: any number.
+
+    Raises:
+        ValueError: there are fewer or more; it shows the example.
+    """
+    first = list(takewhile(lambda word: not word.startswith("-"), words))
+    options = list(words[len(first) :])
+    if not words or {"-h", "--help"} & set(options):
+        return first, ["--help"]
+    if not least <= len(first) <= (most or len(first)):
+        command = example.split()[1]
+        raise ValueError(f"{command} takes {what} first, got {' '.join(first) or options[0]}: for example {example}")
+    return first, options
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """An option with its help and its default, without the name of its Python type."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        metavar = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return ", ".join(name for name in action.option_strings if not name.endswith("+")) + f" {metavar}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = (action.help or "").removesuffix("."), action.default
+        if not re.match(r"[\w-]+[,:]", text):  # else it begins with a value
+            text = text[:1].upper() + text[1:]
+        if default is None or default == argparse.SUPPRESS:
+            return f"{text}."
+        shown = f"{default:.4g}" if isinstance(default, float) else str(default)
+        return f"{text} (default: {shown.lower() if isinstance(default, bool) else shown})."
+
+
+class Parser(ArgumentParser):
+    """A parser whose options are shown as --run-dir. It takes --run_dir, too, and 8/255 where a number is expected.
+
+    An error is a ValueError in one line that names the option.
+    """
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """The values of the options. Raises ValueError where one is unknown or does not fit."""
+        words = None if args is None else self._spell_out(args)
+        return super().parse_args(words, *more, **options)
+
+    def format_help(self, *more: Any, **options: Any) -> str:
+        """The help, with the names of options as they are typed."""
+        named = "|".join(action.dest for action in self._actions if "_" in action.dest and "." not in action.dest)
+        for action in self._actions:
+            if named and action.help is not None:  # from Python's docstrings
+                action.help = re.sub(rf"(?<![\w./-])({named})(?![\w/])", r"--\1", action.help)
+                action.help = re.sub(r"\bNone\b", "null", action.help)
+        return show_options(super().format_help(*more, **options))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises ValueError."""
+        raise ValueError(self._explain(message)) from ex
+
+    def type_of(self, option: str) -> Any:
+        """The type of an option's value by its name, such as threat.eps; None where there is no such option."""
+        action = self._option_string_actions.get(f"--{option}")
+        return getattr(action, "_typehint", None)
+
+    def _spell_out(self, words: Sequence[str]) -> list[str]:
+        """--run-dir as --run_dir, --overwrite alone as --overwrite=true, and 8/255 as a decimal for a number."""
+        result: list[str] = []
+        name = ""  # of the option that the next word is for
+        for word, following in pairwise([*words, "--"]):
+            if not word.startswith("--"):
+                name = "" if re.match("-[a-z]", word) else name  # a short option, such as -o
+                result.append(self._read_number(name, word))
+                continue
+            name, equals, value = word.partition("=")
+            name = option_name(name)
+            if self.type_of(name) is bool and not equals and following.startswith("-"):
+                equals, value = "=", "true"
+            result.append(f"--{name}{equals}{self._read_number(name, value)}")
+        return result
+
+    def _read_number(self, option: str, value: str) -> str:
+        """A value with its fractions as decimals where the option takes numbers."""
+        try:
+            return _decimal(value, self.type_of(option))
+        except ValueError as error:
+            raise ValueError(f"{show_options('--' + option)}: {error}") from error
+
+    def _explain(self, message: str) -> str:
+        """An error of the parser in words that name the option as it is typed."""
+        if found := re.search(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: ([^\n]*)$', message, re.DOTALL):
+            option, value = found.groups()
+            kind = self.type_of(option)
+            close = difflib.get_close_matches(value, [str(choice) for choice in _choices(kind)], n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            return f"{show_options('--' + option)} must be {describe_type(kind)}, got {value}{hint}"
+        if found := re.match(r"argument (--[\w.]+): expected one argument", message):
+            return f"{show_options(found[1])} needs a value"
+        if found := re.match(r"unrecognized arguments: ((--?[a-z][\w.]*).*|.*)", message, re.IGNORECASE | re.DOTALL):
+            if found[2] is None:
+                return f"unexpected {found[1]!r}: an option such as --seed takes one value"
+            close = difflib.get_close_matches(found[2], list(self._option_string_actions), n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; {self.prog} --help lists them"
+            return show_options(f"unknown option {found[2]!r}{hint}")
+        if found := re.match(r"the following arguments are required: ([\w., ]+)", message):
+            return " and ".join(show_options(f"--{option}") for option in found[1].split(", ")) + " must be given"
+        return show_options(message)
+
+
+def build_parser(usage: str, description: str) -> Parser:
+    """The parser of a command, such as "innermax train RECIPE"."""
+    return Parser(
+        prog=" ".join(usage.split()[:2]),
+        usage=f"{usage} [OPTIONS]",
+        description=description,
+        exit_on_error=False,
+        formatter_class=_HelpFormatter,
+    )
+
+
+def option_name(word: str) -> str:
+    """An option's name in the parser: run_dir for --run-dir."""
+    return word.removeprefix("--").replace("-", "_")
+
+
+def show_options(text: str) -> str:
+    """A text with hyphens in the names of options."""
+    return _OPTION.sub(lambda match: match[0].replace("_", "-"), text)
+
+
+def read_fractions(value: Any, kind: Any) -> Any:
+    """A value, or list of values, with its fractions as numbers where its type holds numbers.
+
+    Raises ValueError where one divides by zero.
+    """
+    if float not in _parts(kind):
+        return value
+    if isinstance(value, list):
+        return [read_fractions(inner, kind) for inner in value]
+    return float(_decimal(value, kind)) if isinstance(value, str) and _FRACTION.fullmatch(value) else value
+
+
+def describe_type(kind: Any) -> str:
+    """What a value of a type must be, as an error says it."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(describe_type(part) for part in get_args(kind) if part is not type(None))
+    if choices := _choices(kind):
+        return ", ".join(map(str, choices)) if len(choices) < 3 else f"one of {', '.join(map(str, choices))}"
+    if get_origin(kind) is not None:
+        return "a list of numbers such as [0.5,0.75]" if float in _parts(kind) else "a list such as [1,2]"
+    return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, "text")
+
+
+def check_count(option: str, count: int | None) -> None:
+    """Raises ValueError where a count that was given is not positive."""
     if count is not None and count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count}")
+        raise ValueError(f"{option} must be at least 1, got {count}")
 
 
 def check_file(option: str, path: str | None) -> None:
-    """Raises where a file cannot be written, before the work that goes into it."""
+    """Raises ValueError where a file cannot be written, before the work that goes into it."""
     if path is not None and not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{option} {path} cannot be written: its folder does not exist")
     if path is not None and Path(path).is_dir():
         raise ValueError(f"{option} {path} cannot be written: it is a folder")
 
 
-def spelled_out(words: Sequence[str]) -> list[str]:
-    """The words as the parser wants them: --run-dir as --run_dir, a bare --overwrite as true, 8/255 as a decimal."""
+def _decimal(word: str, kind: Any) -> str:
+    """A word with its fractions as decimals where its type holds numbers."""
 
     def decimal(match: re.Match[str]) -> str:
-        return repr(float(match[1]) / float(match[2])) if float(match[2]) else match[0]
+        if float(match[2]) == 0:
+            raise ValueError(f"{match[0]} divides by zero")
+        return repr(float(match[1]) / float(match[2]))
 
-    result: list[str] = []
-    for word, following in pairwise([*words, "--"]):
-        name, equals, value = word.partition("=")
-        if not word.startswith("--") or word == "--help":
-            result.append(re.sub(_FRACTION, decimal, word))
-            continue
-        if not equals and following.startswith("--"):
-            equals, value = "=", "true"
-        result.append(name.replace("-", "_").replace("__", "--", 1) + equals + re.sub(_FRACTION, decimal, value))
-    return result
+    return _FRACTION.sub(decimal, word) if float in _parts(kind) else word
+
+
+def _parts(kind: Any) -> set[Any]:
+    """A type and all types in it; not the values of a Literal."""
+    inner = () if get_origin(kind) is Literal else get_args(kind)
+    return {kind, *(part for each in inner for part in _parts(each))}
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The values of a Literal, None among them or not."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    literals = [part for part in get_args(kind) if get_origin(part) is Literal]
+    return get_args(literals[0]) if len(literals) == 1 and len(get_args(kind)) == 2 else ()

@@ -1,125 +1,96 @@
 """`innermax evaluate`: attacks a trained model with test images."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from innermax.cli.arguments import SOURCES, check_count, check_file, spelled_out
+import torch
+from rich.console import Console
+from torch import nn
+
+import innermax as im
+from innermax.cli.arguments import SOURCES, check_file, split_words
+from innermax.cli.evaluation import choose_attacks, choose_data, choose_options, evaluation_parser, is_run_folder
+from innermax.cli.progress import show_evaluation
+from innermax.data.image_set import Data
+from innermax.distributed.launch import count_processes, find_device, is_first
+from innermax.models.wrappers import IMAGENET_STATISTICS
+from innermax.reporting.tables import format_audit, format_table
+from innermax.utils.files import hash_tensors
+from innermax.utils.serialization import describe
+from innermax.utils.version import __version__
 
 
 def run(words: list[str]) -> None:
-    """Attacks a trained model with the test images."""
-    parser = evaluation_parser("evaluate SOURCE", f"Attack a trained model: {SOURCES}.", set())
-    if not words or words[0].startswith("-"):
-        if words and words[0] not in ("-h", "--help"):
-            raise ValueError("evaluate takes a run folder or a model first, such as: innermax evaluate runs/digits")
-        words = ["", "--help"]
-    chosen = parser.parse_args(spelled_out(words[1:]))
-    _run_evaluation(words[0], chosen)
+    """Attacks a trained model with the test images, audits the result and writes what is asked for."""
+    sources, options = split_words(words, "a run folder or a model", "innermax evaluate runs/digits")
+    description = f"Attack a trained model with the test images and audit the result. SOURCE is {SOURCES}."
+    chosen = evaluation_parser("innermax evaluate SOURCE", description, set()).parse_args(options)
+    _evaluate(sources[0], chosen)
 
 
-def evaluation_parser(command: str, description: str, skip: set[str | int]) -> Any:
-    """The parser of a command that attacks trained models."""
-    from jsonargparse import ArgumentParser
-
-    from innermax.cli.settings import EvaluateSettings, ThreatSettings
-
-    parser = ArgumentParser(prog=f"innermax {command}", description=description, exit_on_error=False)
-    parser.add_class_arguments(EvaluateSettings, as_group=False, skip=skip)
-    parser.add_argument(
-        "--threat.norm",
-        type=ThreatSettings.__annotations__["norm"] | None,
-        help="linf, l2 or l1; empty for the run's own",
-    )
-    parser.add_argument(
-        "--threat.eps", type=float | None, help="largest perturbation, e.g. 8/255; empty for the run's own"
-    )
-    return parser
-
-
-def build_threat(source: str, own: dict[str, Any], norm: Any, eps: float | None) -> Any:
-    """The threat model that was asked for, or else the run's own; an ε belongs to its norm."""
-    from innermax.cli.settings import ThreatSettings
-
-    norm = norm or own.get("norm", "linf")
-    if eps is None and norm == own.get("norm"):
-        eps = own["eps"]
-    if eps is None:
-        raise ValueError(f"the size of {norm} perturbations for {source} is not known: give --threat.eps")
-    return ThreatSettings(norm, eps).build()
-
-
-def _run_evaluation(source: str, chosen: Any) -> None:
-    from rich.console import Console
-
-    import innermax as im
-    from innermax.attacks.named import named_attacks
-    from innermax.cli.progress import show_evaluation
-    from innermax.distributed.launch import count_processes, find_device, is_first
-    from innermax.reporting.tables import format_audit, format_table
-    from innermax.training.run_folder import read_settings
-
-    path = Path(source)
-    told = read_settings(path) if (path / "config.yaml").is_file() else {}
-    name = chosen.data or told.get("data")
-    if name is None:
-        raise ValueError(f"{source} is no run folder, so its data set is not known: give --data")
-    attacks = named_attacks(chosen.attacks, build_threat(source, told.get("threat", {}), **vars(chosen.threat)))
-    device = find_device(chosen.device)
-    check_count("limit", chosen.limit)
-    check_file("json", chosen.json)
-    check_file("html", chosen.html)
-    model = im.load_model(path / "best.safetensors" if chosen.best else source, allow_code=chosen.allow_code)
-    model = model if chosen.normalize is None else _normalized(model, chosen.normalize)
-    other = chosen.surrogate
-    surrogates = None if other is None else {other: im.load_model(other, allow_code=chosen.allow_code)}
-    data = im.load_data(name, validation=0)
-    test = data.test[: chosen.limit]
-    options = {name: getattr(chosen, name) for name in ("batch_size", "seed", "quantize", "precision")}
-    options["device"] = device
+def _evaluate(source: str, chosen: Any) -> None:
+    """Evaluates a source as chosen, writes and prints what comes out."""
+    data_name, attacks = choose_data([source], chosen), choose_attacks([source], chosen)
+    options = choose_options(chosen)
+    check_file("--html", chosen.html)
+    model = _load_model(source, chosen)
+    data = im.load_data(data_name, validation=0)
+    surrogates = None
+    if chosen.surrogate is not None:
+        surrogates = {chosen.surrogate: im.load_model(chosen.surrogate, allow_code=chosen.allow_code)}
     rows_dir = chosen.rows_dir
-    if rows_dir is None and (path / "config.yaml").is_file() and os.access(path, os.W_OK):
-        rows_dir = _own_rows(path, model, name, attacks, {**options, "limit": chosen.limit})
-    devices = count_processes() if chosen.devices is None else chosen.devices
-    options |= {"devices": devices, "rows_dir": rows_dir, "surrogates": surrogates}
+    if rows_dir is None and is_run_folder(source) and os.access(source, os.W_OK):
+        rows_dir = _own_rows(Path(source), model, data_name, attacks, options | {"limit": chosen.limit})
+    options["devices"] = count_processes() if chosen.devices is None else chosen.devices
     with show_evaluation(attacks, audit=True, speak=is_first()) as show:
-        evaluation = im.evaluate(model, test, attacks, **options, progress=show)
-    if not is_first():
-        return
+        evaluation = im.evaluate(
+            model,
+            data.test[: chosen.limit],
+            attacks,
+            rows_dir=rows_dir,
+            surrogates=surrogates,
+            progress=show,
+            **options,
+        )
+    if is_first():
+        _write_results(source, chosen, model, data, attacks, evaluation)
+        if rows_dir is not None:
+            where = f"Example by example: {Path(rows_dir) / 'rows.parquet'}"
+            Console().print(where, highlight=False, soft_wrap=True)
+
+
+def _write_results(
+    source: str, chosen: Any, model: nn.Module, data: Data, attacks: Mapping[str, Any], evaluation: im.Evaluation
+) -> None:
+    """Writes the files that are asked for, and prints the table and the audit."""
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
     if chosen.html is not None:
-        names = data.class_names
+        test, names = data.test[: chosen.limit], data.class_names
+        device = find_device(chosen.device)
         shown = im.gallery(model, test, attacks, evaluation, class_names=names, device=device) if attacks else None
         im.report({source: im.Exhibit(evaluation, source, shown)}, chosen.html)
     console = Console()
     console.print(format_table(evaluation))
     if evaluation.audit is not None:
         console.print(format_audit(evaluation.audit))
-    if rows_dir is not None:
-        console.print(f"Example by example: {Path(rows_dir) / 'rows.parquet'}", highlight=False, soft_wrap=True)
 
 
-def _own_rows(run: Path, model: Any, data: str, attacks: dict[str, Any], options: dict[str, Any]) -> Path:
+def _load_model(source: str, chosen: Any) -> nn.Module:
+    """The model of a source, of a run its last or best epoch, with a normalisation in front where one is asked for."""
+    path = Path(source) / "best.safetensors" if chosen.best else source
+    model: nn.Module = im.load_model(path, allow_code=chosen.allow_code)
+    if chosen.normalize is None:
+        return model
+    pair = IMAGENET_STATISTICS if chosen.normalize == "imagenet" else chosen.normalize
+    if len(pair) != 2:
+        raise ValueError(f"--normalize must be imagenet or [MEAN,STD], got {chosen.normalize}")
+    return nn.Sequential(im.Normalize(*pair), model)
+
+
+def _own_rows(run: Path, model: nn.Module, data: str, attacks: Mapping[str, Any], options: dict[str, Any]) -> Path:
     """A folder inside a run folder, another for each evaluation that is asked for."""
-    import torch
-
-    from innermax.utils.files import hash_tensors
-    from innermax.utils.serialization import describe
-    from innermax.utils.version import __version__
-
     asked = describe([data, attacks, options, __version__, torch.__version__])
     return run / "rows" / hash_tensors([(str(asked), torch.empty(0)), *model.state_dict().items()])
-
-
-def _normalized(model: Any, normalize: Any) -> Any:
-    """The model with a normalisation in front."""
-    import torch
-
-    import innermax as im
-    from innermax.models.wrappers import IMAGENET_STATISTICS
-
-    pair = IMAGENET_STATISTICS if normalize == "imagenet" else normalize
-    if len(pair) != 2:
-        raise ValueError(f"normalize must be imagenet or [MEAN,STD], got {normalize}")
-    return torch.nn.Sequential(im.Normalize(*pair), model)

@@ -14,37 +14,37 @@ from innermax.attacks.base import Attack
 from innermax.attacks.cost import FORWARD, SURVIVING, UNKNOWN, search_cost
 from innermax.training.progress import TimeLeft, clock_time, is_live
 
-_AUDITED = 350.0  # gradients an example of an audit's sample
-_KEPT = 1e-3  # seconds; a batch that took less was not computed but read
-_SPARSE = 30.0  # seconds between two lines of an evaluation, at least: one that is over sooner says nothing
+_AUDITED = 350.0  # gradients per example of an audit's sample
+_KEPT = 1e-3  # seconds; a batch that took less was read from a folder
+_SPARSE = 30.0  # seconds between two lines, at least: a shorter evaluation prints none
 _AUDIT = "audit"
 
 
 def audit_cost(examples: int) -> float:
-    """About how many gradients an example an audit of so many examples takes."""
+    """About how many gradients per example an audit of so many examples takes."""
     return _AUDITED * min(SURVIVING / 2, max(100 / examples, 1 / 50))  # of the sample that `probes` draws
 
 
 @dataclass
 class EvaluationClock:
-    """What an evaluation has spent on each of its parts, and how much it has still to spend.
+    """The time that an evaluation has spent on each of its parts, and about how much is left.
 
     Args:
-        costs: part → about how many gradients an example it takes, in order.
+        costs: part → about how many gradients per example it takes, in order.
     """
 
     costs: dict[str, float]
-    _told: float = 0.0  # when something was last said
+    _told: float = 0.0  # time of the last batch
     _share: dict[str, float] = field(default_factory=dict)  # of each part, done
     _timed: dict[str, float] = field(default_factory=dict)  # share of it whose time is known
     _seconds: dict[str, float] = field(default_factory=dict)  # that this share took
 
     def begin(self, now: float) -> None:
-        """The evaluation begins, at a time in seconds."""
+        """Starts the clock, at a time in seconds."""
         self._told = now
 
     def batch(self, part: str, share: float, now: float) -> None:
-        """So much of a part is done, at a time in seconds; what was read from a folder takes no time and tells none."""
+        """Notes the share of a part that is done, at a time in seconds; a batch read from a folder is not timed."""
         took, grown = now - self._told, share - self._share.get(part, 0.0)
         self._told, self._share[part] = now, share
         if took >= _KEPT:
@@ -52,7 +52,7 @@ class EvaluationClock:
             self._seconds[part] = self._seconds.get(part, 0.0) + took
 
     def left(self) -> float | None:
-        """Seconds from the last batch on; None where nothing has been timed yet."""
+        """Seconds left after the last batch; None where nothing has been timed."""
         timed = {part: share for part, share in self._timed.items() if share > 0}
         work = sum(self.costs.get(part, UNKNOWN) * share for part, share in timed.items())
         if work == 0:
@@ -86,7 +86,7 @@ class _EvaluationDisplay:
         self._clock.begin(self._said)
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        """So many of an attack's examples are done."""
+        """Notes that so many of an attack's examples are done, and shows it."""
         if self._audit and _AUDIT not in self._clock.costs:
             self._clock.costs[_AUDIT] = audit_cost(total)
         now = time.perf_counter()
@@ -112,9 +112,12 @@ class _EvaluationDisplay:
 def show_evaluation(
     attacks: Mapping[str, Attack], audit: bool = False, speak: bool = True
 ) -> Iterator[Callable[[str, int, int], None]]:
-    """What `evaluate` calls after each batch: live bars on a terminal, elsewhere now and then a plain line.
+    """Context manager: a function for `evaluate` to call after each batch. It shows live bars, or now and then a line.
 
-    attacks: by the names that are told; audit: whether the evaluation ends with one; speak: else nothing is shown.
+    Args:
+        attacks: by the names that are shown.
+        audit: whether the evaluation ends with one.
+        speak: False shows nothing.
     """
     console = Console(stderr=True, quiet=not speak)
     if not (speak and is_live(console)):

@@ -1,29 +1,19 @@
 """`innermax reproduce`: the paper's tables and figures."""
 
-from itertools import takewhile
-
-from innermax.cli.arguments import spelled_out
+from innermax.cli.arguments import build_parser, split_words
+from innermax.reproduce.run import PIECES, reproduce
 
 
 def run(words: list[str]) -> None:
-    """Makes tables and figures of the paper again."""
-    from jsonargparse import ArgumentParser
-
-    from innermax.reproduce.run import PIECES, reproduce
-
-    names = list(takewhile(lambda word: not word.startswith("-"), words))
-    parser = ArgumentParser(
-        prog="innermax reproduce PIECE…",
-        description=f"Make tables and figures of the paper again: {', '.join(PIECES)}, or all.",
-        exit_on_error=False,
+    """Reproduces tables and figures of the paper."""
+    example = "innermax reproduce table1 --scale smoke"
+    names, options = split_words(words, "what to reproduce", example, most=None)
+    parser = build_parser(
+        "innermax reproduce NAME…", f"Reproduce tables and figures of the paper: {', '.join(PIECES)}, or all."
     )
     parser.add_function_arguments(reproduce, as_group=False, skip={"names", "say"})
-    asks = "--help" in words or "-h" in words
-    if not names and words and not asks:
-        raise ValueError("reproduce takes what to make first, such as: innermax reproduce table1 --scale smoke")
-    chosen = parser.parse_args(["--help"] if asks or not words else spelled_out(words[len(names) :]))
-    pages = reproduce(
-        list(PIECES) if names == ["all"] else names, **vars(chosen), say=lambda line: print(line, flush=True)
-    )
-    for page in pages:
+    chosen = vars(parser.parse_args(options))
+    for page in reproduce(
+        list(PIECES) if names == ["all"] else names, **chosen, say=lambda line: print(line, flush=True)
+    ):
         print(page)

@@ -1,12 +1,7 @@
-"""Settings as a recipe or a command line states them, and the values they stand for."""
+"""Settings as a recipe or the command line gives them, and the values they build."""
 
-import re
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import yaml
 
 from innermax import strategies
 from innermax.attacks.pgd import PGD
@@ -14,30 +9,30 @@ from innermax.attacks.search import Gauge
 from innermax.objectives import OBJECTIVES
 from innermax.oracle.oracle import Precision
 from innermax.strategies import STRATEGIES, Shape, Strategy
-from innermax.threat import Norm, Threat, build_threat
-from innermax.utils.serialization import parse_yaml
-from innermax.utils.validation import unknown
+from innermax.threat import NORMS, Threat, build_threat
 
 TABLE = "fgsm,pgd-10,pgd-20,cw-30"  # the attacks of the paper's tables
 
 if TYPE_CHECKING:
+    NormName = str
     StrategyName = str
     ObjectiveName = str
 else:  # what the command line offers
+    NormName = Literal[*NORMS]
     StrategyName = Literal[*STRATEGIES]
     ObjectiveName = Literal[*OBJECTIVES]
 
 
 @dataclass(frozen=True)
 class ThreatSettings:
-    """What the adversary may do.
+    """The threat model.
 
     Args:
-        norm: of the perturbation.
-        eps: its largest size, e.g. 8/255.
+        norm: Norm of the perturbations.
+        eps: Largest size of a perturbation, such as 8/255.
     """
 
-    norm: Norm = "linf"
+    norm: NormName = "linf"
     eps: float = 8 / 255
 
     def build(self) -> Threat:
@@ -47,13 +42,13 @@ class ThreatSettings:
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """What training examples are attacked with.
+    """The attack on training examples, PGD.
 
     Args:
-        steps: of PGD, at most.
-        step_size: length of a step; empty for ε/4, or "annealed", or one length for every step, or a list.
-        random_start: start from a random point.
-        gauge: how convergence is measured: exact, ball (the paper's closed form) or relative.
+        steps: Steps, at most.
+        step_size: Length of a step: one number, a list of one number per step, or "annealed". By default ε/4.
+        random_start: Start from a random point.
+        gauge: How convergence is measured: exact, ball (the paper's closed form) or relative.
     """
 
     steps: int = 10
@@ -69,17 +64,18 @@ class AttackSettings:
 
 @dataclass(frozen=True)
 class RecipeSettings:
-    """What is trained, on what, and how it defends itself.
+    """What is trained, on what, and how it is defended.
 
     Args:
         data: digits, mnist, fashion-mnist, cifar10, cifar100, svhn, or a folder.
-        validation: held out of the training set, a share or a count; 0 for none, and then the last epoch is the result.
-        model: one of the networks that come with innermax, for example mnist-cnn.
-        init: a run folder, model file or Hub id to start from instead of random weights.
-        strategy: the defence.
-        switch: of fgsm-pgd, the share of the training after which PGD takes over.
-        objective: what is minimised; loss_weighted is the code released with the paper.
-        attacks: what the result is attacked with on the test set, separated by commas.
+        model: A network that comes with innermax, such as mnist-cnn.
+        validation: Images held out of the training set, a share or a number. They choose the best epoch; with 0 the
+            last epoch is the result.
+        init: A run folder, model file or Hub id to start from, instead of random weights.
+        strategy: The defence.
+        switch: Of fgsm-pgd: share of the training after which PGD takes over.
+        objective: What is minimised. loss_weighted is what the code released with the paper minimises.
+        attacks: Attacks on the result with the test images, separated by commas.
     """
 
     data: str
@@ -94,12 +90,13 @@ class RecipeSettings:
 
 @dataclass(frozen=True)
 class DynamicSettings:
-    """The Dynamic strategy.
+    """Options of the strategy dynamic.
 
     Args:
-        c_max: c_t at the start; a number or "auto"; empty for 0.5 on the ball gauge, 0.15 on the exact, else "auto".
-        zero_at: share of the training after which c_t is 0.
-        shape: how c_t falls.
+        c_max: c_t at the start, a number or "auto". By default 0.5 on the gauge ball, 0.15 on exact, "auto" on
+            relative.
+        zero_at: Share of the training after which c_t is 0.
+        shape: How c_t falls.
     """
 
     c_max: float | Literal["auto"] | None = None
@@ -109,11 +106,11 @@ class DynamicSettings:
 
 @dataclass(frozen=True)
 class CurriculumSettings:
-    """The Curriculum strategy.
+    """Options of the strategy curriculum.
 
     Args:
-        full_at: share of the training after which all steps are taken.
-        patience: instead, epochs without improvement before one step more.
+        full_at: Share of the training after which every step is taken.
+        patience: Take one step more after so many epochs without improvement, instead of by full_at.
     """
 
     full_at: float = 100 / 120
@@ -122,11 +119,11 @@ class CurriculumSettings:
 
 @dataclass(frozen=True)
 class WarmSettings:
-    """The WarmStart strategy.
+    """Options of the strategy warm-start.
 
     Args:
-        steps: an epoch, at most.
-        floor: relative FOSC at or below which an example takes no further step; empty: all are taken.
+        steps: Steps per epoch, at most.
+        floor: Relative FOSC at or below which an example takes no further step. By default all steps are taken.
     """
 
     steps: int = 2
@@ -135,29 +132,30 @@ class WarmSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What is evaluated, and against what.
+    """What is evaluated, and against which attacks.
 
     Args:
-        data: data set name or folder; empty for the run's own.
-        attacks: separated by commas: fgsm, guided, autoattack and autoattack-rand; pgd-K, cw-K, apgd-K and fab-K with
-            K steps, square-K with K queries, guided-K with at most K gradients.
-        limit: only so many test images, the first ones.
-        quantize: score images rounded to so many bits.
-        precision: what attacks search in; bf16 and auto are faster and find a little less. Scores are float32 always.
-        batch_size: images at a time.
-        seed: decides the random starts.
+        data: Name of a data set, or a folder. By default the run's own.
+        attacks: Attacks, separated by commas: fgsm, guided, autoattack and autoattack-rand; pgd-K, cw-K, apgd-K and
+            fab-K with K steps, square-K with K queries, guided-K with at most K gradients.
+        limit: Evaluate so many test images, the first ones. By default all.
+        quantize: Round images to so many bits before they are scored.
+        precision: Precision of the attacks; bf16 and auto are faster and find slightly fewer adversarial images. Scores
+            are always float32.
+        batch_size: Images at a time.
+        seed: Seed of the random starts.
         device: auto, cpu, cuda or cuda:N.
-        devices: processes that share the images, on GPUs one a GPU; empty: as many as torchrun or SLURM started, else
-            one.
-        rows_dir: folder that keeps each example's rows as they come, where the same command goes on if it was stopped;
-            empty for one inside the run folder.
-        best: evaluate a run's best epoch on its validation split instead of its last.
-        normalize: put in front of a model that was trained on normalised images: imagenet, or [MEAN,STD] with a number
-            a channel each or one for all, such as [[0.1307],[0.3081]].
-        surrogate: another model, a source like the first one's: the audit also shows the model images made on it.
-        allow_code: run the code that module:function or a .pt2 program brings.
-        json: file to write everything to, per example.
-        html: file to write the robustness report to, a page to look at.
+        devices: Processes that share the images; on GPUs, one per GPU. By default as many as torchrun or SLURM started,
+            else one.
+        rows_dir: Folder that keeps a row per example as they are finished. The same command resumes an evaluation from
+            it. By default one inside the run folder.
+        best: Evaluate the best epoch of a run on its validation split instead of the last.
+        normalize: Normalise the inputs of a model that expects it: imagenet, or [MEAN,STD] with one number per channel
+            each, or one for all, such as [[0.1307],[0.3081]].
+        surrogate: Another model, given like the first. The audit also tries adversarial images made on it.
+        allow_code: Allow the code of module:function or of a .pt2 program to run.
+        json: File to write the whole result to, with every example.
+        html: File to write the robustness report to.
     """
 
     data: str | None = None
@@ -183,14 +181,15 @@ class ExportSettings:
     """What a model is written as.
 
     Args:
-        format: hub, a folder as the Hugging Face Hub has it, with a model card; onnx; or pt2, a torch.export program.
-        to: file or folder to write; empty for one inside the run folder.
-        push: a repository of the Hub, user/name, to upload the folder to instead.
-        private: a repository that is new.
-        license: the model's, as the Hub spells it, such as apache-2.0.
-        best: of a run the best epoch on its validation split, which its evaluation.json tells of, instead of its last.
-        input_shape: of one image, [C,H,W], for a model that innermax did not build.
-        allow_code: run the code that module:function or a .pt2 program brings.
+        format: hub: a folder as on the Hugging Face Hub, with a model card; onnx; pt2: a torch.export program.
+        to: File or folder to write. By default one inside the run folder.
+        push: Repository on the Hub, as user/name, to upload the folder to instead.
+        private: Make a new repository private.
+        license: License of the model, as the Hub spells it, such as apache-2.0.
+        best: Of a run, write the best epoch on its validation split, which its evaluation.json is about, instead of the
+            last.
+        input_shape: Shape [C,H,W] of one image, for a model that innermax did not build.
+        allow_code: Allow the code of module:function or of a .pt2 program to run.
     """
 
     format: Literal["hub", "onnx", "pt2"] = "hub"
@@ -211,7 +210,7 @@ def build_strategy(
     warm: WarmSettings,
     switch: float,
 ) -> Strategy:
-    """The defence of a name."""
+    """The strategy of a name, with the options that it takes."""
     options: dict[str, dict[str, Any]] = {
         "curriculum": vars(curriculum),
         "fgsm-pgd": {"switch": switch},
@@ -219,47 +218,3 @@ def build_strategy(
         "warm-start": vars(warm),
     }
     return strategies.build_strategy(name, attack, **options.get(name, {}))
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with innermax."""
-    folder = resources.files("innermax") / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-
-
-def recipe_text(name: str) -> str:
-    """The YAML of a recipe by its name, or of a file. Raises ValueError where there is none."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"recipe {name} is not readable: {error}") from error
-    if name not in recipe_names():
-        raise unknown("recipe", name, recipe_names())
-    return (resources.files("innermax") / "recipes" / f"{name}.yaml").read_text()
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 8/255 and 1e-4 as numbers."""
-
-
-_Loader.add_implicit_resolver("!fraction", re.compile(r"^\d+(\.\d+)?/\d+(\.\d+)?$"), list("0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _fraction(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    above, below = str(loader.construct_scalar(node)).split("/")
-    if float(below) == 0:
-        raise yaml.YAMLError(f"{node.value} divides by zero")
-    return float(above) / float(below)
-
-
-_Loader.add_constructor("!fraction", _fraction)
-
-
-def read_yaml(text: str) -> Any:
-    """YAML as recipes use it: plain values, and fractions such as 8/255. Raises ValueError for anything else."""
-    return parse_yaml(text, _Loader)

@@ -1,4 +1,4 @@
-"""Many runs of one recipe: handed to an engine, each in its own folder, gone on with where they were stopped."""
+"""Many runs of one recipe: each in its own folder, started by an engine and resumed where it was stopped."""
 
 import json
 import os
@@ -37,12 +37,12 @@ sys.exit(main())
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """How many runs are run.
+    """How the runs of a sweep are run.
 
     Args:
-        workers: runs at a time; empty for one on this machine, and for as many as the cluster takes.
-        engine: local, processes of this machine; or submitit, jobs on SLURM.
-        submitit: what submitit asks the cluster for, in its own names, such as --submitit.timeout_min 600,
+        workers: Runs at a time. By default one on this machine, and as many as a cluster takes.
+        engine: local: processes on this machine; submitit: jobs on SLURM.
+        submitit: What submitit asks the cluster for, by its own names, such as --submitit.timeout_min 600,
             --submitit.gpus_per_node 1 or --submitit.slurm_partition gpu.
     """
 
@@ -52,8 +52,8 @@ class SweepSettings:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One run: its name in the sweep, the words of `innermax train` but --run-dir, and what settings identify it."""
+class SweepRun:
+    """One run: its name in the sweep, the words of `innermax train` but --run-dir, and its identifying settings."""
 
     name: str
     words: Sequence[str]
@@ -68,18 +68,18 @@ class Running(Protocol):
         """Its exit status, None while it runs."""
 
     def interrupt(self) -> None:
-        """Lets it save and end where it ends with this process."""
+        """Lets a local run save its state and end; a cluster's job goes on."""
 
 
-Start = Callable[[Plan], Running]
+Start = Callable[[SweepRun], Running]
 
 
 def combinations(options: Mapping[str, Sequence[str]]) -> dict[str, dict[str, str]]:
-    """The product of options given in lists: a name made of what varies → a value an option.
+    """Every combination of the options' values, by a name made of the options that vary: option → value.
 
-    Raises ValueError where two combinations would have one name, which is where an option has a value twice.
+    Raises ValueError where two combinations have the same name: an option has a value twice.
     """
-    # In an order of its own, so that a run's name does not depend on what was typed first.
+    # Sorted, so that a run's name does not depend on the order in which options are typed.
     varied = sorted(
         (name for name, values in options.items() if len(values) > 1), key=lambda name: (name == "seed", name)
     )
@@ -94,32 +94,32 @@ def combinations(options: Mapping[str, Sequence[str]]) -> dict[str, dict[str, st
 
 
 def sweep(
-    folder: Path, plans: Sequence[Plan], chosen: SweepSettings, say: Callable[[str], None] = print
+    folder: Path, runs: Sequence[SweepRun], chosen: SweepSettings, say: Callable[[str], None] = print
 ) -> dict[str, str]:
-    """Runs what is not finished; run → what its log ends with, of those that failed.
+    """Runs what is not finished; of the runs that failed, name → last line of the log.
 
     A run whose settings the folder knows under another name is that run.
 
     Raises:
-        ValueError: the folder holds something else, a run of that name with other settings or another process's sweep,
-            or the engine is not there.
-        KeyboardInterrupt: local runs have saved and ended; jobs of a cluster go on.
+        ValueError: the folder holds something else or a run of that name with other settings, another process works in
+            it, or the engine is not installed.
+        KeyboardInterrupt: local runs have saved their states and ended; a cluster's jobs go on.
     """
     if chosen.workers is not None:
         check_count(chosen.workers, "workers")
     if not (folder / _INDEX).exists() and folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise ValueError(f"run_dir {folder} exists and holds no sweep of innermax; choose another folder")
-    plans = _named_as_known(folder, plans)
+    runs = _use_known_names(folder, runs)
     with lock_file(folder / LOCK, f"run_dir {folder}"):
-        waiting = [plan for plan in plans if not is_finished(folder / plan.name)]
+        waiting = [run for run in runs if not is_finished(folder / run.name)]
         if chosen.engine == "submitit":
             start, workers = _submitit(folder, chosen.submitit or {}), chosen.workers or max(1, len(waiting))
         else:
             start, workers = _local(folder, chosen.workers or 1), chosen.workers or 1
         (folder / _LOGS).mkdir(exist_ok=True)
-        write_json(folder / _INDEX, known_runs(folder) | {plan.name: plan.settings for plan in plans})
-        say(f"{len(plans)} runs in {folder}, {len(plans) - len(waiting)} of them finished")
-        return _run(folder, waiting, start, workers, say)
+        write_json(folder / _INDEX, known_runs(folder) | {run.name: run.settings for run in runs})
+        say(f"{len(runs)} runs in {folder}, {len(runs) - len(waiting)} of them finished")
+        return _run_all(folder, waiting, start, workers, say)
 
 
 def known_runs(folder: Path) -> dict[str, Any]:
@@ -127,16 +127,19 @@ def known_runs(folder: Path) -> dict[str, Any]:
     return _read(folder / _INDEX)
 
 
-def _named_as_known(folder: Path, plans: Sequence[Plan]) -> list[Plan]:
-    """The plans, by the names that the folder knows their settings by. Raises ValueError for a name of others."""
+def _use_known_names(folder: Path, runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """The runs by the names that the folder knows for their settings.
+
+    Raises ValueError where the folder has other settings for a name.
+    """
     known = known_runs(folder)
     names = {json.dumps(settings, sort_keys=True): name for name, settings in known.items()}
-    kept = [replace(plan, name=names.get(json.dumps(plan.settings, sort_keys=True), plan.name)) for plan in plans]
-    for plan in kept:
-        differing = differences(known.get(plan.name, plan.settings), plan.settings)
+    kept = [replace(run, name=names.get(json.dumps(run.settings, sort_keys=True), run.name)) for run in runs]
+    for run in kept:
+        differing = differences(known.get(run.name, run.settings), run.settings)
         if differing:
             raise ValueError(
-                f"run {plan.name} of {folder} belongs to another configuration ({'; '.join(differing[:4])}); "
+                f"run {run.name} of {folder} belongs to another configuration ({'; '.join(differing[:4])}); "
                 "choose another folder"
             )
     return kept
@@ -148,30 +151,33 @@ def is_finished(run: Path) -> bool:
 
 
 def end_with_parent() -> None:
-    """From here on, the end of standard input, which the parent holds, is a Ctrl-C; for the main thread."""
+    """Makes the end of standard input, which the parent holds open, a Ctrl-C for the main thread."""
 
     def watch() -> None:
         while os.read(0, 1):
             pass
         os.kill(os.getpid(), signal.SIGINT)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, and its children
+    # A background job of a script ignores SIGINT, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run(folder: Path, plans: Sequence[Plan], start: Start, workers: int, say: Callable[[str], None]) -> dict[str, str]:
-    """Keeps `workers` runs going until all have ended; run → what its log ends with, of those that failed, in order."""
-    waiting, running, failed = list(plans), dict[str, Running](), dict[str, str]()
+def _run_all(
+    folder: Path, runs: Sequence[SweepRun], start: Start, workers: int, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Keeps `workers` runs going until all have ended; of those that failed, in order, name → last line of the log."""
+    waiting, running, failed = list(runs), dict[str, Running](), dict[str, str]()
     try:
         while waiting or running:
-            for plan in list(waiting):
-                # What an earlier sweep left running ends by itself, and is then gone on with.
-                if len(running) < workers and not _is_held(folder / plan.name):
-                    running[plan.name] = start(plan)
-                    waiting.remove(plan)
-                    say(f"{plan.name}: started")
-            for name, run in list(running.items()):
-                status = run.status()
+            for run in list(waiting):
+                # A run that an earlier sweep left running ends by itself, and is then resumed.
+                if len(running) < workers and not _is_held(folder / run.name):
+                    running[run.name] = start(run)
+                    waiting.remove(run)
+                    say(f"{run.name}: started")
+            for name, started in list(running.items()):
+                status = started.status()
                 if status is None:
                     continue
                 del running[name]
@@ -181,19 +187,19 @@ def _run(folder: Path, plans: Sequence[Plan], start: Start, workers: int, say: C
             if waiting or running:
                 time.sleep(_PACE)
     except KeyboardInterrupt:
-        for run in running.values():
-            run.interrupt()
+        for started in running.values():
+            started.interrupt()
         raise KeyboardInterrupt(f"Interrupted: the same command continues {folder} where it stopped.") from None
-    return {plan.name: failed[plan.name] for plan in plans if plan.name in failed}
+    return {run.name: failed[run.name] for run in runs if run.name in failed}
 
 
-def _command(folder: Path, plan: Plan) -> list[str]:
-    """The words of a run's `innermax` command."""
-    return ["train", *plan.words, f"--run_dir={folder / plan.name}"]
+def _command(folder: Path, run: SweepRun) -> list[str]:
+    """The words of the `innermax` command that makes a run."""
+    return ["train", *run.words, f"--run_dir={folder / run.name}"]
 
 
 def _is_held(run: Path) -> bool:
-    """Whether a process works in a run folder."""
+    """Whether a process holds the lock of a run folder."""
     if not (run / LOCK).exists():
         return False
     try:
@@ -204,14 +210,14 @@ def _is_held(run: Path) -> bool:
 
 
 def _last_line(folder: Path, name: str) -> str:
-    """What a run said last."""
+    """The last line of a run's log."""
     log = folder / _LOGS / f"{name}.log"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
     return next((line.removeprefix("innermax: ") for line in reversed(lines) if line.strip()), "")
 
 
-class _Process:
-    """A process of this machine."""
+class _LocalProcess:
+    """A process on this machine."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -233,48 +239,48 @@ class _Process:
 
 
 def _local(folder: Path, workers: int) -> Start:
-    """Processes of this machine, which share its cores."""
-    # Each would use all of them, and wait for the others.
+    """Starts processes on this machine, which share its cores."""
+    # With a thread per core each, they would wait for one another.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))} if workers > 1 else {}
 
-    def start(plan: Plan) -> Running:
-        with (folder / _LOGS / f"{plan.name}.log").open("ab") as log:
+    def start(run: SweepRun) -> Running:
+        with (folder / _LOGS / f"{run.name}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, *_command(folder, plan)],
+                [sys.executable, "-c", _CHILD, *_command(folder, run)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=threads | os.environ,
-                start_new_session=True,  # a Ctrl-C comes from this process, once
+                start_new_session=True,  # the terminal's Ctrl-C reaches this process alone, which passes it on
             )
-        return _Process(process)
+        return _LocalProcess(process)
 
     return start
 
 
 class Call:
-    """An `innermax` command in a process of its own, as a job; what SLURM stops for its time goes on from its state."""
+    """An `innermax` command as a job, in a process of its own; one that SLURM stops at its time limit is resumed."""
 
     def __call__(self, words: Sequence[str], log: Path) -> int:
-        """Its exit status; the log takes what it says."""
+        """Runs the command with its output in the log; its exit status."""
         with log.open("ab") as output:
             command = [sys.executable, "-m", "innermax.cli", *words]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
             return process.wait()
         except BaseException:
-            _Process(process).interrupt()
+            _LocalProcess(process).interrupt()
             raise
 
     def checkpoint(self, words: Sequence[str], log: Path) -> Any:
-        """What submitit hands in again where the job's time is over."""
+        """What submitit submits again when the job's time is over."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, words, log)
 
 
-class _Job:
-    """A job of a cluster."""
+class _ClusterJob:
+    """A cluster's job."""
 
     def __init__(self, job: Any) -> None:
         self._job = job
@@ -286,11 +292,11 @@ class _Job:
         return int(self._job.result()) if failure is None else 1
 
     def interrupt(self) -> None:
-        """It goes on: the cluster's jobs do not end with the process that handed them in."""
+        """Does nothing: a cluster's job does not end with the process that submitted it."""
 
 
 def _submitit(folder: Path, parameters: Mapping[str, Any]) -> Start:
-    """Jobs that submitit hands to SLURM, or to whatever its `cluster` says."""
+    """Submits jobs to SLURM, or to what submitit's `cluster` names."""
     try:
         import submitit
     except ImportError as error:
@@ -304,15 +310,15 @@ def _submitit(folder: Path, parameters: Mapping[str, Any]) -> Start:
         raise ValueError(f"submitit: {error}") from error
     known = _read(folder / _JOBS)
 
-    def start(plan: Plan) -> Running:
-        if cluster == "slurm" and plan.name in known:
-            before: Any = submitit.SlurmJob(executor.folder, known[plan.name])
-            if not before.done(force_check=True):  # an earlier sweep's, still in the queue or running
-                return _Job(before)
-        job = executor.submit(Call(), _command(folder, plan), (folder / _LOGS / f"{plan.name}.log").absolute())
-        known[plan.name] = job.job_id
+    def start(run: SweepRun) -> Running:
+        if cluster == "slurm" and run.name in known:
+            before: Any = submitit.SlurmJob(executor.folder, known[run.name])
+            if not before.done(force_check=True):  # submitted by an earlier sweep, and still queued or running
+                return _ClusterJob(before)
+        job = executor.submit(Call(), _command(folder, run), (folder / _LOGS / f"{run.name}.log").absolute())
+        known[run.name] = job.job_id
         write_json(folder / _JOBS, known)
-        return _Job(job)
+        return _ClusterJob(job)
 
     return start
 
@@ -326,5 +332,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is not what a sweep writes")
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
     return found

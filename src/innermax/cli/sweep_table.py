@@ -1,4 +1,4 @@
-"""One table of a sweep: a row a setting, its measures as means over seeds with Student's intervals."""
+"""The table of a sweep: a row per setting, with means over seeds and Student's intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,11 +27,15 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A setting: what it differs in from the others, its runs, those of them that are finished and their measures.
+class SweepRow:
+    """A setting, whatever its seed: the options it differs in, its runs and the measures of those that are finished.
 
-    measures: "clean", each attack's name and "worst_case", accuracies in [0, 1]; "gradients" an image over the
-    training; "seconds" of the training.
+    Attributes:
+        settings: option → value, of the options that vary in the sweep.
+        runs: name → seed.
+        finished: names.
+        measures: "clean", each attack's name and "worst_case": accuracies in [0, 1]; "gradients" per image over the
+            training; "seconds" of the training.
     """
 
     settings: Mapping[str, Any]
@@ -40,8 +44,8 @@ class Row:
     measures: Mapping[str, Measure]
 
 
-def sweep_rows(folder: Path) -> list[Row]:
-    """The rows of all that a sweep's folder knows. Raises ValueError where a file of a finished run is damaged."""
+def sweep_rows(folder: Path) -> list[SweepRow]:
+    """The rows of all runs that a sweep's folder knows. Raises ValueError where a file of a finished run is damaged."""
     known = {name: _flat(settings) for name, settings in known_runs(folder).items()}
     options = dict.fromkeys(option for settings in known.values() for option in settings)
     varied = [o for o in options if o != _SEED and len({str(settings.get(o)) for settings in known.values()}) > 1]
@@ -53,12 +57,12 @@ def sweep_rows(folder: Path) -> list[Row]:
         finished = [name for name in names if is_finished(folder / name)]
         settings = {option: known[names[0]].get(option) for option in varied}
         runs = {name: known[name][_SEED] for name in names}
-        rows.append(Row(settings, runs, finished, _over_seeds([run_measures(folder / name) for name in finished])))
+        rows.append(SweepRow(settings, runs, finished, _over_seeds([run_measures(folder / name) for name in finished])))
     return rows
 
 
 def run_measures(run: Path) -> dict[str, float]:
-    """A finished run's measures, by the names of `Row.measures`. Raises ValueError where its files are damaged."""
+    """A finished run's measures, by the names of `SweepRow.measures`. Raises ValueError where its files are damaged."""
     try:
         scored = parse_json((run / "evaluation.json").read_bytes())
         history = [parse_json(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
@@ -72,8 +76,8 @@ def run_measures(run: Path) -> dict[str, float]:
         raise ValueError(f"{run} is damaged: {type(error).__name__}: {error}") from error
 
 
-def format_sweep(rows: Sequence[Row]) -> Table:
-    """A rich table: accuracies in %, below each mean its interval."""
+def format_sweep(rows: Sequence[SweepRow]) -> Table:
+    """The rows as a rich table: accuracies in %, with the interval below each mean."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_CAPTION, caption_justify="left")
     for heading in rows[0].settings:
         table.add_column(heading, overflow="fold")
@@ -84,8 +88,8 @@ def format_sweep(rows: Sequence[Row]) -> Table:
     return table
 
 
-def write_sweep(folder: Path, rows: Sequence[Row], failed: Mapping[str, str]) -> None:
-    """Writes the table as table.json, with every attack, and as table.md into a sweep's folder."""
+def write_sweep(folder: Path, rows: Sequence[SweepRow], failed: Mapping[str, str]) -> None:
+    """Writes table.json, with every attack, and table.md into a sweep's folder."""
     write_json(folder / "table.json", {"rows": [asdict(row) for row in rows], "failed": dict(failed)})
     headings = [*rows[0].settings, "seeds", *_SHOWN]
     lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings))]
@@ -95,13 +99,13 @@ def write_sweep(folder: Path, rows: Sequence[Row], failed: Mapping[str, str]) ->
 
 
 _CAPTION = (
-    "Clean and robust (the worst case of all attacks): accuracy on the test images in %. Gradients: an image, over the "
-    "training. Below or behind a mean over seeds: Student's 95 % interval."
+    "Clean and robust (the worst case of all attacks): accuracy on the test images in %. Gradients: per image, over "
+    "the training. Below or after a mean over seeds: Student's 95 % interval."
 )
 _SHOWN = {"clean": "clean", "robust": "worst_case", "gradients": "gradients", "seconds": "seconds"}
 
 
-def _cells(row: Row, between: str) -> list[str]:
+def _cells(row: SweepRow, between: str) -> list[str]:
     seeds = str(len(row.runs)) if len(row.finished) == len(row.runs) else f"{len(row.finished)} of {len(row.runs)}"
     settings = [_shown(value) for value in row.settings.values()]
     return [*settings, seeds, *(_cell(row.measures.get(name), name, between) for name in _SHOWN.values())]
@@ -124,7 +128,7 @@ def _cell(measure: Measure | None, name: str, between: str) -> str:
 
 
 def _over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, Measure]:
-    """The measures that all runs have."""
+    """The measures that all runs have, over their seeds."""
     names = [name for name in found[0] if all(name in measures for measures in found)] if found else []
     return {name: _measure([measures[name] for measures in found], name) for name in names}
 

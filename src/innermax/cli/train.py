@@ -1,14 +1,33 @@
-"""`innermax train`: a recipe, a model and its options become a run."""
+"""`innermax train`: a recipe and its options become a run."""
 
-from collections.abc import Sequence
+import argparse
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from innermax.cli.arguments import spelled_out
+import torch
+from rich.console import Console
+from torch import nn
+
+import innermax as im
+from innermax.attacks.named import named_attacks
+from innermax.cli import settings
+from innermax.cli.arguments import Parser, build_parser, read_fractions, split_words
+from innermax.cli.progress import show_evaluation
+from innermax.cli.recipes import read_yaml, recipe_text
+from innermax.cli.settings import build_strategy
+from innermax.data.image_set import Data
+from innermax.distributed.launch import count_processes, find_device, is_first
+from innermax.reporting.tables import format_audit, format_table
+from innermax.training.loggers import LoggerName
+from innermax.training.train import train
+from innermax.utils.files import write_bytes
+from innermax.utils.validation import unknown
 
 _GROUPS = ("threat", "attack", "dynamic", "curriculum", "warm")  # of a recipe's settings
-# What the recipe and the run say in their own way.
-_NOT_OPTIONS: set[str | int] = {
+# Parameters of `im.train` that are no options: the recipe's settings stand for them.
+_BUILT: set[str | int] = {
     "model",
     "train_set",
     "strategy",
@@ -18,95 +37,93 @@ _NOT_OPTIONS: set[str | int] = {
     "settings",
     "logger",
 }
+# Help that the docstring of `im.train` does not give; a group in a file of its own does no more than a recipe.
+_HELP = {
+    "run_dir": "Folder of the run. By default runs/RECIPE-STRATEGY-seedSEED.",
+    "devices": "Processes on each machine that share every batch; on GPUs, one per GPU. By default as many as torchrun "
+    "or SLURM started, else one.",
+    **dict.fromkeys(_GROUPS, argparse.SUPPRESS),
+}
+_RECORDED = ("data", "validation", "model", "init", "threat", "attack")  # in the run's config.yaml, beside those
 
 
 def run(words: list[str]) -> None:
     """Trains as a recipe says, then attacks the result with the test images."""
-    from innermax.cli.settings import read_yaml, recipe_text
-
-    asks = not words or words[0] in ("-h", "--help")
-    if not asks and words[0].startswith("-"):
-        raise ValueError("train takes the name of a recipe first, such as: innermax train digits")
-    recipe = "" if asks else words[0]
-    parser = train_parser({} if asks else read_recipe(recipe, read_yaml(recipe_text(recipe))))
-    chosen = parser.parse_args(["--help"] if asks else spelled_out(words[1:]))
-    _run_training(recipe, parser.instantiate(chosen), chosen.as_dict())
+    recipes, options = split_words(words, "the name of a recipe", "innermax train digits")
+    parser = train_parser(read_recipe(recipes[0]) if recipes else {})
+    chosen = parser.parse_args(options)
+    _train_and_attack(recipes[0], parser.instantiate(chosen), chosen.as_dict())
 
 
-def train_parser(recipe: dict[str, Any]) -> Any:
+def train_parser(recipe: Mapping[str, Any]) -> Parser:
     """The parser of `innermax train`, from the same signatures as the library, with a recipe's values as defaults."""
-    from jsonargparse import ArgumentParser
-
-    from innermax.cli import settings
-    from innermax.training.loggers import LoggerName
-    from innermax.training.train import train
-
-    parser = ArgumentParser(
-        prog="innermax train RECIPE",
-        description="Train a classifier as a recipe says; every setting of the recipe is an option.",
-        exit_on_error=False,
+    parser = build_parser(
+        "innermax train RECIPE",
+        "Train a classifier as a recipe says, then attack it with the test images. RECIPE is a name from innermax "
+        "recipes or a YAML file. Every setting of the recipe is an option; null unsets one. The same command resumes a "
+        "run that was stopped.",
     )
     parser.add_class_arguments(settings.RecipeSettings, as_group=False)
     for name in _GROUPS:
         parser.add_class_arguments(getattr(settings, f"{name.capitalize()}Settings"), name)
-    parser.add_function_arguments(train, as_group=False, skip=_NOT_OPTIONS)
-    parser.add_argument(
-        "--logger",
-        type=LoggerName | None,
-        help="also log each epoch to tensorboard, wandb or mlflow; empty: to neither",
-    )
-    if recipe:
-        parser.set_defaults(recipe)
+    parser.add_function_arguments(train, as_group=False, skip=_BUILT)
+    parser.add_argument("--logger", type=LoggerName | None, help="Also log each epoch to tensorboard, wandb or mlflow.")
+    for action in parser._actions:
+        action.help = _HELP.get(action.dest, action.help)
+    parser.set_defaults(dict(recipe))
     return parser
 
 
-def read_recipe(name: str, recipe: object) -> dict[str, Any]:
-    """A recipe's values. Raises ValueError where it is none or holds an unknown setting."""
-    from innermax.utils.validation import unknown
-
+def read_recipe(name: str) -> dict[str, Any]:
+    """The values of a recipe, option → value. Raises ValueError where it is not readable or a setting does not fit."""
+    recipe = read_yaml(recipe_text(name))
     if not isinstance(recipe, dict):
         raise ValueError(f"recipe {name} holds no settings")
-    known = [action.dest for action in train_parser({})._actions]
+    parser = train_parser({})
+    known = [action.dest for action in parser._actions]
+    values: dict[str, Any] = {}
     for key, value in recipe.items():
         if key in ("run_dir", "overwrite"):
             raise ValueError(f"recipe {name} must not say where to write: give --{key.replace('_', '-')} yourself")
         if (key in _GROUPS) != isinstance(value, dict):
             raise ValueError(f"recipe {name}: {key} must {'' if key in _GROUPS else 'not '}hold settings of its own")
-        inner = [f"{key}.{part}" for part in value] if isinstance(value, dict) else [str(key)]
-        for setting in inner:
-            if setting not in known:
-                raise unknown(f"setting in recipe {name}", setting, known)
-    return recipe
+        values |= {f"{key}.{part}": each for part, each in value.items()} if key in _GROUPS else {str(key): value}
+    for setting in values:
+        if setting not in known:
+            raise unknown(f"setting in recipe {name}", setting, known)
+    try:
+        values = {setting: read_fractions(value, parser.type_of(setting)) for setting, value in values.items()}
+        parser.parse_object({"data": "", "model": ""} | _nested(values))  # which the command line may give instead
+    except ValueError as error:
+        raise ValueError(f"recipe {name}: {error}") from error
+    return values
 
 
-def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
-    from rich.console import Console
+def build_network(name: str, classes: int, shape: Sequence[int], seed: int, init: str | None) -> nn.Module:
+    """The network with weights drawn from the seed, or taken from the model that `init` names."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = im.build_model(name, num_classes=classes, input_shape=shape)
+    return model if init is None else im.load_model(init, model).train()
 
-    import innermax as im
-    from innermax.attacks.named import named_attacks
-    from innermax.cli.progress import show_evaluation
-    from innermax.cli.settings import build_strategy
-    from innermax.distributed.launch import count_processes, find_device, is_first
-    from innermax.reporting.tables import format_audit, format_table
-    from innermax.utils.files import write_bytes
 
+def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> None:
+    """Trains as chosen, then evaluates and reports on the result; stated: the same as plain values."""
     threat = chosen.threat.build()
-    attack = chosen.attack.build(threat)
-    attacks = named_attacks(chosen.attacks, threat)
+    attack, attacks = chosen.attack.build(threat), named_attacks(chosen.attacks, threat)
     strategy = build_strategy(chosen.strategy, attack, chosen.dynamic, chosen.curriculum, chosen.warm, chosen.switch)
     device = find_device(chosen.device)
     data = im.load_data(chosen.data, validation=_share_or_count(chosen.validation))
-    model = _model(chosen.model, data.num_classes, data.train.shape, chosen.seed, chosen.init)
     folder = Path(chosen.run_dir or f"runs/{Path(recipe).stem}-{chosen.strategy}-seed{chosen.seed}")
     options = {name: value for name, value in chosen.as_dict().items() if name in _options()}
     run = im.train(
-        model,
+        build_network(chosen.model, data.num_classes, data.train.shape, chosen.seed, chosen.init),
         data.train,
         strategy,
         objective=chosen.objective,
         validation_set=data.validation,
         validation_attack=attack,
-        settings={name: stated[name] for name in ("data", "validation", "model", "init", "threat", "attack")},
+        settings={name: stated[name] for name in _RECORDED},
         **options | {"run_dir": folder, "logger": chosen.logger},
     )
     processes = count_processes()
@@ -117,41 +134,49 @@ def _run_training(recipe: str, chosen: Any, stated: dict[str, Any]) -> None:
     if run.best is not None:
         im.load_model(folder / "best.safetensors", model)
         which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
-    options = {"seed": chosen.seed, "device": device, "devices": processes if processes > 1 else chosen.devices or 1}
+    devices = processes if processes > 1 else chosen.devices or 1
     with show_evaluation(attacks, audit=True, speak=chosen.progress and is_first()) as show:
-        evaluation = im.evaluate(model, data.test, attacks, **options, progress=show)
-    if not is_first():
-        return
+        evaluation = im.evaluate(
+            model, data.test, attacks, seed=chosen.seed, device=device, devices=devices, progress=show
+        )
+    if is_first():
+        _write_results(folder, run, model, data, attacks, evaluation, device)
+        where = f"Model of {which}. Run folder: {folder}. Report: {folder / 'report.html'}"
+        Console().print(where, highlight=False, soft_wrap=True)
+
+
+def _write_results(
+    folder: Path,
+    run: im.Run,
+    model: nn.Module,
+    data: Data,
+    attacks: Mapping[str, Any],
+    evaluation: im.Evaluation,
+    device: torch.device,
+) -> None:
+    """Writes evaluation.json and report.html into the run folder, and prints the table and the audit."""
     write_bytes(folder / "evaluation.json", (evaluation.to_json() + "\n").encode())
     names = data.class_names
     shown = im.gallery(model, data.test, attacks, evaluation, class_names=names, device=device) if attacks else None
-    page = im.report({folder.name: im.Exhibit(evaluation, run, shown)}, folder / "report.html")
+    im.report({folder.name: im.Exhibit(evaluation, run, shown)}, folder / "report.html")
     console = Console()
     console.print(format_table(evaluation))
     if evaluation.audit is not None:
         console.print(format_audit(evaluation.audit), "")
-    console.print(f"Model of {which}. Run folder: {folder}. Report: {page}", highlight=False, soft_wrap=True)
-
-
-def _model(name: str, classes: int, shape: Sequence[int], seed: int, init: str | None) -> Any:
-    """The network with weights drawn from the seed, or taken from `init`."""
-    import torch
-
-    import innermax as im
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = im.build_model(name, num_classes=classes, input_shape=shape)
-    return model if init is None else im.load_model(init, model).train()
 
 
 def _options() -> set[str]:
-    """The options that go to the training as they are."""
-    import inspect
+    """The options that go to `im.train` as they are."""
+    return set(inspect.signature(train).parameters) - {str(name) for name in _BUILT}
 
-    from innermax.training.train import train
 
-    return set(inspect.signature(train).parameters) - _NOT_OPTIONS
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by names such as threat.eps, as groups in a group."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        group, _, option = name.rpartition(".")
+        (found.setdefault(group, {}) if group else found)[option] = value
+    return found
 
 
 def _share_or_count(validation: float) -> float:

@@ -1,0 +1,76 @@
+"""What `innermax evaluate` and `innermax transfer` share: options, data set, threat model and attacks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from innermax.attacks.base import Attack
+from innermax.attacks.named import named_attacks
+from innermax.cli.arguments import Parser, build_parser, check_count, check_file
+from innermax.cli.settings import EvaluateSettings, NormName, ThreatSettings
+from innermax.distributed.launch import find_device
+from innermax.training.run_folder import read_settings
+
+_PASSED_ON = ("batch_size", "seed", "quantize", "precision")
+
+
+def evaluation_parser(usage: str, description: str, skip: set[str | int]) -> Parser:
+    """The parser of a command that attacks trained models, without the options to skip."""
+    parser = build_parser(usage, description)
+    parser.add_class_arguments(EvaluateSettings, as_group=False, skip=skip)
+    norm = "Norm of the perturbations: linf, l2 or l1. Without it, the run's own."
+    parser.add_argument("--threat.norm", type=NormName | None, help=norm)
+    eps = "Largest size of a perturbation, such as 8/255. Without it, the run's own."
+    parser.add_argument("--threat.eps", type=float | None, help=eps)
+    return parser
+
+
+def choose_data(sources: Sequence[str], chosen: Any) -> str:
+    """The data set that was asked for, or else that of the run folders. Raises ValueError where there is neither."""
+    data: str | None = chosen.data or find_setting(sources, "data", "--data")
+    if data is None:
+        folders = f"{sources[0]} is no run folder" if len(sources) == 1 else "none of the sources is a run folder"
+        raise ValueError(f"{folders}, so the data set is not known: give --data")
+    return data
+
+
+def choose_attacks(sources: Sequence[str], chosen: Any) -> dict[str, Attack]:
+    """The attacks by name, in the threat model that was asked for or else in that of the run folders.
+
+    Raises ValueError where the size of perturbations is not known: an ε belongs to its norm.
+    """
+    norm, eps = chosen.threat.norm, chosen.threat.eps
+    if norm is None or eps is None:
+        own = find_setting(sources, "threat", "--threat.norm and --threat.eps") or {}
+        norm = norm or own.get("norm", "linf")
+        eps = own["eps"] if eps is None and norm == own.get("norm") else eps
+    if eps is None:
+        raise ValueError(f"the size of {norm} perturbations for {sources[0]} is not known: give --threat.eps")
+    return dict(named_attacks(chosen.attacks, ThreatSettings(norm, eps).build()))
+
+
+def choose_options(chosen: Any) -> dict[str, Any]:
+    """The options that `im.evaluate` and `im.transfer` take alike, checked before anything is loaded."""
+    check_count("--limit", chosen.limit)
+    check_file("--json", chosen.json)
+    return {name: getattr(chosen, name) for name in _PASSED_ON} | {"device": find_device(chosen.device)}
+
+
+def find_setting(sources: Sequence[str], setting: str, option: str) -> Any:
+    """What the run folders among the sources record of a setting, None where none does.
+
+    Raises ValueError where they differ; it tells of the option that decides.
+    """
+    found: list[tuple[str, Any]] = []
+    for source in filter(is_run_folder, sources):
+        value = read_settings(Path(source)).get(setting)
+        if value is not None:
+            found.append((source, value))
+        if found and found[-1][1] != found[0][1]:
+            raise ValueError(f"{found[0][0]} and {source} differ in their {setting}: give {option}")
+    return found[0][1] if found else None
+
+
+def is_run_folder(source: str) -> bool:
+    """Whether a source is the folder of a run."""
+    return (Path(source) / "config.yaml").is_file()
