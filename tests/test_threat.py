@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from jaxtyping import config
 from scipy import optimize, stats
 
-from innermax.threat import L1, L2, Linf, Threat
+import innermax as im
+from innermax.threat import L1, L2, Linf, Norm, Threat, build_threat
+from innermax.threat import NORMS as NAMES
+from tests.helpers.threats import ScaledL2, WeightedLinf
 
 NORMS = [Linf, L2, L1]
 SHAPES = [(1,), (2,), (3,), (6,), (2, 2), (1, 2, 2), (3, 1, 2), (2, 1, 3)]
@@ -743,3 +747,43 @@ def test_step_size_is_checked(step_size):
 def test_index_is_checked(unhooked, index, error):
     with pytest.raises(error, match="index"):
         Linf(0.1).sample(torch.full((2, 3), 0.5), index=index)
+
+
+# --------------------------------------------------------------------------------------------------------- own threats
+
+
+def test_every_norm_has_a_name_a_class_and_a_symbol():
+    assert get_args(Norm) == tuple(NAMES)
+    assert list(map(build_threat, NAMES, [0.5] * 3)) == [im.Linf(0.5), im.L2(0.5), im.L1(0.5)]
+    assert [norm.symbol for norm in NAMES.values()] == ["L∞", "L2", "L1"]
+    with pytest.raises(ValueError, match=r"unknown norm 'l3'; did you mean 'l"):
+        build_threat("l3", 0.5)
+
+
+@pytest.mark.parametrize("norm", [WeightedLinf, ScaledL2])
+def test_an_own_norm_in_which_a_coordinate_moves_farther_than_eps_is_refused(norm):
+    """Its ball would be cut at ε, and the adversary weaker than what was asked for."""
+    x = torch.full((2, 200), 0.5)
+    threat = norm(0.1, weights=(1.0, 0.5))
+    for use in (threat.around, lambda x: threat.project(x, x), lambda x: im.PGD(threat)(torch.nn.Linear(200, 2), x, Y)):
+        with pytest.raises(ValueError, match=rf"norm of {norm.__name__} must be at least 1 .*, got 0\.5: divide"):
+            use(x)
+    inside = norm(0.1, weights=(1.0, 1.0 + 1e-9)).around(x)
+    assert inside.contains(inside.maximizer(torch.ones_like(x))).all()
+
+
+Y = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5), L1(2.0), WeightedLinf(0.1)])
+def test_steps_of_several_lengths_at_once(threat):
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = torch.rand(6, 3, 4, generator=generator), torch.randn(6, 3, 4, generator=generator)
+    around = threat.around(x)
+    sizes = torch.tensor([0.1, 0.02, 0.1, 0.0, math.inf, 0.02])
+    steps = around.step(x, gradient, sizes)
+    for row, size in enumerate(sizes.tolist()):
+        part = torch.tensor([row])
+        assert torch.equal(steps[part], around[part].step(x[part], gradient[part], size))
+    with pytest.raises(ValueError, match="step_size must be at least 0, got -"):
+        around.step(x, gradient, sizes - 1)

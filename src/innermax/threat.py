@@ -9,7 +9,7 @@ u = x' − x, flattened to (B, d), with one interval [floor, ceiling] ∋ 0 a co
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,11 +22,14 @@ Bounds = tuple[float | Tensor, float | Tensor] | None
 Flat = Float[Tensor, "b d"]
 Column = Float[Tensor, "b 1"]
 _ROUNDING = 1 + 1e-6  # an ε as large as the bounds may come out a little larger in float32
+_UNITS = 64  # coordinates of which an own norm is checked
 
 
 @dataclass(frozen=True)
 class Threat(ABC):
     """A norm ball of radius `eps` around each input, cut by pixel `bounds`.
+
+    A subclass is a norm, by its six abstract methods; it must have ‖u‖ ≥ |u_i| for every coordinate, as p-norms have.
 
     Args:
         eps: radius ε > 0, in the units of the input.
@@ -36,6 +39,7 @@ class Threat(ABC):
         ValueError: ε is not a positive finite number or exceeds what the bounds allow; low ≥ high somewhere.
     """
 
+    symbol: ClassVar[str]  # by which reports call a norm of NORMS
     eps: float
     bounds: Bounds = (0.0, 1.0)
 
@@ -51,7 +55,11 @@ class Threat(ABC):
             raise ValueError(f"bounds must be finite with low < high, got {self.bounds}")
 
     def around(self, x: Float[Tensor, "b ..."]) -> "FeasibleSet":
-        """The set X(x) for a batch of clean inputs. Raises ValueError where x is not finite or outside the bounds."""
+        """The set X(x) for a batch of clean inputs.
+
+        Raises ValueError where x is not finite or outside the bounds, or where the norm gives a coordinate less than
+        its size.
+        """
         check_inputs(x)
         flat = x.detach().flatten(1)
         low, high = self.box(x)
@@ -60,6 +68,8 @@ class Threat(ABC):
         largest = float(self.norm(high - low).max())
         if self.eps > largest * _ROUNDING:
             raise ValueError(f"eps must be at most {largest:g}, the size of the bounds, got {self.eps:g}")
+        if type(self) not in NORMS.values():
+            self._check_units(flat)
         floor, ceiling = (low - flat).clamp(min=-self.eps), (high - flat).clamp(max=self.eps)
         return FeasibleSet(self, x.detach(), floor, ceiling)
 
@@ -127,6 +137,18 @@ class Threat(ABC):
         """
         feasible = self.around(x) if bounded else self.around(x).without_bounds()
         return feasible.gap(gradient, x_adv, relative=relative)
+
+    def _check_units(self, flat: Flat) -> None:
+        """Raises where a coordinate could move farther than ε, at which [floor, ceiling] ends; some are tried."""
+        d = flat.shape[1]
+        some = torch.linspace(0, d - 1, min(d, _UNITS), device=flat.device).round().long()
+        units = torch.zeros(len(some), d, dtype=flat.dtype, device=flat.device).scatter_(1, some[:, None], 1.0)
+        least = float(self.norm(units).min())
+        if least < 1 / _ROUNDING:
+            raise ValueError(
+                f"norm of {type(self).__name__} must be at least 1 for a change of one coordinate by 1, got {least:g}: "
+                "divide norm and eps by that"
+            )
 
     def _inside(self, point: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """The point, drawn towards x where the roundings of many coordinates add up to a norm beyond ε."""
@@ -250,6 +272,8 @@ class FeasibleSet:
 class Linf(Threat):
     """‖x' − x‖_∞ ≤ ε: every coordinate may move by ε, so [floor, ceiling] is all there is to X(x)."""
 
+    symbol: ClassVar[str] = "L∞"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bounds is None:
@@ -286,9 +310,11 @@ class Linf(Threat):
 class L2(Threat):
     """‖x' − x‖_2 ≤ ε.
 
-    Projection and maximizer share one shape: clip(s·v, floor, ceiling), with the scale s ≥ 0 at which its norm is ε (by
-    the KKT conditions, s is made of the ball's multiplier).
+    Projection and maximizer have the same form: clip(s·v, floor, ceiling), with the scale s ≥ 0 at which its norm is ε
+    (by the KKT conditions; s follows from the ball's multiplier).
     """
+
+    symbol: ClassVar[str] = "L2"
 
     def norm(self, u: Flat) -> Float[Tensor, " b"]:
         """Euclidean length."""
@@ -349,6 +375,8 @@ class L2(Threat):
 
 class L1(Threat):
     """‖x' − x‖_1 ≤ ε: few coordinates move far, so the bounds bind often."""
+
+    symbol: ClassVar[str] = "L1"
 
     def norm(self, u: Flat) -> Float[Tensor, " b"]:
         """Σ |u_i|."""

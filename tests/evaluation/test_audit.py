@@ -20,6 +20,7 @@ from innermax.evaluation.result import Evaluation
 from innermax.losses import margin
 from innermax.oracle.oracle import Oracle
 from innermax.reporting.tables import format_audit
+from tests.helpers.threats import WeightedLinf
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import broken
@@ -154,8 +155,67 @@ def test_flat_inputs_two_threats_and_nobody_left():
     found = im.evaluate(model, (x, y), both).audit
     assert found.verdict == "no failure found"
     assert "score-based" not in found.evidence.fallen
+    assert found.evidence.untried == {"score-based": "inputs of shape (6,) are no images"}
     nobody = im.evaluate(model, (x, 1 - y), both).audit
     assert (nobody.verdict, nobody.evidence.sampled) == ("no failure found", 0)
+
+
+def test_a_threat_model_of_ones_own_from_training_to_report(tmp_path):
+    data = im.load_data("digits", validation=0)
+    threat = WeightedLinf(0.1, weights=(1.0, 1.5))
+    torch.manual_seed(0)
+    model = im.build_model("digits-cnn", input_shape=data.train.shape)
+    strategy = im.Dynamic(im.PGD(threat, steps=3))
+    model = im.train(model, data.train[:600], strategy, epochs=2, lr=0.05, progress=False).model
+    attacks = {"pgd-1": im.PGD(threat, steps=1), "guided": im.GuidedPGD(threat, budget=2)}
+    evaluation = im.evaluate(model, data.test[:60], attacks)
+    found = evaluation.audit.evidence
+    assert {"more steps", "restarts", "margin", "targeted"} <= found.fallen.keys() or found.strongest == "guided"
+    assert {"margin", "targeted"} <= found.fallen.keys()
+    assert found.fallen["margin"] > 0
+    assert found.untried == {"score-based": "Square does not serve WeightedLinf"}
+    assert "Not tried: score-based (Square does not serve WeightedLinf)." in format_audit(evaluation.audit).plain
+    assert Evaluation.from_json(evaluation.to_json()).audit.evidence.untried == found.untried
+    shown = im.gallery(model, data.test[:60], attacks, evaluation, pictures=10)
+    assert any(picture.loss for picture in shown.pictures if picture.attack == "pgd-1")
+    assert shown.sweep.accuracy[0].value >= shown.sweep.accuracy[-1].value
+    page = im.report({"mine": im.Exhibit(evaluation, gallery=shown)}, tmp_path / "report.html").read_text()
+    assert "Not tried: score-based" in page
+    assert "WeightedLinf, ε = 0.1" in page
+
+
+class Mine:
+    """An attack of a user's own, which finds nothing."""
+
+    threat = LINF
+
+    def __call__(self, model, x, y, *, seed=0, index=None, **options):
+        return replace(PGD, steps=1, step_size=1e-9)(model, x, y, seed=seed, index=index, **options)
+
+
+def test_what_an_audit_cannot_try_it_says(trained, images, monkeypatch):
+    attack = im.APGD.search
+    monkeypatch.setattr(
+        im.APGD, "search", lambda self, *a: attack(self, *a) if self.targets is None else refuse("no\ntargets")
+    )
+    found = im.evaluate(trained, images, {"mine": Mine()}).audit
+    own = "mine is not an attack of innermax"
+    untried = {"more steps": own, "restarts": own, "targeted": "it failed: no targets"}
+    assert found.evidence.untried == untried
+    assert found.evidence.fallen["targeted"] == 0
+    assert found.sentence.endswith(f" Not tried: more steps, restarts ({own}); targeted (it failed: no targets).")
+
+
+def refuse(message):
+    raise ValueError(message)
+
+
+def test_an_audit_of_before_is_read(trained, images):
+    document = json.loads(im.evaluate(trained, images[:20], {"pgd": PGD}).to_json())
+    assert document["audit"]["evidence"].pop("untried") == {}
+    again = Evaluation.from_json(json.dumps(document)).audit
+    assert again.evidence.untried == {}
+    assert "Not tried" not in again.sentence
 
 
 class Backwards(torch.autograd.Function):

@@ -90,6 +90,7 @@ class Evidence:
         total_gain: the same for all searches together.
         hidden_gain: the same for those that do not follow the model's own gradient.
         large_eps: share of the sample that withstands a short search when ε is as large as the bounds.
+        untried: by search that could not be tried, or failed, the reason.
         gradients, forwards: what the audit cost, over all examples.
     """
 
@@ -111,6 +112,7 @@ class Evidence:
     total_gain: float = 0.0
     hidden_gain: float = 0.0
     large_eps: float = math.nan
+    untried: dict[str, str] = field(default_factory=dict)
     gradients: int = 0
     forwards: int = 0
 
@@ -137,15 +139,15 @@ class Audit:
     def sentence(self) -> str:
         """The verdict in words, with the numbers it rests on."""
         found = self.evidence
+        untried = _describe_untried(found.untried)
         if self.verdict == "randomised":
-            return "Audit: the model is randomised; these attacks do not average over its answers."
-        tried = f"{found.sampled:,} of {found.survivors:,} survivors"
+            return f"Audit: the model is randomised; these attacks do not average over its answers.{untried}"
+        sample = f"{found.sampled:,} of {found.survivors:,} survivors"
+        searches = f"searches on {sample} made {sum(found.fallen.values())} more fall.{untried}"
         if self.verdict == "no failure found":
-            return f"Audit: no failure found. Stronger searches on {tried} made {sum(found.fallen.values())} more fall."
-        return (
-            f"Audit: {self.verdict}. Robust accuracy is too high by at least {100 * found.total_gain:.1f} points: "
-            f"stronger searches on {tried} made {sum(found.fallen.values())} more fall."
-        )
+            return f"Audit: no failure found. Stronger {searches}"
+        too_high = f"Robust accuracy is too high by at least {100 * found.total_gain:.1f} points"
+        return f"Audit: {self.verdict}. {too_high}: stronger {searches}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -156,6 +158,15 @@ class Audit:
         """What `to_dict` gave, after JSON without NaN. Raises ValueError where it is something else."""
         read: Audit = convert(cls, document, "audit")
         return read
+
+
+def _describe_untried(untried: Mapping[str, str]) -> str:
+    """A sentence on the searches that could not be tried, after a space; nothing where all were."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in untried.items():
+        by_reason.setdefault(reason, []).append(name)
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    return f" Not tried: {'; '.join(parts)}." if parts else ""
 
 
 def certain_gain(likeliest: int, others: int, others_tried: int, others_all: int, examples: int) -> float:

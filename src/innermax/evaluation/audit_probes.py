@@ -16,11 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from innermax.attacks.apgd import APGD
-from innermax.attacks.base import looks_like_probabilities
+from innermax.attacks.base import BaseAttack, looks_like_probabilities
 from innermax.attacks.bpda import StraightThrough
 from innermax.attacks.pgd import PGD
-from innermax.attacks.search import AttackResult, search
+from innermax.attacks.search import AttackResult
 from innermax.attacks.square import Square
+from innermax.attacks.trace import trace_search
 from innermax.data.image_set import ImageSet
 from innermax.evaluation.audit import (
     SURROGATE,
@@ -36,14 +37,14 @@ from innermax.evaluation.audit import (
 )
 from innermax.losses import cross_entropy, margin
 from innermax.oracle.oracle import Answer, Oracle
-from innermax.threat import L1, L2, FeasibleSet, Linf, Threat
+from innermax.threat import FeasibleSet, Linf, Threat
 from innermax.utils import randomness
 from innermax.utils.copying import copy_model
 
 Column = npt.NDArray[Any]
 _LARGEST = 100  # survivors in a sample; one in 50 examples where that is more
-_LOOKED_AT = 32  # of them for what needs no more
-_AGAIN = 40  # gradients a survivor, on average, for an attack's own steps and starts; and half of it for retracing it
+_PROBED = 32  # of them where a few are enough
+_OWN = 40  # gradients a survivor, on average, for an attack's own steps and starts; half as many for its trace
 _STREAM = 0xA0D17
 _log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """A stronger search on some `rows` of the sample; the mean of so many answers decides, `shown` its images."""
+    """A stronger search on some `rows` of the sample; each of its images is shown so often, the mean answer decides."""
 
     name: str
     attack: Any
@@ -132,26 +133,34 @@ class Search:
     shown: int = 1
 
 
+@dataclass(frozen=True)
+class Untried:
+    """A search that the audit could not try, and why."""
+
+    name: str
+    reason: str
+
+
 def run_audit(subject: Subject) -> Audit:
     """The audit of an evaluation with at least one attack."""
     evidence = Evidence(
         examples=len(subject.survived),
         survivors=int(subject.survived.sum()),
         sampled=0,
-        searches={name: _told(rows) for name, rows in subject.rows.items()},
+        searches={name: _summarize_gauges(rows) for name, rows in subject.rows.items()},
         strongest=subject.strongest,
         averaged=any(getattr(attack, "samples", 1) > 1 for attack in subject.attacks.values()),
     )
     if evidence.survivors == 0:
         return judge(evidence)
-    sample = _sample(subject)
+    sample = _draw_sample(subject)
     evidence = replace(evidence, sampled=len(sample))
-    evidence = _looked(subject, sample, evidence)
-    evidence = _retraced(subject, sample, evidence)
-    return judge(_searched(subject, sample, evidence))
+    evidence = _probe_model(subject, sample, evidence)
+    evidence = _trace_attacks(subject, sample, evidence)
+    return judge(_search_further(subject, sample, evidence))
 
 
-def _told(rows: Rows) -> SearchEvidence:
+def _summarize_gauges(rows: Rows) -> SearchEvidence:
     """What an attack's own gauges say of its survivors."""
     left = rows.correct.astype(bool)
     zero, relative = rows.zero_gradient[left].astype(float), rows.relative_fosc[left]
@@ -164,7 +173,7 @@ def _told(rows: Rows) -> SearchEvidence:
     )
 
 
-def _sample(subject: Subject) -> Sample:
+def _draw_sample(subject: Subject) -> Sample:
     """Half of the survivors, up to a limit: three quarters nearest to an error, the others at random."""
     survivors = np.flatnonzero(subject.survived)
     size = min(-(-len(survivors) // 2), max(_LARGEST, len(subject.survived) // 50))
@@ -178,9 +187,9 @@ def _sample(subject: Subject) -> Sample:
     return Sample(x.to(subject.device), y.to(subject.device), chosen.to(subject.device), likeliest)
 
 
-def _looked(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
+def _probe_model(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
     """How the model answers, and what its gradients are worth, at random points of X(x)."""
-    some = sample[_spread(len(sample), _LOOKED_AT, subject.device)]
+    some = sample[_spread_rows(len(sample), _PROBED, subject.device)]
     exact, feasible = subject.exact, subject.threats[0].around(some.x)
     point = feasible.sample(randomness.hash_keys(subject.seed, some.index, _STREAM))
     logits, again = exact.logits(some.x), exact.logits(some.x)
@@ -192,21 +201,22 @@ def _looked(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
         evidence,
         repeat_difference=float(((logits - again).abs().amax(1) / spread).max()),
         probabilities=looks_like_probabilities(logits),
-        zero_gradient=_zero(own),
-        zero_margin_gradient=_zero(free),
-        float64_agreement=_agreement(subject.model, point, some.y, own),
-        foretold=_foretold(exact, feasible, point, some.y, free),
+        zero_gradient=_share_zero(own),
+        zero_margin_gradient=_share_zero(free),
+        float64_agreement=_compare_float64(subject.model, point, some.y, own),
+        foretold=_share_foretold(exact, feasible, point, some.y, free),
         passed=tuple(sorted(passed)),
         gradients=4 * len(some),
         forwards=3 * len(some),
     )
 
 
-def _zero(answer: Answer) -> float:
+def _share_zero(answer: Answer) -> float:
+    """Share of examples whose gradient is zero."""
     return float((answer.gradient == 0).flatten(1).all(1).float().mean())
 
 
-def _agreement(model: nn.Module, point: Tensor, y: Tensor, single: Answer) -> float:
+def _compare_float64(model: nn.Module, point: Tensor, y: Tensor, single: Answer) -> float:
     """Median cosine of the gradients in float32 and in float64; NaN where the model does not compute in float64."""
     try:
         double = Oracle(copy_model(model).double()).gradient(point.double(), y, cross_entropy)
@@ -218,7 +228,7 @@ def _agreement(model: nn.Module, point: Tensor, y: Tensor, single: Answer) -> fl
     return float(torch.cosine_similarity(one, other, dim=1, eps=1e-30).median())
 
 
-def _foretold(exact: Oracle, feasible: FeasibleSet, point: Tensor, y: Tensor, answer: Answer) -> float:
+def _share_foretold(exact: Oracle, feasible: FeasibleSet, point: Tensor, y: Tensor, answer: Answer) -> float:
     """Share of points whose gradient tells within a half what a step of ε/20 along it does to the margin."""
     moved = feasible.step(point, answer.gradient, feasible.threat.eps / 20)
     expected = (answer.gradient * (moved - point)).flatten(1).sum(1)
@@ -228,56 +238,56 @@ def _foretold(exact: Oracle, feasible: FeasibleSet, point: Tensor, y: Tensor, an
     return float(close[moving].float().mean()) if bool(moving.any()) else math.nan
 
 
-def _retraced(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
-    """How PGD's searches went: a few of the sample are searched once more, with a stop before the last tenth."""
+def _trace_attacks(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
+    """How the attacks' searches went; those of PGD are followed step by step on a few of the sample."""
     clean = cross_entropy(subject.exact.logits(sample.x), sample.y).double().cpu().numpy()
     index = sample.index.cpu().numpy()
-    told, gradients, forwards = {}, evidence.gradients, evidence.forwards + len(sample)
+    searches, gradients = {}, evidence.gradients
     for name, attack in subject.attacks.items():
         found = evidence.searches[name]
         found = replace(found, loss_gain=float(np.median(subject.rows[name].loss[index] - clean)))
         if isinstance(attack, APGD):
             found = replace(found, steps=float(attack.steps))
         if isinstance(attack, PGD):
-            count = min(_LOOKED_AT, max(_AGAIN // 2 * len(sample) // (attack.steps + 2), 1))
-            some = sample[_spread(len(sample), count, subject.device)]
-            found = _trace(attack, subject, some, found)
-            gradients, forwards = gradients + (attack.steps + 1) * len(some), forwards + 2 * len(some)
-        told[name] = found
-    return replace(evidence, searches=told, gradients=gradients, forwards=forwards)
+            count = min(_PROBED, max(_OWN // 2 * len(sample) // (attack.steps + 2), 1))
+            some = sample[_spread_rows(len(sample), count, subject.device)]
+            found = _trace_pgd(attack, subject, some, found)
+            gradients += (attack.steps + 1) * len(some)
+        searches[name] = found
+    return replace(evidence, searches=searches, gradients=gradients, forwards=evidence.forwards + len(sample))
 
 
-def _trace(attack: PGD, subject: Subject, some: Sample, told: SearchEvidence) -> SearchEvidence:
-    """What PGD's own search does on some examples."""
-    sizes, oracle, loss = attack.step_sizes(), subject.exact, attack.objective()
-    late, feasible = max(len(sizes) // 10, 1), attack.threat.around(some.x)
-    start = feasible.x
-    if attack.random_start:
-        start = feasible.sample(randomness.hash_keys(subject.seed, some.index, 0))
-    begun = oracle.gradient(start, some.y, loss).loss
-    early = search(oracle, feasible, start, some.y, loss, sizes[:-late], final="loss")
-    end = search(oracle, feasible, early.x_adv, some.y, loss, sizes[-late:], final="loss")
-    before, after = cast(Tensor, early.loss), cast(Tensor, end.loss)
-    share = (after - before) / (after - begun)
-    share = share[(after > begun) & torch.isfinite(share)]
-    way = attack.threat.norm((end.x_adv - start).flatten(1))
+def _trace_pgd(attack: PGD, subject: Subject, some: Sample, found: SearchEvidence) -> SearchEvidence:
+    """The evidence with what PGD's own search does on some examples."""
+    trace = trace_search(attack, subject.exact, some.x, some.y, seed=subject.seed, index=some.index)
+    late = max(attack.steps // 10, 1)
+    first, before, last = trace.loss[0], trace.loss[-1 - late], trace.loss[-1]
+    share = (last - before) / (last - first)
+    share = share[(last > first) & torch.isfinite(share)]
+    way = attack.threat.norm((trace.end - trace.start).flatten(1))
     return replace(
-        told,
+        found,
         steps=float(attack.steps),
-        reach=sum(sizes) / attack.threat.eps,
+        reach=sum(attack.step_sizes()) / attack.threat.eps,
         late_gain=float(share.median()) if len(share) else math.nan,
         travelled=float((way / attack.threat.eps).median()),
     )
 
 
-def _searched(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
+def _search_further(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
     """Whom stronger searches make fall, one after the other on those that stand."""
     standing = torch.ones(len(sample), dtype=torch.bool, device=subject.device)
     fallen: dict[str, Tensor] = {}
+    untried: dict[str, str] = {}
     gradients, forwards = evidence.gradients, evidence.forwards
-    for one in _searches(subject, sample, evidence):
+    for one in _plan_searches(subject, sample, evidence):
+        if isinstance(one, Untried):
+            untried[one.name] = one.reason
+            continue
         rows = one.rows[standing[one.rows]]
-        fell, results = _fell(subject, sample, replace(one, rows=rows))
+        fell, results, failure = _run_search(subject, sample, replace(one, rows=rows))
+        if failure is not None:
+            untried[one.name] = failure
         standing = standing & ~fell
         fallen[one.name] = fallen.get(one.name, torch.zeros_like(standing)) | fell
         gradients += sum(int(result.gradient_calls.sum()) for result in results)
@@ -295,23 +305,23 @@ def _searched(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
         gain={name: gain((name,)) for name in fallen},
         total_gain=gain(tuple(fallen)),
         hidden_gain=gain(tuple(filter(is_proxy, fallen))),
+        untried=untried,
         gradients=gradients,
         forwards=forwards,
     )
-    return evidence if is_randomised(evidence) else _with_large_eps(subject, sample[standing.nonzero()[:, 0]], evidence)
+    return evidence if is_randomised(evidence) else _add_large_eps(subject, sample[standing.nonzero()[:, 0]], evidence)
 
 
-def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[Search]:
+def _plan_searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[Search | Untried]:
     """The searches, the nearest to the evaluation's own first."""
     everyone = torch.arange(len(sample), device=subject.device)
-    threats = [threat for threat in subject.threats if isinstance(threat, Linf | L2 | L1)]
     if is_randomised(evidence):
-        for threat in threats:
+        for threat in subject.threats:
             yield Search("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.oracle, everyone, 8)
-            yield from _elsewhere(subject, threat, everyone, 8)
+            yield from _search_surrogates(subject, threat, everyone, 8)
         return
-    yield from _again(subject, sample)
-    for threat in threats:
+    yield from _search_longer(subject, sample)
+    for threat in subject.threats:
         yield Search("margin", APGD(threat, steps=50, loss="margin"), subject.oracle, everyone)
         yield Search("targeted", APGD(threat, steps=40, loss="margin", targets=3), subject.oracle, everyone)
         if evidence.passed:
@@ -320,55 +330,64 @@ def _searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[
         if evidence.foretold < 0.9:
             smooth = Oracle(_Smoothed(subject.model, threat))
             yield Search("smoothed", APGD(threat, steps=15, loss="margin", eot=8), smooth, everyone)
-        if sample.x.ndim == 4:
+        if sample.x.ndim != 4:
+            yield Untried("score-based", f"inputs of shape {tuple(sample.x.shape[1:])} are no images")
+        elif not Square.serves(threat):
+            yield Untried("score-based", f"Square does not serve {type(threat).__name__}")
+        else:
             yield Search("score-based", Square(threat, queries=300), subject.oracle, everyone)
-        yield from _elsewhere(subject, threat, everyone)
+        yield from _search_surrogates(subject, threat, everyone)
 
 
-def _elsewhere(
-    subject: Subject, threat: Linf | L2 | L1, everyone: Int[Tensor, " n"], shown: int = 1
+def _search_surrogates(
+    subject: Subject, threat: Threat, everyone: Int[Tensor, " n"], shown: int = 1
 ) -> Iterator[Search]:
-    """Searches on the surrogates: such as do not end where a surrogate errs, whose boundary is not the model's."""
+    """Searches on the surrogates. They do not end where a surrogate errs: its boundary is not the model's."""
     for name, oracle in subject.surrogates.items():
         yield Search(SURROGATE + name, PGD(threat, steps=20), oracle, everyone, shown)
 
 
-def _again(subject: Subject, sample: Sample) -> Iterator[Search]:
+def _search_longer(subject: Subject, sample: Sample) -> Iterator[Search | Untried]:
     """The strongest attack itself with four times the steps, and from four other starts; on the unconverged first."""
     attack = subject.attacks[subject.strongest]
+    if not isinstance(attack, BaseAttack):
+        for name in ("more steps", "restarts"):
+            yield Untried(name, f"{subject.strongest} is not an attack of innermax")
     if not isinstance(attack, PGD | APGD):
         return
     index = sample.index.cpu().numpy()
     gauge = np.nan_to_num(subject.rows[subject.strongest].relative_fosc[index], nan=1.0)
     order = torch.from_numpy(np.argsort(gauge <= UNCONVERGED, kind="stable")).to(subject.device)
-    searches = attack.restarts * (getattr(attack, "targets", None) or 1) * getattr(attack, "eot", 1)
-    rows = order[: max(_AGAIN * len(sample) // (4 * attack.steps * searches), 1)]
-    if isinstance(attack, PGD):
-        size = attack.step_size
-        if isinstance(size, int | float) and math.isinf(size):
-            size = attack.threat.eps / 2
-        elif not isinstance(size, str | int | float | None):
-            size = (*attack.step_sizes(), *attack.step_sizes()[-1:] * (3 * attack.steps))
-        yield Search(
-            "more steps",
-            replace(attack, steps=4 * attack.steps, step_size=size, stop_on_success=True),
-            subject.oracle,
-            rows,
-        )
-        yield Search(
-            "restarts",
-            replace(attack, restarts=4 * attack.restarts, random_start=True, stop_on_success=True),
-            subject.oracle,
-            rows,
-        )
-        return
-    yield Search("more steps", replace(attack, steps=4 * attack.steps), subject.oracle, rows)
-    yield Search("restarts", replace(attack, restarts=4 * attack.restarts), subject.oracle, rows)
+    targets, samples = (attack.targets or 1, attack.eot) if isinstance(attack, APGD) else (1, 1)
+    cost = 4 * attack.steps * attack.restarts * targets * samples
+    rows = order[: max(_OWN * len(sample) // cost, 1)]
+    for name, stronger in (("more steps", _with_more_steps(attack)), ("restarts", _with_restarts(attack))):
+        yield Search(name, stronger, subject.oracle, rows)
 
 
-def _fell(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, list[AttackResult]]:
-    """(n,) whom a search makes fall, and its results."""
+def _with_more_steps(attack: PGD | APGD) -> PGD | APGD:
+    """The attack with four times the steps; a sequence of step sizes goes on with its last one."""
+    if isinstance(attack, APGD):
+        return replace(attack, steps=4 * attack.steps)
+    size = attack.step_size
+    if isinstance(size, int | float) and math.isinf(size):
+        size = attack.threat.eps / 2
+    elif not isinstance(size, str | int | float | None):
+        size = (*attack.step_sizes(), *attack.step_sizes()[-1:] * (3 * attack.steps))
+    return replace(attack, steps=4 * attack.steps, step_size=size, stop_on_success=True)
+
+
+def _with_restarts(attack: PGD | APGD) -> PGD | APGD:
+    """The attack with four times the random starts."""
+    if isinstance(attack, APGD):
+        return replace(attack, restarts=4 * attack.restarts)
+    return replace(attack, restarts=4 * attack.restarts, random_start=True, stop_on_success=True)
+
+
+def _run_search(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, list[AttackResult], str | None]:
+    """(n,) whom a search makes fall, its results, and why some of it failed, if so."""
     fell, results = torch.zeros(len(sample), dtype=torch.bool, device=subject.device), []
+    failure = None
     seed = randomness.derive_seed(subject.seed, _STREAM) if one.name != "more steps" else subject.seed
     for start in range(0, len(one.rows), subject.batch_size):
         rows = one.rows[start : start + subject.batch_size]
@@ -376,18 +395,18 @@ def _fell(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, list[A
         try:
             result = one.attack(one.oracle, part.x, part.y, seed=seed, index=part.index, final="none")
         except ValueError as error:
-            _log.warning("audit: the search %r failed (%s)", one.name, error)
+            failure = f"it failed: {' '.join(str(error).split())}"
             continue
         image = subject.admit(result, one.attack.threat.around(part.x))
         logits = torch.stack([subject.exact.logits(image) for _ in range(one.shown)]).mean(0)
         fell[rows] = logits.argmax(1) != part.y
         results.append(result)
-    return fell, results
+    return fell, results, failure
 
 
-def _with_large_eps(subject: Subject, standing: Sample, evidence: Evidence) -> Evidence:
+def _add_large_eps(subject: Subject, standing: Sample, evidence: Evidence) -> Evidence:
     """The share that withstands a search for any image at all: it can only be more than 0 where searches fail."""
-    some = standing[_spread(len(standing), _LOOKED_AT, subject.device)]
+    some = standing[_spread_rows(len(standing), _PROBED, subject.device)]
     if len(some) == 0:
         return replace(evidence, large_eps=0.0)
     threat = subject.threats[0]
@@ -405,14 +424,14 @@ def _with_large_eps(subject: Subject, standing: Sample, evidence: Evidence) -> E
     )
 
 
-def _spread(count: int, most: int, device: torch.device) -> Int[Tensor, " k"]:
-    """At most so many of 0…count − 1, evenly spread."""
+def _spread_rows(count: int, most: int, device: torch.device) -> Int[Tensor, " k"]:
+    """At most `most` of the numbers 0…count − 1, evenly spread."""
     size = min(count, most)
     return (torch.arange(size, device=device) * count) // max(size, 1)
 
 
 class _Smoothed(nn.Module):
-    """A model that sees its images with noise of half the ball's size: gradients averaged over it are a smoother's."""
+    """A model that sees its images with noise of half the ball's size: averaged, its gradients are smoother."""
 
     def __init__(self, model: nn.Module, threat: Threat) -> None:
         super().__init__()

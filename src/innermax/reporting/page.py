@@ -21,10 +21,11 @@ from innermax.reporting.contents import Story, stories
 from innermax.reporting.gallery import Picture
 from innermax.reporting.svg import Series, interval, legend, number_text, spark
 from innermax.reporting.tables import shown_name
+from innermax.threat import NORMS
 from innermax.utils.environment import environment
 from innermax.utils.files import write_bytes
 
-_NORMS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
+_SYMBOLS = {norm.__name__: norm.symbol for norm in NORMS.values()}
 _MARKS = {"no failure found": "✓", "not converged": "!", "gradients masked": "✕", "randomised": "~"}
 _MATRIX = 20  # classes; with more of them the most frequent confusions are listed
 _LISTED = 20
@@ -130,7 +131,7 @@ def _rows(found: Evaluation) -> list[dict[str, Any]]:
 def _threat(found: Evaluation) -> str:
     """The threat models of the attacks, as far as their descriptions tell."""
     told = [re.search(r"threat=(\w+)\(eps=(\d+(?:\.\d+)?(?:e-\d+)?)", text) for text in found.settings.attacks.values()]
-    names = [f"{_NORMS.get(match[1], match[1])}, ε = {eps_text(float(match[2]))}" for match in told if match]
+    names = [f"{_SYMBOLS.get(match[1], match[1])}, ε = {eps_text(float(match[2]))}" for match in told if match]
     return " and ".join(dict.fromkeys(names))
 
 
