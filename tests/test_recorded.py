@@ -19,8 +19,8 @@ from torch import nn
 import innermax as im
 from innermax.objectives import cross_entropy
 from innermax.reproduce.answers import Answers
-from innermax.reproduce.cache import fingerprint
-from innermax.reproduce.run import PIECES
+from innermax.reproduce.cache import hash_name
+from innermax.reproduce.run import ARTIFACTS
 from innermax.reproduce.scales import SCALES, Training
 from innermax.utils.files import load_tensors
 from innermax.utils.serialization import added_field, describe
@@ -74,10 +74,10 @@ def parts(value):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_answers_and_trainings_keep_their_names(scale):
-    questions = [question for piece in PIECES.values() for question in piece.questions(SCALES[scale])]
-    trainings = {part for question in questions for part in parts(question) if isinstance(part, Training)}
-    assert set(NAMES["answers"][scale]) <= set(map(fingerprint, questions))
-    assert set(NAMES["trainings"][scale]) <= set(map(fingerprint, trainings))
+    experiments = [experiment for artifact in ARTIFACTS.values() for experiment in artifact.experiments(SCALES[scale])]
+    trainings = {part for experiment in experiments for part in parts(experiment) if isinstance(part, Training)}
+    assert set(NAMES["answers"][scale]) <= set(map(hash_name, experiments))
+    assert set(NAMES["trainings"][scale]) <= set(map(hash_name, trainings))
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the source distribution leaves results out")

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from innermax.reproduce.answers import Answers
-from innermax.reproduce.run import PIECES, reproduce
+from innermax.reproduce.run import ARTIFACTS, reproduce
 from innermax.reproduce.scales import SCALES
 from innermax.utils.files import lock_file
 
@@ -107,7 +107,7 @@ def test_a_pack_that_is_not_readable_is_named(answers, content):
 
 def test_a_file_that_lacks_its_answer_is_named(answers):
     answers.folders[0].mkdir()
-    (answers.folders[0] / "one.json").write_text('{"question": {}}')
+    (answers.folders[0] / "one.json").write_text('{"experiment": {}}')
     with pytest.raises(ValueError, match=r"one\.json.*must have answer, environment, seconds"):
         answers.find("one")
 
@@ -128,4 +128,4 @@ def test_answers_of_an_older_version_are_read_and_packed(tmp_path):
     assert page(tmp_path / "out", tmp_path / "empty", minutes=0).read_text() == first  # packed
     (name,) = json.loads(lzma.decompress((tmp_path / "out" / "smoke" / "answers.json.xz").read_bytes()))
     assert name == file.stem
-    assert len(PIECES["theorem1"].questions(SCALES["smoke"])) == 1
+    assert len(ARTIFACTS["theorem1"].experiments(SCALES["smoke"])) == 1

@@ -1,4 +1,4 @@
-"""The paper made again: settings, workshop, comparisons, and every piece at the smallest scale."""
+"""The paper reproduced: settings, cache, comparisons, and every artifact at the smallest scale."""
 
 import json
 import signal
@@ -19,27 +19,27 @@ from innermax.attacks.pgd import PGD
 from innermax.cli import main
 from innermax.reproduce import cache, comparison, figures
 from innermax.reproduce.answers import Answers
-from innermax.reproduce.cache import Busy, Workshop, fingerprint
-from innermax.reproduce.comparison import Row, attacks_of
-from innermax.reproduce.experiments import Followed, Gauged, Scored, Trained, bits
-from innermax.reproduce.run import PIECES, reproduce
+from innermax.reproduce.cache import Cache, InUse, hash_name
+from innermax.reproduce.comparison import TableRow, build_attacks
+from innermax.reproduce.experiments import Followed, Gauged, Scored, Trained, unpack_correct
+from innermax.reproduce.run import ARTIFACTS, reproduce
 from innermax.reproduce.scales import SCALES, Training
 from innermax.training.checkpoints import states
 from innermax.utils.files import load_tensors
 
-pytestmark = pytest.mark.timeout(900)  # every piece is made once, in about a minute
+pytestmark = pytest.mark.timeout(900)  # every artifact is made once, in about a minute
 SMOKE = SCALES["smoke"]
 TINY = replace(SMOKE.mnist, epochs=1, train=100)
 
 
-def workshop(folder, **options):
+def make_cache(folder, **options):
     answers = Answers(folder / "results" / "smoke" / "answers.json.xz", [folder / "models" / "answers"])
-    return Workshop(answers, folder / "models", **options)
+    return Cache(answers, folder / "models", **options)
 
 
 @pytest.fixture
-def shop(tmp_path):
-    return workshop(tmp_path)
+def store(tmp_path):
+    return make_cache(tmp_path)
 
 
 def tiny(strategy="standard", seed=0, **changes):
@@ -76,33 +76,33 @@ def test_without_matplotlib_nothing_is_measured(tmp_path, monkeypatch, capsys):
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown scale 'ful'; did you mean 'full'"):
         reproduce(["table1"], scale="ful")
-    with pytest.raises(ValueError, match="unknown piece 'tabel1'; did you mean 'table1'"):
+    with pytest.raises(ValueError, match="unknown table or figure 'tabel1'; did you mean 'table1'"):
         reproduce(["tabel1"])
     with pytest.raises(ValueError, match="unknown strategy 'dynamik'; did you mean 'dynamic'"):
         TINY.strategy("dynamik")
 
 
-# The workshop
+# The cache
 
 
-def test_an_answer_is_measured_once(shop, monkeypatch):
-    question = Trained(tiny())
-    assert shop.known(question) is None
-    first = shop.answered(question)
+def test_an_experiment_is_run_once(store, monkeypatch):
+    experiment = Trained(tiny())
+    assert store.find(experiment) is None
+    first = store.measure(experiment)
     assert len(first["history"]) == 1
     assert first["environment"]["versions"]["torch"] == torch.__version__
-    assert shop.answered(Trained(tiny(seed=3)))["environment"]["seed"] == 3
+    assert store.measure(Trained(tiny(seed=3)))["environment"]["seed"] == 3
     monkeypatch.setattr(im, "train", None)
-    assert shop.answered(question) == shop.known(question) == first
+    assert store.measure(experiment) == store.find(experiment) == first
 
 
 @pytest.mark.parametrize("largest", [10**6, 100])
-def test_a_network_is_laid_down_for_others(tmp_path, monkeypatch, largest):
+def test_a_network_is_exported(tmp_path, monkeypatch, largest):
     monkeypatch.setattr(cache, "_LARGEST", largest)
-    shop = workshop(tmp_path, shelf=tmp_path / "shelf")
-    run = shop.run(tiny())
-    (folder,) = shop.shelf.iterdir()
-    assert folder.name == fingerprint(tiny())
+    store = make_cache(tmp_path, exports=tmp_path / "exports")
+    run = store.train(tiny())
+    (folder,) = store.exports.iterdir()
+    assert folder.name == hash_name(tiny())
     weights, _ = load_tensors(folder / "model.safetensors")
     lowered = {value.dtype for value in weights.values() if value.ndim > 1} == {torch.bfloat16}
     assert lowered == (largest < 1000)
@@ -112,28 +112,28 @@ def test_a_network_is_laid_down_for_others(tmp_path, monkeypatch, largest):
         torch.testing.assert_close(found[name], value, rtol=2**-8 if lowered else 0, atol=0)
 
 
-def test_the_best_epochs_network_is_laid_down_beside_the_last(tmp_path):
-    shop = workshop(tmp_path, shelf=tmp_path / "shelf")
-    best = shop.model(tiny(epochs=2), best=True).state_dict()
-    name = fingerprint(tiny(epochs=2))
-    assert {folder.name for folder in shop.shelf.iterdir()} == {name, f"{name}-best"}
-    found = im.load_model(shop.shelf / f"{name}-best").state_dict()
+def test_the_best_epochs_network_is_exported_beside_the_last(tmp_path):
+    store = make_cache(tmp_path, exports=tmp_path / "exports")
+    best = store.network(tiny(epochs=2), best=True).state_dict()
+    name = hash_name(tiny(epochs=2))
+    assert {folder.name for folder in store.exports.iterdir()} == {name, f"{name}-best"}
+    found = im.load_model(store.exports / f"{name}-best").state_dict()
     assert all(torch.equal(found[key], value) for key, value in best.items())
 
 
-def test_a_question_is_known_again_in_another_process():
-    question = Scored(tiny("dynamic"), attacks_of(0.15), 20)
+def test_an_experiment_has_the_same_name_in_another_process():
+    experiment = Scored(tiny("dynamic"), build_attacks(0.15), 20)
     code = (
         "from dataclasses import replace; from innermax.reproduce.scales import SCALES, Training;"
-        "from innermax.reproduce.experiments import Scored; from innermax.reproduce.comparison import attacks_of;"
-        "from innermax.reproduce.cache import fingerprint; s = replace(SCALES['smoke'].mnist, epochs=1, train=100);"
-        "print(fingerprint(Scored(Training(s, s.strategy('dynamic')), attacks_of(0.15), 20)))"
+        "from innermax.reproduce.experiments import Scored; from innermax.reproduce.comparison import build_attacks;"
+        "from innermax.reproduce.cache import hash_name; s = replace(SCALES['smoke'].mnist, epochs=1, train=100);"
+        "print(hash_name(Scored(Training(s, s.strategy('dynamic')), build_attacks(0.15), 20)))"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == fingerprint(question)
+    assert told.stdout.strip() == hash_name(experiment)
 
 
-def test_questions_that_differ_have_names_that_differ():
+def test_experiments_that_differ_have_names_that_differ():
     trainings = [
         tiny(),
         tiny(seed=1),
@@ -142,49 +142,49 @@ def test_questions_that_differ_have_names_that_differ():
         tiny(eps=0.1),
         replace(tiny(), objective="loss_weighted"),
     ]
-    questions = [Trained(training) for training in trainings]
-    questions += [
-        Scored(tiny(), attacks_of(0.15, names), images) for names in (("fgsm",), ("pgd-10",)) for images in (5, 6)
+    experiments = [Trained(training) for training in trainings]
+    experiments += [
+        Scored(tiny(), build_attacks(0.15, names), images) for names in (("fgsm",), ("pgd-10",)) for images in (5, 6)
     ]
-    questions += [
-        Scored(tiny(), attacks_of(0.15), 5, made_on=tiny(seed=1)),
-        Scored(tiny(), attacks_of(0.15), 5, best=True),
+    experiments += [
+        Scored(tiny(), build_attacks(0.15), 5, made_on=tiny(seed=1)),
+        Scored(tiny(), build_attacks(0.15), 5, best=True),
     ]
-    assert len({fingerprint(question) for question in questions}) == len(questions)
+    assert len({hash_name(experiment) for experiment in experiments}) == len(experiments)
 
 
-def test_one_process_at_a_time(shop):
-    question = Trained(tiny())
-    for name in (fingerprint(question), fingerprint(question.training)):
-        with shop._alone(name), pytest.raises(Busy):
-            shop.answered(question)
-    assert shop.answered(question)["history"]
+def test_one_process_at_a_time(store):
+    experiment = Trained(tiny())
+    for name in (hash_name(experiment), hash_name(experiment.training)):
+        with store._lock(name), pytest.raises(InUse):
+            store.measure(experiment)
+    assert store.measure(experiment)["history"]
 
 
 # Questions
 
 
-def test_scored_is_what_an_evaluation_says(shop):
-    training, attacks = tiny(), attacks_of(0.15, ("fgsm", "pgd-10"))
-    answer = shop.answered(Scored(training, attacks, 60))
+def test_scored_is_what_an_evaluation_says(store):
+    training, attacks = tiny(), build_attacks(0.15, ("fgsm", "pgd-10"))
+    answer = store.measure(Scored(training, attacks, 60))
     images = im.load_data("digits", validation=TINY.validation).test[:60]
-    evaluation = im.evaluate(shop.model(training), images, dict(attacks), audit=False)
+    evaluation = im.evaluate(store.network(training), images, dict(attacks), audit=False)
     for name in ("clean", "fgsm", "pgd-10"):
-        assert np.array_equal(bits(answer[name]), evaluation.correct(name))
+        assert np.array_equal(unpack_correct(answer[name]), evaluation.correct(name))
         assert answer[name]["accuracy"] == evaluation.accuracy[name].value
     assert answer["pgd-10"]["gradients"] == pytest.approx(evaluation.convergence["pgd-10"].gradients, abs=1e-3)
     surrogate = tiny(seed=1)
-    black_box = shop.answered(Scored(training, attacks, 60, made_on=surrogate))
-    transfer = im.transfer(shop.model(surrogate), {"target": shop.model(training)}, images, dict(attacks))
+    black_box = store.measure(Scored(training, attacks, 60, made_on=surrogate))
+    transfer = im.transfer(store.network(surrogate), {"target": store.network(training)}, images, dict(attacks))
     assert set(black_box) == {"fgsm", "pgd-10", "environment", "seconds"}
     for name, _ in attacks:
-        assert np.array_equal(bits(black_box[name]), transfer.correct("surrogate", "target", name))
+        assert np.array_equal(unpack_correct(black_box[name]), transfer.correct("surrogate", "target", name))
 
 
-def test_the_best_epoch_and_the_validation_split(shop):
+def test_the_best_epoch_and_the_validation_split(store):
     training = tiny(epochs=3, lr=0.3)
-    run = shop.run(training)
-    best, last = (shop.answered(Scored(training, (), None, "validation", best=best)) for best in (True, False))
+    run = store.train(training)
+    best, last = (store.measure(Scored(training, (), None, "validation", best=best)) for best in (True, False))
     scores = [row["validation_clean"] for row in run.history]
     assert best["clean"]["total"] == TINY.validation
     assert best["clean"]["accuracy"] == scores[comparison_best(run.history)]
@@ -196,32 +196,32 @@ def comparison_best(history):
 
 
 @pytest.mark.parametrize("random_start", [False, True])
-def test_followed_iterates_are_those_of_shorter_attacks(shop, random_start):
+def test_followed_iterates_are_those_of_shorter_attacks(store, random_start):
     training, attack = tiny(), PGD(im.Linf(0.15), 4, random_start=random_start)
-    answer = shop.answered(Followed(training, attack, 6))
+    answer = store.measure(Followed(training, attack, 6))
     assert len(answer["fosc"]) == len(answer["loss"]) == 5
     x, y = im.load_data("digits", validation=TINY.validation).test.batch(torch.arange(6))
     for steps in range(1, 5):
-        found = PGD(im.Linf(0.15), steps, attack.step_sizes()[0], random_start)(shop.model(training), x, y)
+        found = PGD(im.Linf(0.15), steps, attack.step_sizes()[0], random_start)(store.network(training), x, y)
         np.testing.assert_allclose(answer["fosc"][steps], found.fosc, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(answer["loss"][steps], found.loss, rtol=1e-3, atol=1e-5)
 
 
-def test_gauged_is_a_number_an_example(shop):
+def test_gauged_is_a_number_an_example(store):
     training, attack = tiny(), PGD(im.Linf(0.15), 4)
-    answer = shop.answered(Gauged(training, attack, 30))
+    answer = store.measure(Gauged(training, attack, 30))
     x, y = im.load_data("digits", validation=TINY.validation).test.batch(torch.arange(30))
-    found = attack(shop.model(training), x, y)
+    found = attack(store.network(training), x, y)
     np.testing.assert_allclose(answer["fosc"], found.fosc, rtol=1e-3, atol=1e-5)
     assert answer["correct"] == (~found.misclassified).int().tolist()
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
-def test_bits_come_back(correct):
-    from innermax.reproduce.experiments import _score
+def test_packed_verdicts_come_back(correct):
+    from innermax.reproduce.experiments import _pack_correct
 
-    answer = json.loads(json.dumps(_score(np.array(correct))))
-    assert bits(answer).tolist() == correct
+    answer = json.loads(json.dumps(_pack_correct(np.array(correct))))
+    assert unpack_correct(answer).tolist() == correct
     assert answer["accuracy"] == sum(correct) / len(correct)
 
 
@@ -229,44 +229,44 @@ def test_bits_come_back(correct):
 
 
 @given(st.lists(st.floats(-5, 5), min_size=3, max_size=9).filter(lambda values: max(values) - min(values) > 1e-3))
-def test_spread_is_students(values):
-    mean, low, high = comparison.spread(values)
+def test_mean_over_seeds_is_students(values):
+    mean, low, high = comparison.mean_over_seeds(values)
     interval = ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean, low, high) == pytest.approx((np.mean(values), interval.low, interval.high), rel=1e-6, abs=1e-9)
 
 
 def test_two_seeds_say_little():
-    assert comparison.spread([1.0, 2.0]) is None
+    assert comparison.mean_over_seeds([1.0, 2.0]) is None
 
 
-def test_differences_are_paired(shop):
+def test_differences_are_paired(store):
     trainings = [tiny(seed=seed) for seed in range(3)]
-    attacks = attacks_of(0.15, ("fgsm",))
-    one = Row("Standard", trainings, [(attacks, 80)])
-    other = Row("Unsecured", [tiny("unsecured", seed=seed) for seed in range(3)], [(attacks, 80)])
-    assert comparison.difference(shop.known, one, other, "fgsm") is None
-    for question in (*one.seeds("fgsm"), *other.seeds("fgsm")):
-        shop.answered(question)
-    found = comparison.difference(shop.known, one, other, "fgsm")
+    attacks = build_attacks(0.15, ("fgsm",))
+    one = TableRow("Standard", trainings, [(attacks, 80)])
+    other = TableRow("Unsecured", [tiny("unsecured", seed=seed) for seed in range(3)], [(attacks, 80)])
+    assert comparison.compare(store.find, one, other, "fgsm") is None
+    for experiment in (*one.seeds("fgsm"), *other.seeds("fgsm")):
+        store.measure(experiment)
+    found = comparison.compare(store.find, one, other, "fgsm")
     gains = []
     for first, second, seed in zip(one.seeds("fgsm"), other.seeds("fgsm"), found["seeds"], strict=True):
-        mine, theirs = bits(shop.known(first)["fgsm"]), bits(shop.known(second)["fgsm"])
+        mine, theirs = unpack_correct(store.find(first)["fgsm"]), unpack_correct(store.find(second)["fgsm"])
         gains.append(100 * (mine.mean() - theirs.mean()))
         assert seed["estimate"] == pytest.approx(gains[-1])
         assert seed["low"] <= seed["estimate"] <= seed["high"]
     assert found["over_seeds"]["mean"] == pytest.approx(np.mean(gains))
 
 
-def test_a_table_says_what_was_not_run(shop):
-    attacks = attacks_of(0.15, ("fgsm",))
+def test_a_table_says_what_was_not_run(store):
+    attacks = build_attacks(0.15, ("fgsm",))
     rows = [
-        Row("Measured", [tiny()], [(attacks, 20)], {"clean": 99.2, "fgsm": 14.04}),
-        Row("Missing", [tiny(seed=5)], [(attacks, 20)], {"fgsm": 50.0}),
+        TableRow("Measured", [tiny()], [(attacks, 20)], {"clean": 99.2, "fgsm": 14.04}),
+        TableRow("Missing", [tiny(seed=5)], [(attacks, 20)], {"fgsm": 50.0}),
     ]
-    for question in rows[0].questions():
-        shop.answered(question)
-    numbers = [row.numbers(shop.known) for row in rows]
-    lines = comparison.table(numbers, ("clean", "fgsm")).splitlines()
+    for experiment in rows[0].experiments():
+        store.measure(experiment)
+    numbers = [row.numbers(store.find) for row in rows]
+    lines = comparison.markdown_table(numbers, ("clean", "fgsm")).splitlines()
     assert lines[0] == "| defence | seeds | gradients | Clean | paper | FGSM | paper |"
     clean = 100 * numbers[0]["seeds"]["0"]["accuracy"]["clean"]["accuracy"]
     assert lines[2].startswith(f"| Measured | 1 | 10 | **{clean:.2f}** <sub>")
@@ -274,32 +274,34 @@ def test_a_table_says_what_was_not_run(shop):
     assert lines[3] == "| Missing | not run |  |  |  |  | *50.00* |"
 
 
-def test_a_table_of_differences_leaves_out_what_was_not_run(shop):
-    attacks = attacks_of(0.15, ("fgsm",))
-    rows = [Row(name, [tiny(seed=seed)], [(attacks, 20)]) for seed, name in enumerate(("Missing", "Base", "Measured"))]
+def test_a_table_of_differences_leaves_out_what_was_not_run(store):
+    attacks = build_attacks(0.15, ("fgsm",))
+    rows = [
+        TableRow(name, [tiny(seed=seed)], [(attacks, 20)]) for seed, name in enumerate(("Missing", "Base", "Measured"))
+    ]
 
     def lines():
-        found = comparison.differences(shop.known, rows, rows[1], ("clean", "fgsm"))
+        found = comparison.compare_all(store.find, rows, rows[1], ("clean", "fgsm"))
         assert list(found) == ["Missing", "Measured"]
-        return comparison.differences_table(found, "base", ("clean", "fgsm"))
+        return comparison.format_differences(found, "base", ("clean", "fgsm"))
 
     assert lines() == []
     for row in rows[1:]:
-        for question in row.questions():
-            shop.answered(question)
-    found = comparison.difference(shop.known, rows[2], rows[1], "fgsm")
+        for experiment in row.experiments():
+            store.measure(experiment)
+    found = comparison.compare(store.find, rows[2], rows[1], "fgsm")
     reading, table = lines()
     assert "interval over images" in reading
     head, _, *body = table.splitlines()
     assert head == "| minus base, points | Clean | FGSM |"
     assert [line.split(" | ")[0] for line in body] == ["| Measured"]
-    assert body[0].endswith(f"| {comparison.points(found)} |")
+    assert body[0].endswith(f"| {comparison.format_points(found)} |")
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans(), st.floats(0, 9)), min_size=1, max_size=50))
 def test_bins_hold_every_example_up_to_the_last_edge_once(examples):
     fosc, correct, loss = zip(*examples, strict=True)
-    bins = figures.binned(fosc, correct, loss)
+    bins = figures.bin_by_fosc(fosc, correct, loss)
     limit = float(np.quantile(fosc, 0.95))
     assert sum(row["examples"] for row in bins) == sum(value <= limit for value in fosc)
     for row in bins:
@@ -310,7 +312,7 @@ def test_bins_hold_every_example_up_to_the_last_edge_once(examples):
 
 def test_bins_say_how_many_are_right():
     fosc, loss = [0.0, 0.1, 0.9, 1.0, 1.0, 1.0], [3.0, 2.0, 1.0, 1.0, 1.0, 4.0]
-    bins = figures.binned(fosc, [0, 0, 1, 1, 1, 0], loss)
+    bins = figures.bin_by_fosc(fosc, [0, 0, 1, 1, 1, 0], loss)
     assert [(row["examples"], row["accuracy"], row["loss"]) for row in bins] == [
         (1, 0.0, 3.0),
         (1, 0.0, 2.0),
@@ -319,7 +321,7 @@ def test_bins_say_how_many_are_right():
     ]
 
 
-# What pieces ask
+# What artifacts need
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar"])
@@ -327,7 +329,7 @@ def test_dynamic_is_taken_apart_on_both_data_sets(data):
     """One thing is changed in each variant; none is at equal gradients unless its epochs say so."""
     scale = SCALES["cpu"]
     setting = getattr(scale, data)
-    trainings = [asked.training for asked in PIECES["dynamic"].questions(scale) if isinstance(asked, Trained)]
+    trainings = [asked.training for asked in ARTIFACTS["dynamic"].experiments(scale) if isinstance(asked, Trained)]
     mine = [training for training in trainings if (training.setting.data, training.seed) == (setting.data, 0)]
     standard, fewer, weighted, published, exact, weighted_dynamic, chosen = mine
     assert standard == Training(setting, setting.strategy("standard"))
@@ -337,14 +339,16 @@ def test_dynamic_is_taken_apart_on_both_data_sets(data):
     assert exact == replace(published, strategy=replace(published.strategy, attack=setting.pgd(), c_max="auto"))
     assert weighted_dynamic == replace(published, objective="loss_weighted")
     assert chosen == replace(exact, strategy=replace(exact.strategy, c_max=0.15))
-    tried = [asked.training.strategy for asked in PIECES["constants"].questions(scale) if isinstance(asked, Trained)]
+    tried = [
+        asked.training.strategy for asked in ARTIFACTS["constants"].experiments(scale) if isinstance(asked, Trained)
+    ]
     assert (chosen.strategy in tried) == (data == "mnist")
 
 
 def test_seeds_come_one_after_another():
-    """A half-run piece is whole rows of fewer seeds."""
+    """A half-run artifact is whole rows of fewer seeds."""
     for name in ("table1", "dynamic", "constants", "cheaper", "overfitting"):
-        seeds = [question.training.seed for question in PIECES[name].questions(SCALES["cpu"])]
+        seeds = [experiment.training.seed for experiment in ARTIFACTS[name].experiments(SCALES["cpu"])]
         assert seeds == sorted(seeds)
         assert set(seeds) == {0, 1, 2}
 
@@ -354,53 +358,53 @@ def test_seeds_come_one_after_another():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Every piece, made once."""
+    """Every artifact, made once."""
     folder = tmp_path_factory.mktemp("paper")
     lines = []
-    pages = reproduce(list(PIECES), scale="smoke", out=folder / "results", cache=folder / "models", say=lines.append)
+    pages = reproduce(list(ARTIFACTS), scale="smoke", out=folder / "results", cache=folder / "models", say=lines.append)
     return folder, pages, lines
 
 
-def test_every_piece_is_whole(made):
+def test_every_artifact_is_complete(made):
     _, pages, _ = made
-    assert [page.stem for page in pages] == list(PIECES)
+    assert [page.stem for page in pages] == list(ARTIFACTS)
     for page in pages:
         text = page.read_text()
         document = json.loads(page.with_suffix(".json").read_text())
         assert document["missing"] == 0
         assert "not run" not in text
         assert f"innermax reproduce {page.stem} --scale smoke" in text
-        assert (PIECES[page.stem].draw is not None) == page.with_suffix(".png").exists()
+        assert (ARTIFACTS[page.stem].draw is not None) == page.with_suffix(".png").exists()
 
 
 def test_nothing_is_measured_twice(made, monkeypatch):
     folder, pages, _ = made
     before = [page.read_text() for page in pages]
-    monkeypatch.setattr(cache.Workshop, "run", None)
-    again = reproduce(list(PIECES), scale="smoke", out=folder / "results", cache=folder / "other", say=print)
+    monkeypatch.setattr(cache.Cache, "train", None)
+    again = reproduce(list(ARTIFACTS), scale="smoke", out=folder / "results", cache=folder / "other", say=print)
     assert [page.read_text() for page in again] == before
 
 
 def test_the_pages_numbers_are_the_answers(made):
     folder, _, _ = made
     numbers = json.loads((folder / "results" / "smoke" / "table1.json").read_text())["numbers"]
-    shop = workshop(folder)
+    store = make_cache(folder)
     for training in SMOKE.trainings("mnist", "dynamic"):
         row = next(row for row in numbers["mnist"] if row["title"] == "Dynamic")
-        answer = shop.known(Scored(training, attacks_of(SMOKE.mnist.eps), SMOKE.images["mnist"]))
+        answer = store.find(Scored(training, build_attacks(SMOKE.mnist.eps), SMOKE.images["mnist"]))
         assert row["seeds"][str(training.seed)]["accuracy"]["pgd-20"]["accuracy"] == answer["pgd-20"]["accuracy"]
 
 
 def test_the_gauge_by_epoch_is_what_was_recorded(made):
     folder, _, _ = made
     numbers = json.loads((folder / "results" / "smoke" / "overfitting.json").read_text())["numbers"]
-    shop = workshop(folder)
+    store = make_cache(folder)
     for name in ("standard", "curriculum", "dynamic"):
         row = numbers[name.capitalize()]
         for training, fosc, validation in zip(
             SMOKE.trainings("mnist", name), row["fosc"], row["validation"], strict=True
         ):
-            history = shop.known(Trained(training))["history"]
+            history = store.find(Trained(training))["history"]
             assert validation == [epoch["validation_accuracy"] for epoch in history]
             attacked = [None if epoch["attack_steps"] == 0 else epoch["fosc_percentiles"][90] for epoch in history]
             assert fosc == attacked
@@ -423,7 +427,7 @@ def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypa
 
     def reached():
         reproduce(["overfitting"], scale="smoke", out=folder, cache=cache, minutes=0.1, say=lines.append)
-        assert lines[-1] == "The time is up: the same command goes on from here."
+        assert lines[-1] == "The time is up. The same command resumes from here."
         (run,) = cache.glob("training-*/checkpoints")
         position = load_tensors(states(run.parent)[0])[1]["position"]
         return position["epoch"], position["batch"]
@@ -436,16 +440,16 @@ def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypa
 
 @dataclass(frozen=True)
 class _Endless:
-    """A question that nobody answers."""
+    """An experiment that never ends."""
 
-    def answer(self, workshop):
+    def run(self, cache):
         while True:
             time.sleep(0.01)
 
 
 def test_time_that_is_up_interrupts_a_scripts_background_job(tmp_path, monkeypatch):
     """Which ignores Ctrl-C."""
-    monkeypatch.setitem(PIECES, "theorem1", replace(PIECES["theorem1"], questions=lambda scale: [_Endless()]))
+    monkeypatch.setitem(ARTIFACTS, "theorem1", replace(ARTIFACTS["theorem1"], experiments=lambda scale: [_Endless()]))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     began = time.perf_counter()
     reproduce(["theorem1"], scale="smoke", out=tmp_path, cache=tmp_path / "models", minutes=0.02)
@@ -455,8 +459,8 @@ def test_time_that_is_up_interrupts_a_scripts_background_job(tmp_path, monkeypat
 
 def test_time_that_is_up_while_another_process_works(tmp_path):
     folder, cache = tmp_path / "results", tmp_path / "models"
-    (question,) = PIECES["theorem1"].questions(SMOKE)
-    with workshop(tmp_path)._alone(fingerprint(question)):
+    (experiment,) = ARTIFACTS["theorem1"].experiments(SMOKE)
+    with make_cache(tmp_path)._lock(hash_name(experiment)):
         (page,) = reproduce(["theorem1"], scale="smoke", out=folder, cache=cache, minutes=0.02, say=lambda line: None)
     assert "**not run.**" in page.read_text()
 
@@ -466,8 +470,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert main(["reproduce", "figure5", "--scale", "smoke", "--minutes", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "results/paper/smoke/figure5.md"
     for words, said in {
-        ("figure9",): "innermax: unknown piece 'figure9'; did you mean 'figure",
-        ("--scale", "smoke"): "innermax: reproduce takes what to make first",
+        ("figure9",): "innermax: unknown table or figure 'figure9'; did you mean 'figure",
+        ("--scale", "smoke"): "innermax: reproduce takes what to reproduce first, got --scale",
         ("table1", "--scale", "huge"): "innermax: unknown scale 'huge'",
         ("table1", "--minutes", "-1"): "innermax: minutes must be ≥ 0",
     }.items():

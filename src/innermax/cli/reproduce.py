@@ -1,7 +1,7 @@
 """`innermax reproduce`: the paper's tables and figures."""
 
 from innermax.cli.arguments import build_parser, split_words
-from innermax.reproduce.run import PIECES, reproduce
+from innermax.reproduce.run import ARTIFACTS, reproduce
 
 
 def run(words: list[str]) -> None:
@@ -9,11 +9,11 @@ def run(words: list[str]) -> None:
     example = "innermax reproduce table1 --scale smoke"
     names, options = split_words(words, "what to reproduce", example, most=None)
     parser = build_parser(
-        "innermax reproduce NAME…", f"Reproduce tables and figures of the paper: {', '.join(PIECES)}, or all."
+        "innermax reproduce NAME…", f"Reproduce tables and figures of the paper: {', '.join(ARTIFACTS)}, or all."
     )
     parser.add_function_arguments(reproduce, as_group=False, skip={"names", "say"})
     chosen = vars(parser.parse_args(options))
     for page in reproduce(
-        list(PIECES) if names == ["all"] else names, **chosen, say=lambda line: print(line, flush=True)
+        list(ARTIFACTS) if names == ["all"] else names, **chosen, say=lambda line: print(line, flush=True)
     ):
         print(page)

@@ -1,4 +1,4 @@
-"""Answers on disk: one JSON file each while they are measured, then packed into one compressed file."""
+"""Results on disk, called answers: one JSON file each while they are measured, then packed into one compressed file."""
 
 import json
 import lzma
@@ -12,23 +12,23 @@ from typing import Any
 from innermax.utils.files import LockHeld, lock_file, write_bytes, write_json
 from innermax.utils.serialization import parse_json
 
-Record = Mapping[str, Any]  # an answer as it is stored, JSON: "question", "answer", "environment", "seconds"
+Record = Mapping[str, Any]  # a stored result, JSON: "question", "answer", "environment", "seconds"
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers by name.
+    """Stored results, by the names of their experiments.
 
     Args:
-        pack: an xz-compressed JSON object of many answers by name. It is read first, and need not exist.
-        folders: of one JSON file an answer, searched in this order; new answers go to the first.
+        pack: an xz-compressed JSON object, name → record. It is read first, and need not exist.
+        folders: of one JSON file per record, searched in this order; new ones are written to the first.
     """
 
     pack: Path
     folders: Sequence[Path]
 
     def find(self, name: str) -> Record | None:
-        """The answer of this name. Raises ValueError where its file is not readable."""
+        """The record of this name, None where there is none. Raises ValueError where its file is not readable."""
         if name in self._packed:
             return self._packed[name]
         for folder in self.folders:
@@ -40,13 +40,13 @@ class Answers:
         return None
 
     def add(self, name: str, record: Record) -> None:
-        """Writes an answer to a file of its own."""
+        """Writes a record to a file of its own."""
         folder = self.folders[0]
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.json", record)
 
     def pack_up(self, names: Iterable[str]) -> None:
-        """Adds the answers of these names to the pack. What it holds stays; what was not measured is left out."""
+        """Adds the records of these names, where there are any, to the pack. What it holds stays as it is."""
         found = {name: record for name in names if name not in self._packed and (record := self.find(name))}
         missing = bool(found)
         while missing:
@@ -59,12 +59,12 @@ class Answers:
 
     @cached_property
     def _packed(self) -> Mapping[str, Record]:
-        """The pack as this process first found it: what another adds meanwhile, it measured, and kept as files."""
+        """The pack as this process first read it. What another one adds meanwhile, it also has as files."""
         return _read_pack(self.pack)
 
 
 def _read_pack(path: Path) -> dict[str, Record]:
-    """A pack's answers by name, none where there is no pack. Raises ValueError where it is not readable."""
+    """The records of a pack by name, none where there is no pack. Raises ValueError where it is not readable."""
     packed = _read_object(path) if path.exists() else {}
     for name, record in packed.items():
         _check_record(path, name, record)
@@ -90,6 +90,6 @@ def _check_record(path: Path, name: str, record: object) -> None:
 
 
 def _write_pack(path: Path, packed: Mapping[str, Record]) -> None:
-    """Writes a pack, one line an answer in the order of their names: equal answers make equal bytes."""
+    """Writes a pack, one line per record, sorted by name, so that equal records make equal bytes."""
     lines = (f"{json.dumps(name)}:{json.dumps(packed[name], separators=(',', ':'))}" for name in sorted(packed))
     write_bytes(path, lzma.compress(("{" + ",\n".join(lines) + "}\n").encode()))

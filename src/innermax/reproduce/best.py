@@ -1,14 +1,22 @@
-"""innermax-best: the paper's networks and data, trained as the evidence supports; apart from the paper's own rows."""
+"""innermax-best: the paper's networks and data, trained as the other experiments suggest."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from innermax.reproduce.artifact import Known, Numbers, Piece
-from innermax.reproduce.cache import Question
-from innermax.reproduce.comparison import FEW, STRONGEST, TABLE, Row, asked_of, attacks_of, table
+from innermax.reproduce.artifact import Artifact, Find, Numbers
+from innermax.reproduce.cache import Experiment
+from innermax.reproduce.comparison import (
+    FEW_IMAGES,
+    STRONGEST,
+    TABLE_ATTACKS,
+    TableRow,
+    build_attacks,
+    list_attacks,
+    markdown_table,
+)
 from innermax.reproduce.scales import Scale, Setting, Training
-from innermax.reproduce.tables import TITLES, printed
+from innermax.reproduce.tables import TITLES, paper_accuracy
 from innermax.strategies import Standard, WarmStart
 
 _CHANGES: Mapping[str, Mapping[str, Any]] = {  # of the paper's training, by data set
@@ -27,59 +35,62 @@ _TRIALS: Mapping[str, Mapping[str, Any]] = {
     "cosine schedule, learning rate 0.1": {"lr_schedule": "cosine", "lr": 0.1},
 }
 _TRIED_ON_STANDARD = ("cosine schedule, learning rate doubled", "cosine schedule, learning rate 0.05")
-_JUDGES = ("pgd-20", "cw-30")
+_ATTACKS = ("pgd-20", "cw-30")
 
 
-def _trained(setting: Setting, changes: Mapping[str, Any], seed: int = 0) -> Training:
+def _warm_start(setting: Setting, changes: Mapping[str, Any], seed: int = 0) -> Training:
     changed = replace(setting, **changes)
     return Training(changed, WarmStart(changed.pgd()), seed)
 
 
-def _trials(scale: Scale) -> list[Row]:
-    """One change at a time, then two together, for fewer epochs; judged on the validation split: choices follow."""
-    if scale.name == "full":  # choices are made at a smaller one
+def _trials(scale: Scale) -> list[TableRow]:
+    """One change at a time, then two, with fewer epochs, measured on the validation split: changes are chosen by it."""
+    if scale.name == "full":  # they are chosen at a smaller scale
         return []
     setting = replace(scale.mnist, epochs=max(1, round(0.6 * scale.mnist.epochs)))
-    trainings = {name: _trained(setting, changes) for name, changes in _TRIALS.items()}
+    trainings = {name: _warm_start(setting, changes) for name, changes in _TRIALS.items()}
     for name in _TRIED_ON_STANDARD:
         trainings[f"Standard, {name}"] = replace(trainings[name], strategy=Standard(setting.pgd()))
-    asked = [(attacks_of(setting.eps, _JUDGES), None)]
-    return [Row(name, [training], asked, options={"split": "validation"}) for name, training in trainings.items()]
+    attacks = [(build_attacks(setting.eps, _ATTACKS), None)]
+    return [
+        TableRow(name, [training], attacks, options={"split": "validation"}) for name, training in trainings.items()
+    ]
 
 
-def _best(scale: Scale) -> dict[str, Row]:
-    """The row by data set, the paper's best defence beside it."""
+def _best(scale: Scale) -> dict[str, TableRow]:
+    """The row of each data set, with the accuracies that the paper prints for its best defence."""
     rows = {}
     for data, changes in _CHANGES.items():
-        trainings = [_trained(getattr(scale, data), changes, seed) for seed in range(scale.seeds[data])]
-        rows[data] = Row("innermax-best", trainings, asked_of(scale, data), printed(data, "dynamic"))
+        trainings = [_warm_start(getattr(scale, data), changes, seed) for seed in range(scale.seeds[data])]
+        rows[data] = TableRow("innermax-best", trainings, list_attacks(scale, data), paper_accuracy(data, "dynamic"))
     return rows
 
 
-def _questions(scale: Scale) -> list[Question]:
-    return [question for row in (*_trials(scale), *_best(scale).values()) for question in row.questions()]
+def _experiments(scale: Scale) -> list[Experiment]:
+    return [experiment for row in (*_trials(scale), *_best(scale).values()) for experiment in row.experiments()]
 
 
-def _numbers(scale: Scale, known: Known) -> dict[str, Any]:
-    best = {data: row.numbers(known) for data, row in _best(scale).items()}
-    return {"best": best, "trials": [row.numbers(known) for row in _trials(scale)]}
+def _numbers(scale: Scale, find: Find) -> dict[str, Any]:
+    best = {data: row.numbers(find) for data, row in _best(scale).items()}
+    return {"best": best, "trials": [row.numbers(find) for row in _trials(scale)]}
 
 
 def _text(numbers: Numbers) -> str:
     parts = [
-        "`WarmStart` with two steps and, on MNIST, a learning rate of 0.05 that falls along a cosine; nothing else of "
-        "the paper's training is changed. Accuracy in %, *paper*: its best defence, Dynamic. The guided attack, "
-        f"about as strong as AutoAttack, is on the first {FEW:,} images.",
+        "`WarmStart` with two steps and, on MNIST, a learning rate of 0.05 with a cosine schedule; the rest is the "
+        "paper's training. Accuracy in %; *paper*: its best defence, Dynamic. The guided attack, about as strong as "
+        f"AutoAttack, is run on the first {FEW_IMAGES:,} images.",
     ]
     for data, row in numbers["best"].items():
-        parts += [f"## {TITLES[data]}", table([row], ("clean", *TABLE, STRONGEST))]
+        parts += [f"## {TITLES[data]}", markdown_table([row], ("clean", *TABLE_ATTACKS, STRONGEST))]
     if numbers["trials"]:
         parts += [
             "## Trials",
-            "MNIST, accuracy in % on the validation split, one seed, 0.6 of the epochs; `WarmStart` unless it says.",
-            table(numbers["trials"], ("clean", *_JUDGES)),
+            "MNIST, accuracy in % on the validation split, one seed, 0.6 of the epochs; `WarmStart` unless told "
+            "otherwise.",
+            markdown_table(numbers["trials"], ("clean", *_ATTACKS)),
         ]
     return "\n\n".join(parts)
 
 
-PIECES = (Piece("best", "innermax-best", _questions, _numbers, _text),)
+ARTIFACTS = (Artifact("best", "innermax-best", _experiments, _numbers, _text),)

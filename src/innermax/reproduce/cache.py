@@ -1,4 +1,4 @@
-"""Trains and measures whatever a piece asks for, once: every answer is kept under what it answers."""
+"""Trains and measures what experiments need, each once: results and networks are kept by the experiment's name."""
 
 import hashlib
 import json
@@ -24,79 +24,79 @@ from innermax.utils.environment import environment
 from innermax.utils.files import LockHeld, lock_file
 from innermax.utils.serialization import describe
 
-Answer = dict[str, Any]
-_LARGEST = 16_000_000  # bytes of a file that is laid down in float32
+Result = dict[str, Any]  # JSON
+_LARGEST = 16_000_000  # bytes of an exported network's file in float32
 
 
 @runtime_checkable
-class Question(Protocol):
-    """Something to be measured: a value that says by itself what it is, and how it is answered."""
+class Experiment(Protocol):
+    """A value that says what is measured, and measures it."""
 
-    def answer(self, workshop: "Workshop") -> Answer:
-        """The measurement, as JSON. It may take hours, and goes on where it was interrupted."""
+    def run(self, cache: "Cache") -> Result:
+        """The result. It may take hours, and is resumed where it was interrupted."""
         ...
 
 
-class Busy(Exception):
-    """Another process works on this."""
+class InUse(Exception):
+    """Another process runs this experiment or training."""
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Where answers and models are kept.
+class Cache:
+    """Where results and networks are kept.
 
     Args:
-        answers: those that are kept.
-        models: folder of one run folder a training.
+        answers: results, as they are stored.
+        models: folder with a run folder per training.
         device: as for `im.train`.
         say: takes a line of progress.
-        shelf: folder of a copy of each network that is trained here, for others; None: there is none.
+        exports: folder for a copy of each network that is trained here, to be shared; None: no copies.
     """
 
     answers: Answers
     models: Path
     device: str = "auto"
     say: Callable[[str], None] = lambda line: None
-    shelf: Path | None = None
+    exports: Path | None = None
 
-    def known(self, question: Question) -> Answer | None:
-        """The answer that is kept, with the "environment" and "seconds" of when it was measured."""
-        kept = self.answers.find(fingerprint(question))
-        if kept is None:
+    def find(self, experiment: Experiment) -> Result | None:
+        """The stored result, with "environment" and "seconds" of its measurement; None where there is none."""
+        record = self.answers.find(hash_name(experiment))
+        if record is None:
             return None
-        return {**kept["answer"], "environment": kept["environment"], "seconds": kept["seconds"]}
+        return {**record["answer"], "environment": record["environment"], "seconds": record["seconds"]}
 
-    def answered(self, question: Question) -> Answer:
-        """The answer, measured if it is not kept yet. Raises Busy where another process is at it."""
-        name = fingerprint(question)
-        with self._alone(name):
-            known = self.known(question)
-            if known is not None:
-                return known
+    def measure(self, experiment: Experiment) -> Result:
+        """The stored result, or else the experiment's, which is stored. Raises InUse where another process runs it."""
+        name = hash_name(experiment)
+        with self._lock(name):
+            found = self.find(experiment)
+            if found is not None:
+                return found
             self.say(f"{name} …")
             began = time.perf_counter()
-            answer = question.answer(self)
+            result = experiment.run(self)
             seconds = time.perf_counter() - began
-            kept = {
-                "question": json.loads(json.dumps(describe(question)), parse_constant=str),  # JSON has no infinity
-                "answer": answer,
-                "environment": environment(seed_of(question)),
+            record = {
+                "question": json.loads(json.dumps(describe(experiment)), parse_constant=str),  # JSON has no infinity
+                "answer": result,
+                "environment": environment(find_seed(experiment)),
                 "seconds": round(seconds, 2),
             }
-            self.answers.add(name, kept)
-        return {**answer, "environment": kept["environment"], "seconds": kept["seconds"]}
+            self.answers.add(name, record)
+        return {**result, "environment": record["environment"], "seconds": record["seconds"]}
 
-    def run(self, training: Training) -> im.Run:
-        """The training's run, done now where it is not kept. Raises Busy where another process is at it."""
-        folder = self.models / fingerprint(training)
+    def train(self, training: Training) -> im.Run:
+        """The finished run of a training, trained if need be. Raises InUse where another process trains it."""
+        folder = self.models / hash_name(training)
         setting = training.setting
-        with self._alone(folder.name):
-            done = finished(folder, setting.epochs)
-            if done is not None:
-                return done
-            data = load(setting)
+        with self._lock(folder.name):
+            finished = find_run(folder, setting.epochs)
+            if finished is not None:
+                return finished
+            data = load_data(setting)
             run = im.train(
-                network(setting, data, training.seed),
+                build_network(setting, data, training.seed),
                 data.train[: setting.train],
                 training.strategy,
                 objective=training.objective,
@@ -116,45 +116,45 @@ class Workshop:
                 run_dir=folder,
                 progress=False,
             )
-            if self.shelf is not None:
-                lay_down(run.model, self.shelf / folder.name)
+            if self.exports is not None:
+                export_network(run.model, self.exports / folder.name)
             return run
 
-    def model(self, training: Training, best: bool = False) -> nn.Module:
+    def network(self, training: Training, best: bool = False) -> nn.Module:
         """The trained network of the last epoch, or of the best on the validation split."""
-        run, name = self.run(training), fingerprint(training)
+        run, name = self.train(training), hash_name(training)
         model = im.load_model(self.models / name / "best.safetensors") if best else run.model
-        if best and self.shelf is not None:
-            lay_down(model, self.shelf / f"{name}-best")
+        if best and self.exports is not None:
+            export_network(model, self.exports / f"{name}-best")
         return model.to(find_device(self.device)).eval()
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """Inside, no other process does the same; the system takes the lock back from one that was killed."""
+    def _lock(self, name: str) -> Iterator[None]:
+        """Context manager: one process at a time. Raises InUse where another one is in it."""
         with ExitStack() as stack:
             try:
                 stack.enter_context(lock_file(self.models / f"{name}.lock", name))
             except LockHeld:
-                raise Busy(name) from None
+                raise InUse(name) from None
             yield
 
 
-def lay_down(model: nn.Module, folder: Path) -> None:
-    """Writes a network for `load_model`; where its file would pass 16 MB, matrices and filters in bf16."""
+def export_network(model: nn.Module, folder: Path) -> None:
+    """Writes a network for `load_model`; where its file would exceed 16 MB, matrices and filters in bf16."""
     weights: Mapping[str, Tensor] = model.state_dict()
     if sum(value.numel() * value.element_size() for value in weights.values()) > _LARGEST:
         weights = {name: value.bfloat16() if value.ndim > 1 else value for name, value in weights.items()}
     write_model(folder, weights, model.config)
 
 
-def seed_of(question: Question) -> int:
-    """The seed of the training that a question is about, 0 where it is about none."""
-    training: Training | None = getattr(question, "training", None)
+def find_seed(experiment: Experiment) -> int:
+    """The seed of an experiment's training, 0 where it has none."""
+    training: Training | None = getattr(experiment, "training", None)
     return 0 if training is None else training.seed
 
 
-def finished(folder: Path, epochs: int) -> im.Run | None:
-    """The run of a folder that holds all its epochs."""
+def find_run(folder: Path, epochs: int) -> im.Run | None:
+    """The run in a folder that holds all its epochs, else None."""
     metrics = folder / "metrics.jsonl"
     rows = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     if len(rows) < epochs:
@@ -162,17 +162,17 @@ def finished(folder: Path, epochs: int) -> im.Run | None:
     return im.Run(im.load_model(folder).eval(), tuple(map(json.loads, rows)), folder)
 
 
-def load(setting: Setting) -> Data:
+def load_data(setting: Setting) -> Data:
     """The setting's data set."""
-    return _loaded(setting.data, setting.validation)
+    return _load_data(setting.data, setting.validation)
 
 
 @lru_cache(maxsize=2)
-def _loaded(name: str, validation: int) -> Data:
+def _load_data(name: str, validation: int) -> Data:
     return im.load_data(name, validation=validation)
 
 
-def network(setting: Setting, data: Data, seed: int) -> nn.Module:
+def build_network(setting: Setting, data: Data, seed: int) -> nn.Module:
     """The setting's network with weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -181,8 +181,8 @@ def network(setting: Setting, data: Data, seed: int) -> nn.Module:
         )
 
 
-def fingerprint(question: object) -> str:
-    """A file's name for a question: its kind and a hash of all that it says."""
-    described = json.dumps(describe(question), sort_keys=True)
-    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(question).__name__).lower()
+def hash_name(value: object) -> str:
+    """The name of an experiment or training: its class, and a hash of its fields."""
+    described = json.dumps(describe(value), sort_keys=True)
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(value).__name__).lower()
     return f"{kind}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"

@@ -1,8 +1,8 @@
-"""Theorem 1 (Wang et al. 2019, Section 4.2), and the Algorithm 1 that it speaks of, on a problem of known constants.
+"""Theorem 1 (Wang et al. 2019, Section 4.2) and the Algorithm 1 it is about, on a problem of known constants.
 
 The theorem bounds the averaged squared gradient norm of L_S(θ) = 1/n Σ_i max over x ∈ X_i of f_i(θ, x), X_i an L∞ ball,
-when SGD uses maximizers x̂_i with FOSC ≤ δ. With g a mini-batch's gradient at the true maximizers x*_i, ĝ the one at the
-x̂_i, which is used, and L = L_θx L_xθ/μ + L_θθ, it rests on three facts:
+when SGD uses maximizers x̂_i with FOSC ≤ δ. Let g be the gradient of a mini-batch at the true maximizers x*_i, ĝ the one
+at the x̂_i, which SGD uses, and L = L_θx L_xθ/μ + L_θθ. The proof rests on three facts:
 
 - strong concavity, from x̂ to x* and back: μ‖x̂ − x*‖² ≤ FOSC(x̂) ≤ δ, so that ‖ĝ − g‖ ≤ L_θx √(δ/μ) =: B;
 - ‖x*_i(θ) − x*_i(θ')‖ ≤ L_xθ/μ ‖θ − θ'‖, so that L_S is L-smooth;
@@ -12,7 +12,7 @@ Sum over t, divide by ηT/2 and put in η = min(1/L, √(Δ/(Lσ²T))), of which
 
     1/T Σ_t E‖∇L_S(θ_t)‖² ≤ 2LΔ/T + 4σ√(LΔ/T) + 3B²,   and 3B² is less than the paper's 5B² = 5 L²_θx δ/μ.
 
-The paper prints the bound without its first term: so it holds where 1/L does not cut η, T ≥ LΔ/σ².
+The paper prints the bound without its first term. That holds where 1/L does not limit η: T ≥ LΔ/σ².
 """
 
 import math
@@ -27,7 +27,7 @@ from innermax.utils import randomness
 
 
 def bounds(problem: MinMaxProblem, iterations: int, sigma: float, delta: float) -> tuple[float, float]:
-    """Theorem 1's right-hand side: (for every T, as printed)."""
+    """The right-hand side of Theorem 1: (for every T, as printed)."""
     scaled = problem.smoothness * problem.descent / iterations
     printed = 4 * sigma * math.sqrt(scaled) + 5 * problem.coupling**2 * delta / problem.concavity
     return 2 * scaled + printed, printed
@@ -36,10 +36,11 @@ def bounds(problem: MinMaxProblem, iterations: int, sigma: float, delta: float) 
 def inner_maximization(
     slope: Float[Tensor, "b p"], around: FeasibleSet, concavity: float, delta: Float[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b p"], Int[Tensor, " b"], Float[Tensor, " b"]]:
-    """Algorithm 1's inner loop, K unlimited: projected gradient ascent from the clean inputs, until FOSC ≤ δ.
+    """The inner loop of Algorithm 1, K unlimited: projected gradient ascent from the clean inputs until FOSC ≤ δ > 0.
 
-    One step of 1/μ would do where the ball does not bind, whatever δ; at a quarter of it FOSC ends near δ. The paper's
-    sign steps of constant length need not get there. δ > 0. Returns each x̂, the gradients it took, and its FOSC.
+    Where the ball does not bind, one step of 1/μ would end at the maximum whatever δ; steps of a quarter of it end with
+    FOSC near δ. The paper's sign steps of constant length need not get there. Returns each x̂, its number of gradients
+    and its FOSC.
     """
     found, calls, fosc = around.x.clone(), torch.zeros(len(slope), dtype=torch.int64), torch.zeros_like(delta)
     rows, x, gradient, count = torch.arange(len(slope)), around.x, slope, 1
@@ -63,11 +64,11 @@ def algorithm_1(
     batch: Int[Tensor, " r"],
     seed: Int[Tensor, " r"],
 ) -> dict[str, Float[Tensor, "r t"]]:
-    """Algorithm 1 for T iterations, a row a run: each with its δ, its batch size (0: all examples) and its seed.
+    """Algorithm 1 for T iterations, one row per run, each with its δ, batch size (0: all examples) and seed.
 
-    Returns a column an iteration: "squared", ‖∇L_S(θ_t)‖²; "bias", ‖1/n Σ_i ∇_θ f_i(θ_t, x̂_i) − ∇L_S(θ_t)‖; "noise",
+    Returns one column per iteration: "squared", ‖∇L_S(θ_t)‖²; "bias", ‖1/n Σ_i ∇_θ f_i(θ_t, x̂_i) − ∇L_S(θ_t)‖; "noise",
     the deviation of one example's gradient at the true maximizers; "fosc", the largest FOSC; "calls", the mean number
-    of inner gradients an example.
+    of inner gradients per example.
     """
     runs, n = len(delta), len(problem.centres)
     sigma = torch.where(batch > 0, problem.noise / batch.double().sqrt(), 0.0)
@@ -77,7 +78,7 @@ def algorithm_1(
     names = ("squared", "bias", "noise", "fosc", "calls")
     columns = {name: torch.empty(iterations, runs, dtype=torch.float64) for name in names}
     for t in range(iterations):
-        # All examples are solved, whatever the batch: a search depends on θ and its example alone.
+        # Every example is maximised, whatever the batch: a search depends only on θ and its example.
         found, calls, fosc = inner_maximization(problem.slope(theta).flatten(0, 1), around, problem.concavity, levels)
         used = problem.gradients(theta, found.reshape(runs, n, -1))
         true = problem.gradients(theta, problem.maximizers(theta))

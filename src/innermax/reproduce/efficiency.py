@@ -1,22 +1,22 @@
-"""Past the paper: training that pays only for the convergence it needs, at equal strength."""
+"""Beyond the paper: training that spends fewer gradients for the same robustness."""
 
 from typing import TYPE_CHECKING, Any
 
 from innermax.attacks.pgd import PGD
 from innermax.reproduce import plots
-from innermax.reproduce.artifact import Known, Numbers, Piece
-from innermax.reproduce.cache import Question
+from innermax.reproduce.artifact import Artifact, Find, Numbers
+from innermax.reproduce.cache import Experiment
 from innermax.reproduce.comparison import (
-    FEW,
+    FEW_IMAGES,
     STRONGEST,
-    TABLE,
-    Row,
-    accuracy_over_seeds,
-    asked_of,
-    by_seed,
-    differences,
-    differences_table,
-    table,
+    TABLE_ATTACKS,
+    TableRow,
+    compare_all,
+    format_differences,
+    list_attacks,
+    markdown_table,
+    mean_accuracy,
+    sort_by_seed,
 )
 from innermax.reproduce.scales import Scale, Training
 from innermax.strategies import Standard, Strategy, WarmStart
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STRONG = "pgd-100 × 3"
-_SHOWN = ("clean", *TABLE, _STRONG, STRONGEST)
+_SHOWN = ("clean", *TABLE_ATTACKS, _STRONG, STRONGEST)
 
 
-def _row(scale: Scale, name: str, strategy: Strategy) -> Row:
-    """A strategy under the paper's attacks on all test images, and the strong ones on fewer."""
-    plain, strongest = asked_of(scale, "mnist")
+def _row(scale: Scale, name: str, strategy: Strategy) -> TableRow:
+    """A strategy, attacked with the paper's attacks on all test images and with the strong ones on fewer."""
+    plain, strongest = list_attacks(scale, "mnist")
     threat = scale.mnist.threat
     restarted = PGD(threat, 100, threat.eps / 10, restarts=3, stop_on_success=True)
     trainings = [Training(scale.mnist, strategy, seed) for seed in range(scale.seeds["mnist"])]
-    return Row(name, trainings, [plain, (((_STRONG, restarted),), strongest[1]), strongest])
+    return TableRow(name, trainings, [plain, (((_STRONG, restarted),), strongest[1]), strongest])
 
 
-def _rows(scale: Scale) -> list[Row]:
-    """Standard, the strategies that spend less, and the paper's."""
+def _rows(scale: Scale) -> list[TableRow]:
+    """Standard, the strategies that spend fewer gradients, and the paper's."""
     setting = scale.mnist
     sizes = tuple(setting.eps * share for share in (1, 1, 1 / 2, 1 / 4))
     return [
@@ -52,39 +52,39 @@ def _rows(scale: Scale) -> list[Row]:
     ]
 
 
-def _questions(scale: Scale) -> list[Question]:
-    return by_seed([row.questions() for row in _rows(scale)])
+def _experiments(scale: Scale) -> list[Experiment]:
+    return sort_by_seed([row.experiments() for row in _rows(scale)])
 
 
-def _numbers(scale: Scale, known: Known) -> dict[str, Any]:
+def _numbers(scale: Scale, find: Find) -> dict[str, Any]:
     rows = _rows(scale)
     return {
-        "rows": [row.numbers(known) for row in rows],
-        "differences": differences(known, rows, rows[0], _SHOWN),
+        "rows": [row.numbers(find) for row in rows],
+        "differences": compare_all(find, rows, rows[0], _SHOWN),
     }
 
 
 def _text(numbers: Numbers) -> str:
     parts = [
-        "MNIST, accuracy in %. *Gradients* are input gradients a training image over the whole training. The last two "
-        f"columns are on the first {FEW:,} test images: PGD-100 with step ε/10 and three restarts, and the guided "
-        "attack, about as strong as AutoAttack.",
-        table(numbers["rows"], _SHOWN),
-        *differences_table(numbers["differences"], "Standard", _SHOWN),
+        "MNIST, accuracy in %. *Gradients* are input gradients per training image over the whole training. The last "
+        f"two columns are measured on the first {FEW_IMAGES:,} test images: PGD-100 with step ε/10 and three restarts, "
+        "and the guided attack, about as strong as AutoAttack.",
+        markdown_table(numbers["rows"], _SHOWN),
+        *format_differences(numbers["differences"], "Standard", _SHOWN),
     ]
     return "\n\n".join(parts)
 
 
 def _draw(numbers: Numbers, figure: "Figure") -> None:
-    """Robust accuracy under the strongest attack against gradients."""
+    """Draws robust accuracy under the strongest attack against gradients spent."""
     found = []
-    for number, row in enumerate(numbers["rows"]):  # a row looks the same whichever others were run
-        value = accuracy_over_seeds(row, STRONGEST)
+    for number, row in enumerate(numbers["rows"]):  # so that a row has the same colour whichever others were run
+        value = mean_accuracy(row, STRONGEST)
         spent = [seed["gradients"] for seed in row["seeds"].values()]
         if value is not None:
             seeds = f"{len(spent)} seed{'s' if len(spent) > 1 else ''}"
             found.append((number, f"{row['title']} ({seeds})", sum(spent) / len(spent), value))
-    plots.frontier(found, figure)
+    plots.draw_frontier(found, figure)
 
 
-PIECES = (Piece("cheaper", "Robust accuracy against gradients spent", _questions, _numbers, _text, _draw),)
+ARTIFACTS = (Artifact("cheaper", "Robust accuracy against gradients spent", _experiments, _numbers, _text, _draw),)

@@ -1,4 +1,4 @@
-"""What pieces ask of a workshop: values that say what is measured, each with how it is done."""
+"""The experiments: values whose fields say what is measured. Their results are JSON."""
 
 import base64
 from collections.abc import Mapping
@@ -15,35 +15,35 @@ from innermax.data.image_set import ImageSet
 from innermax.distributed.launch import find_device
 from innermax.evaluation.model_checks import normalisation_known
 from innermax.evaluation.result import Evaluation
-from innermax.reproduce.cache import Answer, Workshop, fingerprint, load
+from innermax.reproduce.cache import Cache, Result, hash_name, load_data
 from innermax.reproduce.scales import Training
 from innermax.utils.intervals import accuracy
 
-Attacks = tuple[tuple[str, Attack], ...]  # a name and an attack each: a value that can be told apart by what it says
+Attacks = tuple[tuple[str, Attack], ...]  # (name, attack) pairs: a tuple, so that an experiment can be hashed
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went: a row of measures an epoch."""
+    """The history of a training: a row of measures per epoch."""
 
     training: Training
 
-    def answer(self, workshop: Workshop) -> Answer:
+    def run(self, cache: Cache) -> Result:
         """{"history": rows}."""
-        return {"history": list(workshop.run(self.training).history)}
+        return {"history": list(cache.train(self.training).history)}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Who is right on clean images and under each attack.
+    """Which images are classified correctly, clean and under each attack.
 
     Args:
-        training: what is attacked.
-        attacks: names and attacks; without any, clean images alone are scored.
-        images: the first so many, None: all.
-        split: whose images.
-        made_on: another training, on whose network the images are made (black-box).
-        best: the best epoch on the validation split instead of the last.
+        training: of the network that is attacked.
+        attacks: names and attacks; without any, only clean images are scored.
+        images: number of images, the first ones; None: all.
+        split: that the images are from.
+        made_on: training of another network, on which the adversarial images are made (black-box).
+        best: take the best epoch on the validation split instead of the last.
     """
 
     training: Training
@@ -53,65 +53,66 @@ class Scored:
     made_on: Training | None = None
     best: bool = False
 
-    def answer(self, workshop: Workshop) -> Answer:
-        """Of "clean" and each attack {"correct": bits, "accuracy", "low", "high"} and, white-box, what it cost."""
-        model = workshop.model(self.training, self.best)
-        data = load(self.training.setting)
+    def run(self, cache: Cache) -> Result:
+        """Of "clean" and each attack {"accuracy", "low", "high", "total", "correct"} and, white-box, its cost."""
+        model = cache.network(self.training, self.best)
+        data = load_data(self.training.setting)
         images = (data.test if self.split == "test" else data.validation)[: self.images]  # type: ignore[index]
         if self.made_on is not None:
-            surrogate = workshop.model(self.made_on)
+            surrogate = cache.network(self.made_on)
             found = im.transfer(surrogate, {"target": model}, images, dict(self.attacks))
             columns = {name: found.correct("surrogate", "target", name) for name, _ in self.attacks}
-            return {name: _score(column) for name, column in columns.items()}
-        rows = workshop.models / f"{fingerprint(self)}-rows"  # an interrupted evaluation goes on from there
+            return {name: _pack_correct(column) for name, column in columns.items()}
+        rows = cache.models / f"{hash_name(self)}-rows"  # an interrupted evaluation resumes from there
         with normalisation_known():
             evaluation = im.evaluate(model, images, dict(self.attacks), rows_dir=rows, audit=False)
         return {
-            name: _score(evaluation.correct(name)) | _cost(evaluation, name) for name in ("clean", *evaluation.rows)
+            name: _pack_correct(evaluation.correct(name)) | _cost(evaluation, name)
+            for name in ("clean", *evaluation.rows)
         }
 
 
 @dataclass(frozen=True)
 class Gauged:
-    """Where an attack's searches end on the first test images: FOSC, loss and verdict, a number an example."""
+    """The end of an attack's search for each of the first test images: FOSC, loss and verdict."""
 
     training: Training
     attack: im.PGD
     images: int
 
-    def answer(self, workshop: Workshop) -> Answer:
-        """{"fosc", "relative_fosc", "loss", "correct"}: lists of one number an example."""
-        images = load(self.training.setting).test[: self.images]
-        model = workshop.model(self.training)
+    def run(self, cache: Cache) -> Result:
+        """{"fosc", "relative_fosc", "loss", "correct"}: lists of one number per image."""
+        images = load_data(self.training.setting).test[: self.images]
+        model = cache.network(self.training)
         with normalisation_known():
             rows = im.evaluate(model, images, {"attack": self.attack}, audit=False).rows["attack"]
-        return {name: _short(getattr(rows, name)) for name in ("fosc", "relative_fosc", "loss", "correct")}
+        return {name: _round_values(getattr(rows, name)) for name in ("fosc", "relative_fosc", "loss", "correct")}
 
 
 @dataclass(frozen=True)
 class Followed:
-    """FOSC and loss of the first test images after each of an attack's steps."""
+    """FOSC and loss of the first test images after each step of an attack."""
 
     training: Training
     attack: im.PGD
     images: int
 
-    def answer(self, workshop: Workshop) -> Answer:
-        """{"fosc", "loss"}: a list a step, from the start on, of one number an example."""
-        device = find_device(workshop.device)
-        images: ImageSet = load(self.training.setting).test[: self.images].to(device)
+    def run(self, cache: Cache) -> Result:
+        """{"fosc", "loss"}: a list per step, from the start on, of one number per image."""
+        device = find_device(cache.device)
+        images: ImageSet = load_data(self.training.setting).test[: self.images].to(device)
         x, y = images.batch(torch.arange(len(images), device=device))
-        trace = trace_search(self.attack, workshop.model(self.training), x, y)
-        return {name: [_short(step) for step in getattr(trace, name).cpu().numpy()] for name in ("fosc", "loss")}
+        trace = trace_search(self.attack, cache.network(self.training), x, y)
+        return {name: [_round_values(step) for step in getattr(trace, name).cpu().numpy()] for name in ("fosc", "loss")}
 
 
-def bits(answer: Mapping[str, Any]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-    """(N,) who is right, of one entry of a `Scored` answer."""
-    packed = np.frombuffer(base64.b85decode(answer["correct"]), dtype=np.uint8)
-    return np.unpackbits(packed, count=answer["total"]).astype(bool)
+def unpack_correct(entry: Mapping[str, Any]) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    """(N,) which images are classified correctly, of one entry of a `Scored` result."""
+    packed = np.frombuffer(base64.b85decode(entry["correct"]), dtype=np.uint8)
+    return np.unpackbits(packed, count=entry["total"]).astype(bool)
 
 
-def _score(correct: Any) -> Answer:
+def _pack_correct(correct: Any) -> Result:
     measured = accuracy(int(correct.sum()), len(correct))
     packed = base64.b85encode(np.packbits(np.asarray(correct, dtype=bool)).tobytes()).decode()
     return {
@@ -123,15 +124,15 @@ def _score(correct: Any) -> Answer:
     }
 
 
-def _cost(evaluation: Evaluation, name: str) -> Answer:
+def _cost(evaluation: Evaluation, name: str) -> Result:
     if name == "clean":
         return {}
     found = evaluation.convergence[name]
     return {"gradients": round(found.gradients, 3), "forwards": round(found.forwards, 3)}
 
 
-def _short(values: Any) -> list[Any]:
-    """Numbers with five digits, which is what a picture can show; None for those that are not finite."""
+def _round_values(values: Any) -> list[Any]:
+    """Numbers rounded to five digits, enough for a picture; None for those that are not finite."""
     if np.asarray(values).dtype == bool:
         return [int(value) for value in values]
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in np.asarray(values, dtype=float)]

@@ -1,4 +1,4 @@
-"""Figures 1–5 of Wang et al. 2019: what FOSC says of an attack, and of a training."""
+"""Figures 1–5 of Wang et al. 2019: FOSC of an attack, and in the course of a training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,9 +8,9 @@ import numpy as np
 
 from innermax.attacks.pgd import PGD
 from innermax.reproduce import plots
-from innermax.reproduce.artifact import Known, Numbers, Piece
-from innermax.reproduce.cache import Answer, Question
-from innermax.reproduce.comparison import TABLE, attacks_of, title
+from innermax.reproduce.artifact import Artifact, Find, Numbers
+from innermax.reproduce.cache import Experiment, Result
+from innermax.reproduce.comparison import TABLE_ATTACKS, attack_title, build_attacks
 from innermax.reproduce.experiments import Followed, Gauged, Scored, Trained
 from innermax.reproduce.scales import Scale, Training
 from innermax.strategies import FGSMThenPGD, Standard
@@ -33,7 +33,7 @@ def _standard(scale: Scale, data: str = "cifar", **changes: Any) -> Training:
 # Figure 1
 
 
-def _figure_1_questions(scale: Scale) -> list[Question]:
+def _figure_1_experiments(scale: Scale) -> list[Experiment]:
     training = _standard(scale)
     return [
         Gauged(training, PGD(scale.cifar.threat, 10), scale.images["cifar"] or 10_000),
@@ -41,16 +41,16 @@ def _figure_1_questions(scale: Scale) -> list[Question]:
     ]
 
 
-def _figure_1_numbers(scale: Scale, known: Known) -> dict[str, Any]:
-    gauged, followed = map(known, _figure_1_questions(scale))
+def _figure_1_numbers(scale: Scale, find: Find) -> dict[str, Any]:
+    gauged, followed = map(find, _figure_1_experiments(scale))
     return {
-        "bins": None if gauged is None else binned(gauged["fosc"], gauged["correct"], gauged["loss"]),
+        "bins": None if gauged is None else bin_by_fosc(gauged["fosc"], gauged["correct"], gauged["loss"]),
         "steps": None if followed is None else {name: followed[name] for name in ("fosc", "loss")},
     }
 
 
-def binned(fosc: Sequence[float], correct: Sequence[int], loss: Sequence[float]) -> list[dict[str, float]]:
-    """Accuracy and mean loss in 20 bins of FOSC, of equal width up to its 95th percentile; without the empty ones."""
+def bin_by_fosc(fosc: Sequence[float], correct: Sequence[int], loss: Sequence[float]) -> list[dict[str, float]]:
+    """Accuracy and mean loss in 20 bins of FOSC, of equal width up to its 95th percentile; without empty bins."""
     values, right, losses = (np.array(column, dtype=float) for column in (fosc, correct, loss))
     highest = float(np.quantile(values, 0.95))
     edges = np.linspace(0.0, highest, _BINS + 1)
@@ -70,13 +70,13 @@ def _figure_1_text(numbers: Numbers) -> str:
         return ""
     counts = np.array([row["examples"] for row in bins], dtype=float)
     middles = np.array([(row["low"] + row["high"]) / 2 for row in bins])
-    said = [
+    correlations = [
         f"{name} {_correlation(middles, np.array([row[name] for row in bins]), counts):+.2f}"
         for name in ("accuracy", "loss")
     ]
     return (
         "(a) Test images attacked with PGD-10, in 20 bins of the exact FOSC over ball ∩ bounds at the last iterate; "
-        f"correlation of the bins' FOSC, weighted with their examples, with: {', '.join(said)}. "
+        f"correlation of the bins' FOSC, weighted with their examples, with: {', '.join(correlations)}. "
         f"(b) FOSC and loss of {_LINES} test images after each step."
     )
 
@@ -100,26 +100,29 @@ def _by_steps(scale: Scale) -> dict[str, PGD]:
 
 
 def _cross_test(scale: Scale, attacks: Mapping[str, PGD]) -> dict[str, tuple[Scored, Gauged]]:
-    """Of each training attack: its network under all of them, and where its own searches end on it."""
+    """For each training attack: its network under all of them, and the end of its own searches on that network."""
     images = scale.images["sweep"]
-    asked = {}
+    experiments = {}
     for name, attack in attacks.items():
         training = Training(scale.sweep, Standard(attack))
-        asked[name] = (Scored(training, tuple(attacks.items()), images), Gauged(training, attack, images or 10_000))
-    return asked
+        experiments[name] = (
+            Scored(training, tuple(attacks.items()), images),
+            Gauged(training, attack, images or 10_000),
+        )
+    return experiments
 
 
-def _figure_2_questions(scale: Scale) -> list[Question]:
+def _figure_2_experiments(scale: Scale) -> list[Experiment]:
     groups = (_cross_test(scale, _by_step_size(scale)), _cross_test(scale, _by_steps(scale)))
-    return [question for group in groups for pair in group.values() for question in pair]
+    return [experiment for group in groups for pair in group.values() for experiment in pair]
 
 
-def _figure_2_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+def _figure_2_numbers(scale: Scale, find: Find) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for group, attacks in {"step size": _by_step_size(scale), "steps": _by_steps(scale)}.items():
         found[group] = {}
         for name, (scored, gauged) in _cross_test(scale, attacks).items():
-            score, gauge = known(scored), known(gauged)
+            score, gauge = find(scored), find(gauged)
             found[group][name] = None
             if score is not None and gauge is not None:
                 accuracy = {attack: score[attack]["accuracy"] for attack in ("clean", *attacks)}
@@ -138,8 +141,8 @@ def _figure_2_text(numbers: Numbers) -> str:
         tables.append(f"## By {group}: accuracy in % under PGD, columns as attacked\n\n" + "\n".join(lines))
     return "\n\n".join(
         [
-            "(a, b) accuracy under each test attack; (c, d) density of FOSC and (e, f) of the loss where training "
-            "attacks end on test images.",
+            "(a, b) Accuracy under each test attack; (c, d) density of FOSC and (e, f) of the loss at the end of the "
+            "training attack's searches on test images.",
             *tables,
         ]
     )
@@ -149,7 +152,7 @@ def _figure_2_text(numbers: Numbers) -> str:
 
 
 def _moments(history: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[str, list[float]]:
-    """Percentiles of FOSC, the paper's over the ball, in the epochs at these shares of the training."""
+    """Percentiles of FOSC over the ball, as in the paper, in the epochs at these shares of the training."""
     epochs = [min(int(share * len(history)), len(history) - 1) for share in shares]
     found = {f"epoch {epoch + 1}": history[epoch].get("ball_fosc_percentiles") for epoch in dict.fromkeys(epochs)}
     return {name: values for name, values in found.items() if values is not None}
@@ -164,31 +167,38 @@ def _figure_3(scale: Scale) -> dict[str, Training]:
     }
 
 
-def _figure_3_questions(scale: Scale) -> list[Question]:
+def _figure_3_experiments(scale: Scale) -> list[Experiment]:
     trainings = _figure_3(scale)
     scored = [_figure_3_scored(scale, training) for training in trainings.values()]
     return [*map(Trained, trainings.values()), *scored]
 
 
 def _figure_3_scored(scale: Scale, training: Training) -> Scored:
-    return Scored(training, attacks_of(scale.cifar.eps), scale.images["cifar"])
+    return Scored(training, build_attacks(scale.cifar.eps), scale.images["cifar"])
 
 
-def _figure_3_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+def _figure_3_numbers(scale: Scale, find: Find) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, training in _figure_3(scale).items():
-        trained, scored = known(Trained(training)), known(_figure_3_scored(scale, training))
+        trained, scored = find(Trained(training)), find(_figure_3_scored(scale, training))
         found[name] = None
         if trained is not None and scored is not None:
-            accuracy = {attack: scored[attack]["accuracy"] for attack in ("clean", *TABLE)}
+            accuracy = {attack: scored[attack]["accuracy"] for attack in ("clean", *TABLE_ATTACKS)}
             found[name] = {"fosc": _moments(trained["history"], _SHARES), "accuracy": accuracy}
     return found
 
 
 def _figure_3_text(numbers: Numbers) -> str:
-    lines = [f"| trained with | {' | '.join(map(title, ('clean', *TABLE)))} |", f"| --- |{' ---: |' * 5}"]
+    lines = [
+        f"| trained with | {' | '.join(map(attack_title, ('clean', *TABLE_ATTACKS)))} |",
+        f"| --- |{' ---: |' * 5}",
+    ]
     for name, row in numbers.items():
-        cells = ["not run"] if row is None else [f"{100 * row['accuracy'][attack]:.1f}" for attack in ("clean", *TABLE)]
+        cells = (
+            ["not run"]
+            if row is None
+            else [f"{100 * row['accuracy'][attack]:.1f}" for attack in ("clean", *TABLE_ATTACKS)]
+        )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "(a, c) Density of the ball's FOSC over training examples; (b) accuracy in %.\n\n" + "\n".join(lines)
 
@@ -198,14 +208,14 @@ def _figure_5(scale: Scale) -> dict[str, tuple[Training, Sequence[float]]]:
     return {name.capitalize(): (scale.trainings("cifar", name)[0], moments) for name, moments in shares.items()}
 
 
-def _figure_5_questions(scale: Scale) -> list[Question]:
+def _figure_5_experiments(scale: Scale) -> list[Experiment]:
     return [Trained(training) for training, _ in _figure_5(scale).values()]
 
 
-def _figure_5_numbers(scale: Scale, known: Known) -> dict[str, Any]:
+def _figure_5_numbers(scale: Scale, find: Find) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (training, shares) in _figure_5(scale).items():
-        trained = known(Trained(training))
+        trained = find(Trained(training))
         found[name] = None if trained is None else _moments(trained["history"], shares)
     return found
 
@@ -224,29 +234,29 @@ def _figure_5_text(numbers: Numbers) -> str:
 
 
 def _figure_4(scale: Scale) -> dict[str, dict[str, Scored]]:
-    """By defence: the network trained at the largest ε, attacked at each; one trained at each, attacked at its own."""
-    asked: dict[str, dict[str, Scored]] = {}
+    """By defence: the network trained at the largest ε, attacked at each ε, and one trained and attacked at each ε."""
+    found: dict[str, dict[str, Scored]] = {}
     setting, images = scale.sweep, scale.images["sweep"]
     sizes = [size * setting.eps / _EPSILONS[-1] for size in _EPSILONS]
     for name in ("standard", "curriculum", "dynamic"):
         largest = Training(setting, setting.strategy(name))
         own = {size: Training(replace(setting, eps=size), replace(setting, eps=size).strategy(name)) for size in sizes}
-        tested = {f"test {size:.5g}": Scored(largest, attacks_of(size, ("pgd-10",)), images) for size in sizes}
-        trained = {f"train {size:.5g}": Scored(own[size], attacks_of(size, ("pgd-10",)), images) for size in sizes}
-        asked[name.capitalize()] = tested | trained
-    return asked
+        tested = {f"test {size:.5g}": Scored(largest, build_attacks(size, ("pgd-10",)), images) for size in sizes}
+        trained = {f"train {size:.5g}": Scored(own[size], build_attacks(size, ("pgd-10",)), images) for size in sizes}
+        found[name.capitalize()] = tested | trained
+    return found
 
 
-def _figure_4_questions(scale: Scale) -> list[Question]:
-    return [question for group in _figure_4(scale).values() for question in group.values()]
+def _figure_4_experiments(scale: Scale) -> list[Experiment]:
+    return [experiment for group in _figure_4(scale).values() for experiment in group.values()]
 
 
-def _figure_4_numbers(scale: Scale, known: Known) -> dict[str, Any]:
-    def accuracy(answer: Answer | None) -> float | None:
-        return None if answer is None else answer["pgd-10"]["accuracy"]
+def _figure_4_numbers(scale: Scale, find: Find) -> dict[str, Any]:
+    def accuracy(result: Result | None) -> float | None:
+        return None if result is None else result["pgd-10"]["accuracy"]
 
     return {
-        name: {moment: accuracy(known(question)) for moment, question in group.items()}
+        name: {moment: accuracy(find(experiment)) for moment, experiment in group.items()}
         for name, group in _figure_4(scale).items()
     }
 
@@ -263,45 +273,45 @@ def _figure_4_text(numbers: Numbers) -> str:
     )
 
 
-PIECES = (
-    Piece(
+ARTIFACTS = (
+    Artifact(
         "figure1",
         "Figure 1: FOSC against accuracy and loss",
-        _figure_1_questions,
+        _figure_1_experiments,
         _figure_1_numbers,
         _figure_1_text,
-        plots.figure_1,
+        plots.draw_figure_1,
     ),
-    Piece(
+    Artifact(
         "figure2",
         "Figure 2: robustness and FOSC by step size and number of steps",
-        _figure_2_questions,
+        _figure_2_experiments,
         _figure_2_numbers,
         _figure_2_text,
-        plots.figure_2,
+        plots.draw_figure_2,
     ),
-    Piece(
+    Artifact(
         "figure3",
         "Figure 3: FOSC over the training, and FGSM before PGD",
-        _figure_3_questions,
+        _figure_3_experiments,
         _figure_3_numbers,
         _figure_3_text,
-        plots.figure_3,
+        plots.draw_figure_3,
     ),
-    Piece(
+    Artifact(
         "figure4",
         "Figure 4: robustness against ε, in testing and in training",
-        _figure_4_questions,
+        _figure_4_experiments,
         _figure_4_numbers,
         _figure_4_text,
-        plots.figure_4,
+        plots.draw_figure_4,
     ),
-    Piece(
+    Artifact(
         "figure5",
         "Figure 5: FOSC over the training of three strategies",
-        _figure_5_questions,
+        _figure_5_experiments,
         _figure_5_numbers,
         _figure_5_text,
-        plots.figure_5,
+        plots.draw_figure_5,
     ),
 )

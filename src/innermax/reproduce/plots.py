@@ -1,4 +1,4 @@
-"""The paper's figures, drawn: each function puts a piece's numbers on an empty figure."""
+"""Pictures: each function draws an artifact's numbers on an empty figure."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito (2008): told apart without colour vision; lines differ in their dashes too.
+# Okabe & Ito (2008): distinct without colour vision; lines also differ in their dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _POINTS = 300
 
 
-def figure_1(numbers: Mapping[str, Any], figure: "Figure") -> None:
+def draw_figure_1(numbers: Mapping[str, Any], figure: "Figure") -> None:
     """Accuracy and loss by FOSC; FOSC and loss by step."""
     figure.set_size_inches(10, 4)
     left, right = figure.subplots(1, 2)
@@ -39,7 +39,7 @@ def figure_1(numbers: Mapping[str, Any], figure: "Figure") -> None:
         right.xaxis.get_major_locator().set_params(integer=True)
 
 
-def figure_2(numbers: Mapping[str, Any], figure: "Figure") -> None:
+def draw_figure_2(numbers: Mapping[str, Any], figure: "Figure") -> None:
     """Cross-tests, FOSC and loss: by step size on the left, by number of steps on the right."""
     figure.set_size_inches(10, 10)
     axes = figure.subplots(3, 2)
@@ -53,22 +53,22 @@ def figure_2(numbers: Mapping[str, Any], figure: "Figure") -> None:
         axes[0, column].set(xlabel=f"trained with ({group})", ylabel="accuracy (%)")
         _span_five_points(axes[0, column])
         for row, quantity in enumerate(("fosc", "loss"), 1):
-            densities(axes[row, column], {name: values[quantity] for name, values in known.items()})
+            draw_densities(axes[row, column], {name: values[quantity] for name, values in known.items()})
             axes[row, column].set_xlabel({"fosc": "FOSC", "loss": "loss"}[quantity])
     for axis in axes.flat:
         axis.set_title(f"({next(letters)})", loc="left")
-        _finished(axis)
+        _finish_axis(axis)
 
 
-def figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
+def draw_figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
     """FOSC by epoch of two training attacks; robustness of PGD and FGSM-PGD; FOSC by epoch of FGSM-PGD."""
     figure.set_size_inches(12, 4)
     first, second, third = figure.subplots(1, 3)
     known = {name: row for name, row in numbers.items() if row is not None}
     plain = {n: row for n, row in known.items() if n != "FGSM-PGD"}
     by_epoch = {f"{name}, {moment}": v for name, row in plain.items() for moment, v in row["fosc"].items()}
-    densities(first, _inner(by_epoch))
-    densities(third, _inner(known.get("FGSM-PGD", {}).get("fosc", {})))
+    draw_densities(first, _drop_extremes(by_epoch))
+    draw_densities(third, _drop_extremes(known.get("FGSM-PGD", {}).get("fosc", {})))
     attacks = next(iter(known.values()))["accuracy"] if known else {}
     width = 0.8 / max(len(known), 1)
     for number, (name, row) in enumerate(known.items()):
@@ -85,10 +85,10 @@ def figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
     first.set(xlabel="FOSC (ball)", title="(a) PGD-ε/4 and PGD-ε/8")
     third.set(xlabel="FOSC (ball)", title="(c) FGSM first, then PGD")
     for axis in (first, second, third):
-        _finished(axis)
+        _finish_axis(axis)
 
 
-def figure_4(numbers: Mapping[str, Any], figure: "Figure") -> None:
+def draw_figure_4(numbers: Mapping[str, Any], figure: "Figure") -> None:
     """Accuracy under PGD-10 against the ε of testing, and of training and testing."""
     figure.set_size_inches(10, 4)
     for axis, moment, said in zip(figure.subplots(1, 2), ("test", "train"), ("testing", "training"), strict=True):
@@ -99,21 +99,23 @@ def figure_4(numbers: Mapping[str, Any], figure: "Figure") -> None:
                 _line(axis, sizes, values, name, number, marks=True)
         axis.set(xlabel=f"{said} ε · 255", ylabel="accuracy (%)", title=f"({'ab'[said == 'training']}) {said} ε")
         _span_five_points(axis)
-        _finished(axis)
+        _finish_axis(axis)
 
 
-def figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
+def draw_figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
     """FOSC in three epochs of each strategy."""
     figure.set_size_inches(12, 4)
     for letter, axis, (name, moments) in zip("abc", figure.subplots(1, 3), numbers.items(), strict=True):
-        densities(axis, _inner(moments or {}))
+        draw_densities(axis, _drop_extremes(moments or {}))
         axis.set(xlabel="FOSC (ball)", title=f"({letter}) {name}")
-        _finished(axis)
+        _finish_axis(axis)
 
 
-def frontier(found: Sequence[tuple[int, str, float, tuple[float, float, float]]], figure: "Figure") -> None:
-    """Robust accuracy against gradients spent: of each the number of its colour and mark, its name, gradients and
-    (mean, low, high)."""
+def draw_frontier(found: Sequence[tuple[int, str, float, tuple[float, float, float]]], figure: "Figure") -> None:
+    """Robust accuracy against gradients spent.
+
+    found: of each (number of its colour and mark, name, gradients, (mean, low, high)).
+    """
     figure.set_size_inches(8, 5)
     axis = figure.subplots()
     for number, name, spent, (mean, low, high) in found:
@@ -124,13 +126,13 @@ def frontier(found: Sequence[tuple[int, str, float, tuple[float, float, float]]]
             "markersize": 8,
         }
         axis.errorbar([spent], [mean], [[mean - low], [high - mean]], linestyle="", label=name, **look)
-    axis.set(xlabel="input gradients a training image, whole training", ylabel="robust accuracy, guided attack (%)")
+    axis.set(xlabel="input gradients per training image, whole training", ylabel="robust accuracy, guided attack (%)")
     axis.set_xlim(left=0)
-    _finished(axis)
+    _finish_axis(axis)
 
 
-def by_epoch(runs: Mapping[str, Mapping[str, Any]], figure: "Figure") -> None:
-    """Accuracy on the validation split and the largest tenth's FOSC after each epoch, a line a seed."""
+def draw_by_epoch(runs: Mapping[str, Mapping[str, Any]], figure: "Figure") -> None:
+    """Accuracy on the validation split and the 90th percentile of FOSC after each epoch, one line per seed."""
     figure.set_size_inches(10, 4)
     left, right = figure.subplots(1, 2)
     for number, (name, run) in enumerate(runs.items()):
@@ -144,16 +146,16 @@ def by_epoch(runs: Mapping[str, Mapping[str, Any]], figure: "Figure") -> None:
     for axis in (left, right):
         axis.set_xlabel("epoch")
         axis.locator_params(axis="x", integer=True)
-        _finished(axis)
+        _finish_axis(axis)
 
 
-def _inner(percentiles: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
-    """Percentiles without the first and the last, which stand for one example each and not for a hundredth of them."""
+def _drop_extremes(percentiles: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """Percentiles without the first and the last, which are single examples and not a hundredth of all."""
     return {name: values[1:-1] for name, values in percentiles.items()}
 
 
-def densities(axis: "Axes", groups: Mapping[str, Sequence[float]]) -> None:
-    """Gaussian kernel density estimates (Parzen 1962) of several samples ≥ 0, on one axis."""
+def draw_densities(axis: "Axes", groups: Mapping[str, Sequence[float]]) -> None:
+    """Draws Gaussian kernel density estimates (Parzen 1962) of several samples ≥ 0 on one axis."""
     from scipy.stats import gaussian_kde
 
     samples = {name: np.array([v for v in values if v is not None], dtype=float) for name, values in groups.items()}
@@ -174,14 +176,14 @@ def _line(axis: "Axes", x: Any, y: Any, label: str, number: int, marks: bool = F
 
 
 def _span_five_points(axis: "Axes") -> None:
-    """An accuracy's axis spans five points at least: what differs by less is chance on a thousand images."""
+    """Makes an accuracy's axis span at least five points: smaller differences are chance on a thousand images."""
     low, high = axis.get_ylim()
     missing = max(0.0, 5.0 - (high - low)) / 2
     axis.set_ylim(low - missing, high + missing)
 
 
-def _finished(axis: "Axes") -> None:
-    """A light grid, no box above and right, and a legend where there is something to name; or that nothing was run."""
+def _finish_axis(axis: "Axes") -> None:
+    """Adds a light grid and a legend, and removes the box above and right; writes "not run" where there is no data."""
     axis.spines[["top", "right"]].set_visible(False)
     if not axis.has_data():
         axis.text(0.5, 0.5, "not run", transform=axis.transAxes, horizontalalignment="center", color="0.4")
@@ -193,9 +195,9 @@ def _finished(axis: "Axes") -> None:
 
 
 def _two_scales(axis: "Axes", x: Any, left: Any, right: Any, weights: Sequence[float] | None = None) -> None:
-    """Lines measured on the left scale, and dashed ones on the right, which measures the loss.
+    """Draws lines on the left scale, and dashed ones on the right scale, the loss.
 
-    weights: how much each place says, as the area of a mark.
+    weights: of each place, shown as the area of a mark.
     """
     other = axis.twinx()
     for scale, lines, color, dash in ((axis, left, COLOURS[0], "-"), (other, right, COLOURS[1], "--")):

@@ -1,4 +1,4 @@
-"""Makes pieces: measures what is missing, as time allows, and writes the pages."""
+"""Reproduces tables and figures: runs the experiments that are missing, as time allows, and writes the pages."""
 
 import _thread
 import signal
@@ -10,14 +10,14 @@ from typing import Any
 
 from innermax.reproduce import ablations, best, efficiency, figures, tables, theorem
 from innermax.reproduce.answers import Answers
-from innermax.reproduce.artifact import Piece
-from innermax.reproduce.cache import Answer, Busy, Question, Workshop, fingerprint
+from innermax.reproduce.artifact import Artifact
+from innermax.reproduce.cache import Cache, Experiment, InUse, Result, hash_name
 from innermax.reproduce.scales import Scale, find_scale
 from innermax.utils.files import write_bytes, write_json
 from innermax.utils.validation import summarize_error, unknown
 
-_ALL = (*tables.PIECES, *figures.PIECES, *theorem.PIECES, *ablations.PIECES, *efficiency.PIECES, *best.PIECES)
-PIECES: dict[str, Piece] = {piece.name: piece for piece in _ALL}
+_MODULES = (tables, figures, theorem, ablations, efficiency, best)
+ARTIFACTS: dict[str, Artifact] = {artifact.name: artifact for module in _MODULES for artifact in module.ARTIFACTS}
 
 
 def reproduce(
@@ -30,42 +30,41 @@ def reproduce(
     device: str = "auto",
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Regenerates tables and figures of Wang et al. 2019; the pages, written into out/scale.
+    """Reproduces tables and figures of Wang et al. 2019; the pages, written into out/scale.
 
-    Every answer is kept, so that nothing is trained or measured twice, for whatever piece; the same call goes on where
-    another stopped, and several at the same time share the work.
+    Every result is kept, so that nothing is trained or measured twice, whatever it is for. The same call resumes one
+    that was stopped, and several calls at the same time share the work.
 
     Args:
-        names: of PIECES.
+        names: of ARTIFACTS.
         scale: "smoke", "cpu" or "full", the paper's.
-        out: folder of the pages and, packed, of their answers: out/scale/answers.json.xz, which is read first; at
-            scale "full" also of the networks, in out/models. Answers in an out/answers of version 0.1 are read, too.
-        cache: folder of the trained models, and of each new answer as a file in cache/answers.
-        minutes: begin nothing new after so many and interrupt what is running; None: until all is done. 0 shows what
-            is known.
-        device: as for `train`.
+        out: Folder of the pages. Beside them the results are packed into answers.json.xz, which is read first; at scale
+            "full" networks are copied into out/models. Results in out/answers, of version 0.1, are read as well.
+        cache: Folder of the trained networks, and of new results in cache/answers until they are packed.
+        minutes: Time limit, at which what is running is interrupted. None: no limit; 0: only show what was measured.
+        device: "auto", "cpu", "cuda" or "cuda:N".
         say: takes lines of progress.
 
     Raises:
-        ValueError: an unknown piece or scale, minutes < 0, or no Matplotlib (pip install 'innermax[report]').
+        ValueError: an unknown name or scale, minutes < 0, or no Matplotlib (pip install 'innermax[report]').
     """
     if minutes is not None and not minutes >= 0:
         raise ValueError(f"minutes must be ≥ 0 or None, got {minutes}")
     for name in names:
-        if name not in PIECES:
-            raise unknown("piece", name, PIECES)
-    chosen, pieces = find_scale(scale), [PIECES[name] for name in names]
-    if any(piece.draw is not None for piece in pieces):
+        if name not in ARTIFACTS:
+            raise unknown("table or figure", name, ARTIFACTS)
+    chosen, artifacts = find_scale(scale), [ARTIFACTS[name] for name in names]
+    if any(artifact.draw is not None for artifact in artifacts):
         _require_matplotlib()
-    shelf = Path(out) / "models" if scale == "full" else None
+    exports = Path(out) / "models" if scale == "full" else None
     pack, loose = Path(out) / chosen.name / "answers.json.xz", (Path(cache) / "answers", Path(out) / "answers")
-    workshop = Workshop(Answers(pack, loose), Path(cache), device, say, shelf)
-    asked = list(dict.fromkeys(question for piece in pieces for question in piece.questions(chosen)))
-    with _until(minutes) as time_left:
-        if not _answer(asked, workshop, time_left):
-            say("The time is up: the same command goes on from here.")
-    workshop.answers.pack_up(map(fingerprint, asked))
-    return [_written(piece, chosen, workshop, Path(out)) for piece in pieces]
+    store = Cache(Answers(pack, loose), Path(cache), device, say, exports)
+    experiments = list(dict.fromkeys(one for artifact in artifacts for one in artifact.experiments(chosen)))
+    with _limit_time(minutes) as has_time:
+        if not _measure_all(experiments, store, has_time):
+            say("The time is up. The same command resumes from here.")
+    store.answers.pack_up(map(hash_name, experiments))
+    return [_write_page(artifact, chosen, store.find, Path(out)) for artifact in artifacts]
 
 
 def _require_matplotlib() -> None:
@@ -76,30 +75,30 @@ def _require_matplotlib() -> None:
         raise ValueError(f"pictures need pip install 'innermax[report]': {summarize_error(error)}") from error
 
 
-def _answer(asked: Sequence[Question], workshop: Workshop, time_left: Callable[[], bool]) -> bool:
-    """Answers what no other process is at, and what it is at once it is done; whether all was answered in time."""
-    waiting = [question for question in asked if workshop.known(question) is None]
+def _measure_all(experiments: Sequence[Experiment], cache: Cache, has_time: Callable[[], bool]) -> bool:
+    """Runs the missing experiments, waiting for those that another process runs; whether all were done in time."""
+    waiting = [experiment for experiment in experiments if cache.find(experiment) is None]
     try:
-        while waiting and time_left():
-            busy = []
-            for question in waiting:
+        while waiting and has_time():
+            in_use = []
+            for experiment in waiting:
                 try:
-                    workshop.answered(question)
-                except Busy:
-                    busy.append(question)
-            if len(busy) == len(waiting):
+                    cache.measure(experiment)
+                except InUse:
+                    in_use.append(experiment)
+            if len(in_use) == len(waiting):
                 threading.Event().wait(1.0)
-            waiting = busy
+            waiting = in_use
     except KeyboardInterrupt:
-        if time_left():  # a person's, not the clock's
+        if has_time():  # a person's, not the clock's
             raise
         return False
     return not waiting
 
 
 @contextmanager
-def _until(minutes: float | None) -> Iterator[Callable[[], bool]]:
-    """Inside, a Ctrl-C comes when the minutes are over, and the yielded question answers False."""
+def _limit_time(minutes: float | None) -> Iterator[Callable[[], bool]]:
+    """Context manager: raises KeyboardInterrupt in it after so many minutes; yields whether there is time left."""
     over = threading.Event()
 
     def stop() -> None:
@@ -109,7 +108,7 @@ def _until(minutes: float | None) -> Iterator[Callable[[], bool]]:
     if minutes == 0:
         over.set()
     before = signal.getsignal(signal.SIGINT)
-    if minutes and before == signal.SIG_IGN:  # as a script's background job has it
+    if minutes and before == signal.SIG_IGN:  # as in a script's background job
         signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer((minutes or 0) * 60, stop)
     timer.daemon = True
@@ -123,44 +122,43 @@ def _until(minutes: float | None) -> Iterator[Callable[[], bool]]:
             signal.signal(signal.SIGINT, before)
 
 
-def _written(piece: Piece, scale: Scale, workshop: Workshop, out: Path) -> Path:
-    """Writes a piece's page, its numbers and its picture; the page's path."""
+def _write_page(artifact: Artifact, scale: Scale, find: Callable[[Experiment], Result | None], out: Path) -> Path:
+    """Writes an artifact's page, its numbers and its picture; the page's path."""
     folder = out / scale.name
     folder.mkdir(parents=True, exist_ok=True)
-    asked = list(dict.fromkeys(piece.questions(scale)))
-    answers = [workshop.known(question) for question in asked]
-    found = [answer for answer in answers if answer is not None]
-    numbers = piece.numbers(scale, workshop.known)
-    command = f"innermax reproduce {piece.name} --scale {scale.name}"
-    missing = len(answers) - len(found)
+    experiments = list(dict.fromkeys(artifact.experiments(scale)))
+    results = [result for result in map(find, experiments) if result is not None]
+    numbers = artifact.numbers(scale, find)
+    command = f"innermax reproduce {artifact.name} --scale {scale.name}"
+    missing = len(experiments) - len(results)
     document: dict[str, Any] = {
-        "piece": piece.name,
+        "name": artifact.name,
         "scale": scale.name,
         "command": command,
         "missing": missing,
-        "made_on": _made_on(found),
+        "made_on": _describe_origin(results),
         "numbers": numbers,
     }
-    write_json(folder / f"{piece.name}.json", document)
-    lines = [f"# {piece.title}", _provenance(command, document["made_on"], missing, len(answers))]
-    if any(hasattr(question, "training") for question in asked):
+    write_json(folder / f"{artifact.name}.json", document)
+    lines = [f"# {artifact.title}", _describe_provenance(command, document["made_on"], missing, len(experiments))]
+    if any(hasattr(experiment, "training") for experiment in experiments):
         lines.insert(1, scale.note)
-    if piece.draw is not None and found:
+    if artifact.draw is not None and results:
         from matplotlib.figure import Figure
 
         figure = Figure(layout="constrained", dpi=150)
-        piece.draw(numbers, figure)
-        figure.savefig(folder / f"{piece.name}.png")
-        lines.append(f"![{piece.title}]({piece.name}.png)")
-    lines.append(piece.markdown(numbers))
-    page = folder / f"{piece.name}.md"
+        artifact.draw(numbers, figure)
+        figure.savefig(folder / f"{artifact.name}.png")
+        lines.append(f"![{artifact.title}]({artifact.name}.png)")
+    lines.append(artifact.markdown(numbers))
+    page = folder / f"{artifact.name}.md"
     write_bytes(page, ("\n\n".join(lines) + "\n").encode())
     return page
 
 
-def _made_on(found: Sequence[Answer]) -> dict[str, Any]:
-    """The machines, versions, commits and days of the answers, and how long they took in all."""
-    environments = [answer["environment"] for answer in found]
+def _describe_origin(results: Sequence[Result]) -> dict[str, Any]:
+    """The machines, versions, commits and days of the results, and how long they took in all."""
+    environments = [result["environment"] for result in results]
     machines = {f"{e['device']}, {e['threads']} threads, torch {e['versions']['torch']}" for e in environments}
     days = sorted(e["date"][:10] for e in environments)
     commits = {(e["commit"] or "unknown")[:10] for e in environments}
@@ -168,16 +166,16 @@ def _made_on(found: Sequence[Answer]) -> dict[str, Any]:
         "machines": sorted(machines),
         "commits": sorted(commits),
         "days": [days[0], days[-1]] if days else [],
-        "hours": round(sum(answer["seconds"] for answer in found) / 3600, 2),
+        "hours": round(sum(result["seconds"] for result in results) / 3600, 2),
     }
 
 
-def _provenance(command: str, made_on: dict[str, Any], missing: int, whole: int) -> str:
+def _describe_provenance(command: str, made_on: dict[str, Any], missing: int, total: int) -> str:
     """The sentence under a page's title."""
-    if missing == whole:
+    if missing == total:
         return f"`{command}`: **not run.**"
     days = " to ".join(dict.fromkeys(made_on["days"]))
     text = f"`{command}` on {'; '.join(made_on['machines'])} ({days}; {made_on['hours']} h in all)."
     if missing:
-        text += f" **{missing} of {whole} measurements were not run**; the command fills them."
+        text += f" **{missing} of {total} experiments were not run**; the same command runs them."
     return text

@@ -22,7 +22,7 @@ class Setting:
         eps: the largest perturbation.
         epochs: passes over the training set.
         zero_at: Dynamic's T'/T, and where Curriculum takes all steps.
-        train: so many training images, the first ones; None: all.
+        train: number of training images, the first ones; None: all.
         validation: images held out of the training set.
         steps: of the training attack, of length ε/4.
     """
@@ -74,21 +74,21 @@ class Training:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run.
+    """The settings of all experiments, and how much is run.
 
     Args:
         name: "smoke", "cpu" or "full".
         mnist: the 4-layer CNN on MNIST.
         cifar: the 8-layer CNN on CIFAR-10.
         wide: the wide residual network on CIFAR-10.
-        sweep: what is trained many times over, for Figures 2 and 4.
-        surrogate: what black-box images for CIFAR-10 are made on.
-        seeds: trainings of each defence, by the setting's name.
-        images: test images that are attacked, the first so many, by the setting's name; None: all.
+        sweep: of the networks of Figures 2 and 4, which are trained many times.
+        surrogate: of the network that black-box images for CIFAR-10 are made on.
+        seeds: number of trainings of each defence, by the setting's name.
+        images: number of test images that are attacked, the first ones, by the setting's name; None: all.
         matched: share of the epochs after which Standard has computed about as many gradients as Dynamic in all of
-            them, by the setting's name; measured, for the 8-layer CNN with the one that stands for it.
-        note: in words, how this differs from the paper.
-        budget: gradients an example of the guided attack.
+            them, by the setting's name. Measured, for the 8-layer CNN on the network that stands for it.
+        note: the differences from the paper, as a sentence.
+        budget: gradients per example of the guided attack.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Scale:
     budget: int = GuidedPGD.budget
 
     def trainings(self, data: str, strategy: str) -> list[Training]:
-        """A defence with every seed."""
+        """The trainings of a defence, one per seed."""
         setting = getattr(self, data)
         return [Training(setting, setting.strategy(strategy), seed) for seed in range(self.seeds[data])]
 
@@ -127,7 +127,7 @@ SCALES = {
         seeds={"mnist": 1, "cifar": 1, "wide": 1, "sweep": 1},
         images={"mnist": 20, "cifar": 20, "wide": 20, "sweep": 20},
         matched={"mnist": 0.7, "cifar": 0.5},
-        note="Everything runs on scikit-learn's 8×8 digits for an epoch or two: it shows that the road is whole, not "
+        note="Everything runs on scikit-learn's 8×8 digits for an epoch or two. This shows that the code works, not "
         "how robust anything is.",
         budget=30,
     ),
@@ -149,10 +149,10 @@ SCALES = {
         seeds={"mnist": 3, "cifar": 3, "wide": 1, "sweep": 1},
         images={"mnist": 2_500, "cifar": 1_000, "wide": 500, "sweep": 1_000},
         matched={"mnist": 0.7, "cifar": 0.5},
-        note="Training takes 10 epochs instead of 50 on MNIST and 120 on CIFAR-10, on 20,000 images, and testing 2,500 "
-        "and 1,000 images. The 4-layer CNN stands for the 8-layer CNN, in Figures 2 and 4 with 8 epochs on 5,000 "
-        "images, and a WideResNet-10-1 on 10,000 images for the WideResNet-34-10, tested on 500, and for the ResNet-50."
-        " Schedules keep their shares.",
+        note="Training takes 10 epochs instead of 50 on MNIST and 120 on CIFAR-10, on 20,000 images; tests use 2,500 "
+        "and 1,000 images. The 4-layer CNN replaces the 8-layer CNN; in Figures 2 and 4 it is trained for 8 epochs "
+        "on 5,000 images. A WideResNet-10-1, trained on 10,000 images and tested on 500, replaces the "
+        "WideResNet-34-10 and the ResNet-50. Schedules keep their shares of the training.",
     ),
     "full": Scale(
         "full",

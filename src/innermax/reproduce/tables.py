@@ -3,9 +3,18 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from innermax.reproduce.artifact import Known, Numbers, Piece
-from innermax.reproduce.cache import Question
-from innermax.reproduce.comparison import FEW, STRONGEST, TABLE, Row, asked_of, attacks_of, by_seed, table
+from innermax.reproduce.artifact import Artifact, Find, Numbers
+from innermax.reproduce.cache import Experiment
+from innermax.reproduce.comparison import (
+    FEW_IMAGES,
+    STRONGEST,
+    TABLE_ATTACKS,
+    TableRow,
+    build_attacks,
+    list_attacks,
+    markdown_table,
+    sort_by_seed,
+)
 from innermax.reproduce.scales import Scale, Training
 
 TITLES = {"mnist": "MNIST", "cifar": "CIFAR-10", "wide": "CIFAR-10, WideResNet"}
@@ -41,26 +50,26 @@ _TABLE_3 = {
 }
 _SURROGATE_SEED = 1000  # far from the seeds of the defences it attacks
 
-Rows = dict[str, list[Row]]
+Rows = dict[str, list[TableRow]]
 
 
-def printed(data: str, defence: str) -> dict[str, float]:
-    """A row of the paper's Table 1, in per cent by attack."""
-    return dict(zip(("clean", *TABLE), _TABLE_1[data, defence], strict=True))
+def paper_accuracy(data: str, defence: str) -> dict[str, float]:
+    """A row of the paper's Table 1: accuracy in per cent by attack."""
+    return dict(zip(("clean", *TABLE_ATTACKS), _TABLE_1[data, defence], strict=True))
 
 
 def _white_box(scale: Scale, paper: Mapping[tuple[str, str], Sequence[float]], attacks: Sequence[str]) -> Rows:
-    """The rows by data set, each attacked with the table's attacks and, on fewer images, the guided one."""
+    """The rows by data set, attacked with the table's attacks and, on fewer images, the guided one."""
     rows: Rows = {}
     for (data, defence), numbers in paper.items():
-        trainings, asked = scale.trainings(data, defence), asked_of(scale, data, attacks)
+        trainings, tests = scale.trainings(data, defence), list_attacks(scale, data, attacks)
         printed = dict(zip(("clean", *attacks), numbers, strict=True))
-        rows.setdefault(data, []).append(Row(_DEFENCES[defence], trainings, asked, printed))
+        rows.setdefault(data, []).append(TableRow(_DEFENCES[defence], trainings, tests, printed))
     return rows
 
 
 def _table_1(scale: Scale) -> Rows:
-    return _white_box(scale, _TABLE_1, TABLE)
+    return _white_box(scale, _TABLE_1, TABLE_ATTACKS)
 
 
 def _table_3(scale: Scale) -> Rows:
@@ -68,54 +77,62 @@ def _table_3(scale: Scale) -> Rows:
 
 
 def _table_2(scale: Scale) -> Rows:
-    """The rows by data set, attacked with images made on a network trained with Standard."""
+    """The rows by data set, tested with images made on a network trained with Standard."""
     rows: Rows = {}
     for (data, defence), numbers in _TABLE_2.items():
         setting = scale.mnist if data == "mnist" else scale.surrogate
         surrogate = Training(setting, setting.strategy("standard"), _SURROGATE_SEED)
-        asked = (attacks_of(setting.eps), scale.images[data])
-        printed = dict(zip(TABLE, numbers, strict=True))
+        attacks = (build_attacks(setting.eps), scale.images[data])
+        printed = dict(zip(TABLE_ATTACKS, numbers, strict=True))
         trainings = scale.trainings(data, defence)
-        rows.setdefault(data, []).append(Row(_DEFENCES[defence], trainings, [asked], printed, {"made_on": surrogate}))
+        rows.setdefault(data, []).append(
+            TableRow(_DEFENCES[defence], trainings, [attacks], printed, {"made_on": surrogate})
+        )
     return rows
 
 
-def _piece(name: str, title: str, rows_of: Any, attacks: Sequence[str], note: str) -> Piece:
-    """A table as a piece."""
+def _table_artifact(name: str, title: str, list_rows: Any, attacks: Sequence[str], note: str) -> Artifact:
+    """The artifact of a table."""
 
-    def questions(scale: Scale) -> list[Question]:
-        return by_seed([row.questions() for row in _all(rows_of(scale))])
+    def experiments(scale: Scale) -> list[Experiment]:
+        return sort_by_seed([row.experiments() for row in _flatten(list_rows(scale))])
 
-    def numbers(scale: Scale, known: Known) -> dict[str, Any]:
-        return {data: [row.numbers(known) for row in rows] for data, rows in rows_of(scale).items()}
+    def numbers(scale: Scale, find: Find) -> dict[str, Any]:
+        return {data: [row.numbers(find) for row in rows] for data, rows in list_rows(scale).items()}
 
     def markdown(found: Numbers) -> str:
-        parts = [f"## {TITLES[data]}\n\n{table(rows, attacks)}" for data, rows in found.items()]
+        parts = [f"## {TITLES[data]}\n\n{markdown_table(rows, attacks)}" for data, rows in found.items()]
         return "\n\n".join([note, *parts])
 
-    return Piece(name, title, questions, numbers, markdown)
+    return Artifact(name, title, experiments, numbers, markdown)
 
 
-def _all(rows: Rows) -> Iterable[Row]:
+def _flatten(rows: Rows) -> Iterable[TableRow]:
     return (row for group in rows.values() for row in group)
 
 
 _READING = (
-    "Accuracy in %, in bold as measured here with its 95 % interval (over seeds from three on, else over images), in "
-    "italics as the paper prints it. *Gradients* are input gradients a training image over the whole training."
+    "Accuracy in %: in bold as measured here, with its 95 % interval (over seeds if there are three, else over "
+    "images); in italics as the paper prints it. *Gradients* are input gradients per training image over the whole "
+    "training."
 )
-PIECES = (
-    _piece(
+ARTIFACTS = (
+    _table_artifact(
         "table1",
         "Table 1: white-box robustness",
         _table_1,
-        ("clean", *TABLE, STRONGEST),
-        f"{_READING} *Guided* is about as strong as AutoAttack, on the first {FEW:,} images; not in the paper.",
+        ("clean", *TABLE_ATTACKS, STRONGEST),
+        f"{_READING} *Guided* is about as strong as AutoAttack, on the first {FEW_IMAGES:,} images; it is not in the "
+        "paper.",
     ),
-    _piece(
-        "table2", "Table 2: black-box robustness", _table_2, TABLE, f"{_READING} Images are made on another network."
+    _table_artifact(
+        "table2",
+        "Table 2: black-box robustness",
+        _table_2,
+        TABLE_ATTACKS,
+        f"{_READING} Images are made on another network.",
     ),
-    _piece(
+    _table_artifact(
         "table3",
         "Table 3: white-box robustness of a wide residual network",
         _table_3,

@@ -1,4 +1,4 @@
-"""Theorem 1 as a piece: runs of Algorithm 1 beside the bound, as T, σ and δ vary: numbers, tables, a picture."""
+"""Theorem 1: Algorithm 1 beside the theorem's bound, as T, σ and δ vary; numbers, tables and a picture."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from innermax.reproduce.artifact import Numbers, Piece
-from innermax.reproduce.cache import Answer, Workshop
+from innermax.reproduce.artifact import Artifact, Numbers
+from innermax.reproduce.cache import Cache, Result
 from innermax.reproduce.convergence import algorithm_1, bounds
 from innermax.reproduce.strongly_concave import MinMaxProblem, build_problem
 from innermax.utils.validation import unknown
@@ -19,45 +19,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Size:
     """How much is run: numbers of iterations T, and seeds."""
 
     iterations: tuple[int, ...]
     seeds: int
 
 
-SCALES = {
-    "smoke": Scale((16, 64), 64),
-    "cpu": Scale((16, 64, 256, 1024, 4096), 64),
-    "full": Scale((16, 64, 256, 1024, 4096, 16384), 128),
+SIZES = {
+    "smoke": Size((16, 64), 64),
+    "cpu": Size((16, 64, 256, 1024, 4096), 64),
+    "full": Size((16, 64, 256, 1024, 4096, 16384), 128),
 }
-SPREADS = {"varied": 0.3, "aligned": 0.0}  # of the offsets: examples as they come, and δ's worst case
+SPREADS = {"varied": 0.3, "aligned": 0.0}  # of the offsets: examples that differ, and δ's worst case
 BATCHES = (1, 512, 0)  # 0: every iteration sees all examples, σ = 0
 GRID_DELTAS = (1e-1, 1e-3)
 SWEEP_DELTAS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
-COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe & Ito (2008): told apart without colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe & Ito (2008): distinct without colour vision
 _SQUARED = r"$\|\nabla L_S(\theta_t)\|^2$"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The numbers at a scale, as a piece asks for them."""
+    """The experiment at a scale."""
 
     scale: str
 
-    def answer(self, workshop: Workshop) -> Answer:
-        """What `measure` measures."""
+    def run(self, cache: Cache) -> Result:
+        """The numbers of `measure`."""
         return measure(self.scale)
 
 
 def measure(scale: str) -> dict[str, Any]:
-    """Runs of Algorithm 1 beside the bound, as JSON: constants; "grid", over T, σ and δ; "sweep", over δ at σ = 0.
+    """Runs Algorithm 1 and computes the bound, as JSON: "constants"; "grid", over T, σ and δ; "sweep", over δ at σ = 0.
 
-    Raises ValueError for a scale that is not in SCALES.
+    Raises ValueError for a scale that is not in SIZES.
     """
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
-    iterations, seeds = SCALES[scale].iterations, SCALES[scale].seeds
+    if scale not in SIZES:
+        raise unknown("scale", scale, SIZES)
+    iterations, seeds = SIZES[scale].iterations, SIZES[scale].seeds
     problems = {name: build_problem(spread) for name, spread in SPREADS.items()}
     grid = [_cells(problems["varied"], T, GRID_DELTAS, BATCHES, seeds) for T in iterations]
     return {
@@ -84,7 +84,7 @@ def _constants(problem: MinMaxProblem) -> dict[str, float]:
 def _cells(
     problem: MinMaxProblem, iterations: int, deltas: Sequence[float], batches: Sequence[int], seeds: int
 ) -> list[dict[str, Any]]:
-    """A cell for each batch size and δ: the runs of all seeds, one where there is no noise, beside the bound."""
+    """A cell for each batch size and δ: the runs of all seeds (one where there is no noise) and the bound."""
     runs = [(m, d, s) for m, d in product(batches, deltas) for s in range(seeds if m else 1)]
     sizes, levels, numbers = zip(*runs, strict=True)
     batch, delta, seed = torch.tensor(sizes), torch.tensor(levels, dtype=torch.float64), torch.tensor(numbers)
@@ -123,7 +123,7 @@ def _cells(
 
 
 def markdown(numbers: Numbers) -> str:
-    """What follows from the numbers; the constants; the bound over T, σ and δ; what δ leaves."""
+    """A paragraph of conclusions; the constants; the bound over T, σ and δ; what remains because of δ."""
     sweep, grid = numbers["sweep"], sorted(numbers["grid"], key=lambda cell: (-cell["delta"], -cell["sigma"]))
     constants = ["problem", "L_θθ", "L_θx", "L_xθ", "μ", "L", "σ, batch of 1", "Δ", "ε"]
     over = ["δ", "σ", "T", "measured", "95 % interval", "bound", "ratio", "as printed", "T ≥ LΔ/σ²", "inner gradients"]
@@ -133,11 +133,12 @@ def markdown(numbers: Numbers) -> str:
             _verdict(numbers),
             _table(constants, [[k, *map("{:.4g}".format, row.values())] for k, row in numbers["constants"].items()]),
             "Measured: 1/T Σ ‖∇L_S(θ_t)‖², the mean over seeds, on examples that differ (varied). At σ = 0 every "
-            "iteration uses all examples and nothing is left to chance; the paper asks for σ > 0, and any σ² ≤ LΔ/T "
-            "allows these very runs, η being 1/L. Inner gradients: an example and iteration.",
+            "iteration uses all examples and nothing is random. The paper requires σ > 0; for any σ² ≤ LΔ/T the runs "
+            "would be the same, because η is 1/L. Inner gradients: per example and iteration.",
             _table(over, [_grid_row(cell) for cell in grid]),
-            f"What δ leaves, at σ = 0 and T = {sweep['varied'][0]['iterations']:,}. Last tenth: the mean of "
-            "‖∇L_S(θ_t)‖² over the last tenth of the iterations. Bias: the largest error of the whole set's gradient.",
+            f"What remains because of δ, at σ = 0 and T = {sweep['varied'][0]['iterations']:,}. Last tenth: the mean "
+            "of ‖∇L_S(θ_t)‖² over the last tenth of the iterations. Bias: the largest error of the gradient on all "
+            "examples.",
             _table(left, [[name, *_sweep_row(cell)] for name, cells in sweep.items() for cell in cells]),
         ]
     )
@@ -170,12 +171,12 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _holds(cell: Numbers, bound: str) -> bool:
-    """Whether the interval lies below the bound."""
+    """Whether the whole interval is below the bound."""
     return bool(cell["high"] <= cell[bound])
 
 
 def _verdict(numbers: Numbers) -> str:
-    """A paragraph, each clause counted from the numbers."""
+    """A paragraph whose every figure is computed from the numbers."""
     sweep = numbers["sweep"]
     cells = [*numbers["grid"], *sweep["varied"], *sweep["aligned"]]
     within, beyond = ([cell for cell in cells if cell["printed_condition"] is kind] for kind in (True, False))
@@ -187,26 +188,26 @@ def _verdict(numbers: Numbers) -> str:
     floors = {name: [cell["last_tenth"] / cell["bias_bound"] ** 2 for cell in row] for name, row in sweep.items()}
     span = {name: f"{min(shares):.2g} to {max(shares):.2g}" for name, shares in floors.items()}
     return (
-        f"The bound that is for every T holds in {sum(_holds(cell, 'bound') for cell in cells)} of {len(cells)} "
-        f"settings, and is {low:.1f} to {high:.1f} times what is measured. The printed one, without 2LΔ/T, is exceeded "
-        f"in {broken[0]} of {len(within)} settings with T ≥ LΔ/σ² and in {broken[1]} of the {len(beyond)} others, "
-        f"{noisy} of them with σ > 0. What they rest on, at the most that was met: FOSC {fosc:.3f} δ, one example's "
-        f"gradient noise {noise:.2f} σ, "
-        f"the gradient's bias {bias:.2f} L_θx √(δ/μ). What δ leaves in the end, without noise, is {span['aligned']} "
-        "times L²_θx δ/μ where every maximizer just reaches the ball's surface (aligned, δ's worst case), and goes as "
-        f"δ^{_power(sweep['aligned']):.1f} over the smallest two δ; where examples differ (varied) it is "
-        f"{span['varied']} times, and goes as δ^{_power(sweep['varied']):.1f}. The theorem allows 5 times."
+        f"The bound for every T holds in {sum(_holds(cell, 'bound') for cell in cells)} of {len(cells)} settings, and "
+        f"is {low:.1f} to {high:.1f} times the measured value. The printed bound, without 2LΔ/T, is exceeded in "
+        f"{broken[0]} of {len(within)} settings with T ≥ LΔ/σ² and in {broken[1]} of the {len(beyond)} others, "
+        f"{noisy} of them with σ > 0. The largest values of what the bounds assume: FOSC {fosc:.3f} δ, gradient noise "
+        f"of one example {noise:.2f} σ, bias of the gradient {bias:.2f} L_θx √(δ/μ). Without noise, the value that "
+        f"remains in the end is {span['aligned']} times L²_θx δ/μ where every maximizer just reaches the surface of "
+        f"the ball (aligned, the worst case of δ), and is proportional to δ^{_power(sweep['aligned']):.1f} over the "
+        f"smallest two δ. Where examples differ (varied) it is {span['varied']} times, and proportional to "
+        f"δ^{_power(sweep['varied']):.1f}. The theorem allows 5 times."
     )
 
 
 def _power(row: Sequence[Numbers]) -> float:
-    """The power of δ with which the floor falls, over the smallest two δ."""
+    """The power of δ to which the value that remains is proportional, over the smallest two δ."""
     large, small = row[-2:]
     return math.log(large["last_tenth"] / small["last_tenth"]) / math.log(large["delta"] / small["delta"])
 
 
 def draw(numbers: Numbers, figure: "Figure") -> None:
-    """Measured and bound against T for each σ, at the grid's smallest δ; and against δ at σ = 0."""
+    """Draws measured values and bounds: against T for each σ at the smallest δ of the grid, and against δ at σ = 0."""
     figure.set_size_inches(10.5, 5.6)
     left, right = figure.subplots(1, 2)
     for axis in (left, right):
@@ -235,16 +236,16 @@ def draw(numbers: Numbers, figure: "Figure") -> None:
     )
     right.set(xlabel="δ", title=f"{_SQUARED}, σ = 0, T = {row[0]['iterations']:,}")
     for axis in (left, right):
-        axis.plot([], [], "--", color="0.3", label="bound, in its colour")
+        axis.plot([], [], "--", color="0.3", label="bound, in the same colour")
         axis.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
 
 
-PIECES = (
-    Piece(
+ARTIFACTS = (
+    Artifact(
         "theorem1",
-        "Theorem 1: the bound, and what Algorithm 1 does",
+        "Theorem 1: the bound beside Algorithm 1",
         lambda scale: [Measured(scale.name)],
-        lambda scale, known: {"theorem": known(Measured(scale.name))},
+        lambda scale, find: {"theorem": find(Measured(scale.name))},
         lambda numbers: "" if numbers["theorem"] is None else markdown(numbers["theorem"]),
         lambda numbers, figure: draw(numbers["theorem"], figure),
     ),
