@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import innermax as im
-from innermax.objectives import cross_entropy
 
 STEPS, EPS = 10, 8 / 255
 NETWORKS = {"8-layer CNN": ("cifar-cnn", {}), "WideResNet-34-10": ("wideresnet", {"depth": 34, "width": 10})}
@@ -45,24 +44,24 @@ class Case:
 
     def step(self) -> None:
         """Data, augmentation, attack, update."""
-        self.loop.update(self.batch, self.pgd, cross_entropy, 0.0, gauge=False)
+        self.loop.step(self.batch, self.pgd, 0.0)
 
     def attack(self) -> Tensor:
-        return self.pgd(self.loop.oracle, self.x, self.y, final="none").x_adv
+        return self.pgd(self.loop.state.oracle, self.x, self.y, final="none").x_adv
 
     def gradients(self) -> None:
         """The attack's gradients without its steps."""
         for _ in range(STEPS):
-            self.loop.oracle.gradient(self.x, self.y, im.losses.cross_entropy)
+            self.loop.state.oracle.gradient(self.x, self.y, im.losses.cross_entropy)
 
     def update(self) -> None:
-        self.loop._descend(cross_entropy, self.x, self.y, self.x, 0.0, len(self.x))
+        self.loop.descend(self.x, self.y, self.x, 0.0, len(self.x))
 
     def operations(self) -> float:
         """Multiplications and additions of one step, as torch counts them."""
         counter = FlopCounterMode(display=False)
         with counter:
-            im.Oracle._gradient(self.loop.oracle, self.x, self.y, im.losses.cross_entropy)  # as it is recorded
+            im.Oracle._gradient(self.loop.state.oracle, self.x, self.y, im.losses.cross_entropy)  # as it is recorded
         attack = STEPS * counter.get_total_flops()
         counter = FlopCounterMode(display=False)
         with counter:
@@ -86,7 +85,7 @@ def measure(
                 parts = {part: partial(getattr(case, part)) for part in ("step", "attack", "gradients", "update")}
                 seconds = {part: statistics.median(values) for part, values in timed(parts, rounds).items()}
                 found[title] = seconds | {
-                    "plan": case.loop.oracle.plan,
+                    "plan": case.loop.state.oracle.plan,
                     "images/s": batch / seconds["step"],
                     "FLOP/s": case.operations() / seconds["step"],
                     "memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import innermax as im
-from innermax.objectives import cross_entropy
 from innermax.oracle.oracle import Oracle
 from innermax.strategies import Strategy
 
@@ -102,17 +101,17 @@ class Ours:
         self.strategy = strategy(im.PGD(im.Linf(setting.eps), steps=STEPS))
         self.loop = started(setting.model(), x, y, precision, strategy=self.strategy)
         self.x, self.y, self.batch = x, y, whole(self.loop)
-        self.loop.epoch = 1  # where a warm start has something to start from
+        self.loop.state.epoch = 1  # where a warm start has something to start from
         self.pgd = self.strategy.attack_at(0.5)
 
     def __call__(self) -> None:
-        self.loop.update(self.batch, self.pgd, cross_entropy, 0.0, gauge=False)
+        self.loop.step(self.batch, self.pgd, 0.0)
 
     def attack(self) -> Tensor:
-        return self.pgd(self.loop.oracle, self.x, self.y, final="none").x_adv
+        return self.pgd(self.loop.state.oracle, self.x, self.y, final="none").x_adv
 
     def descend(self) -> None:
-        self.loop._descend(cross_entropy, self.x, self.y, self.x, 0.0, len(self.x))
+        self.loop.descend(self.x, self.y, self.x, 0.0, len(self.x))
 
 
 class Plain:
@@ -146,7 +145,7 @@ def steps(rounds: int) -> dict[str, Any]:
         }
         if "torchattacks" in peers.installed():
             variants["torchattacks in a plain loop"] = Plain(setting, x, y, peers.torchattacks)
-        variants |= {"attack": ours.attack, "update": ours.descend, "refresh": ours.loop.oracle.refresh}
+        variants |= {"attack": ours.attack, "update": ours.descend, "refresh": ours.loop.state.oracle.refresh}
         seconds = timed(variants, rounds)
         parts = {key: seconds.pop(key) for key in ("attack", "update", "refresh")}
         found[name] = {

@@ -19,7 +19,7 @@ from torch import nn
 import innermax as im
 from innermax.objectives import cross_entropy
 from innermax.strategies import Strategy
-from innermax.training.checkpoints import states
+from innermax.training.checkpoints import find_checkpoints
 from innermax.utils.files import load_tensors
 
 PGD = im.PGD(im.Linf(0.1), steps=5)
@@ -67,7 +67,7 @@ def killed(folder: Path, rank: int) -> tuple[float, str]:
     at = []
 
     def kill() -> None:
-        while not states(folder) or states(folder)[0].name.endswith("batch-00000000.safetensors"):
+        while not find_checkpoints(folder) or find_checkpoints(folder)[0].name.endswith("batch-00000000.safetensors"):
             time.sleep(0.01)
         children = sorted(child.pid for child in multiprocessing.active_children())
         at.append(time.monotonic())

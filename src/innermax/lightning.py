@@ -7,17 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from innermax.attacks.pgd import PGD
-from innermax.attacks.search import measure
 from innermax.oracle.oracle import Oracle, Precision
-from innermax.strategies import Strategy, halfway
+from innermax.strategies import SAMPLE, Strategy, awaits_halfway_gauge, halfway_gauge
 from innermax.utils import randomness
 
 try:
     from pytorch_lightning.callbacks import Callback
 except ImportError as error:
     raise ImportError(f"innermax.lightning needs pip install 'innermax[lightning]': {error}") from error
-
-_SAMPLE = 1000  # examples on which an automatic c_max is measured
 
 
 class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is optional, and not looked into
@@ -125,19 +122,13 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
         return self._oracle
 
     def _keep(self, x: Tensor, y: Tensor) -> None:
-        """Puts clean examples of the first epoch aside where the strategy wants the gauge on them."""
-        if "halfway_gauge" not in getattr(self.strategy, "measures", ()) or self.history:
-            return
-        if sum(len(kept) for _, kept in self._sample) < _SAMPLE:
+        """Keeps clean examples of the first epoch where the strategy asks for their gauge at its end."""
+        if awaits_halfway_gauge(self.strategy, self.history) and sum(len(kept) for _, kept in self._sample) < SAMPLE:
             self._sample.append((x, y))
 
     def _halfway_gauge(self, pl_module: Any) -> float:
-        """The median gauge where half of the attack's steps leave examples, on the network as it is now."""
-        attack = halfway(self.strategy.attack)  # type: ignore[attr-defined]
-        oracle, gauges = self._refreshed(pl_module, self._sample[0][0]), []
-        for x, y in self._sample:
-            found = attack(oracle, x, y, seed=self.seed, final="none")
-            gradient = oracle.gradient(found.x_adv, y, attack.objective()).gradient
-            gauges.append(measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge))
+        """The median of `halfway_gauge`, on the network as it is now."""
+        oracle = self._refreshed(pl_module, self._sample[0][0])
+        gauges = [halfway_gauge(self.strategy, oracle, x, y, seed=self.seed) for x, y in self._sample]
         self._sample = []
-        return float(torch.cat(gauges).nan_to_num(0.0).median())
+        return float(torch.cat(gauges).median())

@@ -10,14 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from innermax.attacks.pgd import FGSM, PGD
-from innermax.attacks.search import Gauge
+from innermax.attacks.search import Gauge, measure
+from innermax.oracle.oracle import Oracle
 from innermax.utils.validation import check_count, unknown
 
 History = Sequence[Mapping[str, Any]]
 Measure = Literal["halfway_gauge"]
 Shape = Literal["linear", "cosine", "constant"]
 Threshold = float | Literal["auto"]
+SAMPLE = 1000  # training examples on which an automatic c_max is measured
 _C_MAX: Mapping[Gauge, Threshold] = {"ball": 0.5, "exact": 0.15, "relative": "auto"}
 
 
@@ -25,11 +30,12 @@ _C_MAX: Mapping[Gauge, Threshold] = {"ball": 0.5, "exact": 0.15, "relative": "au
 class Strategy(Protocol):
     """What a training loop asks of a strategy.
 
-    `measures`: what the first row of the history must hold beside what every row does: "halfway_gauge",
-    the median gauge of training examples after the first epoch, where half of the attack's steps leave them. Every row
-    holds "accuracy", in [0, 1], under the attack the epoch trained
-    against. A strategy may have `warm_start = True`: from the second epoch on its attacks then start where the last one
-    left each example.
+    Every row of the history holds "accuracy", in [0, 1], under the attack that the epoch trained against. `measures`
+    names what the first row must hold besides: "halfway_gauge", the median gauge of training examples after half of the
+    steps of the strategy's `attack`, measured at the end of the first epoch.
+
+    A strategy may have `warm_start = True`: from the second epoch on its attacks then start where the last one left
+    each example.
     """
 
     @property
@@ -180,12 +186,6 @@ class Dynamic:
         return replace(self.attack, stop_at=self.threshold(progress, history))
 
 
-def halfway(attack: PGD) -> PGD:
-    """The attack's first half, without a stop."""
-    steps = math.ceil(attack.steps / 2)
-    return replace(attack, steps=steps, step_size=attack.step_sizes()[:steps], restarts=1, stop_at=None)
-
-
 @dataclass(frozen=True)
 class WarmStart:
     """Few, shrinking steps an epoch, from where an example's search ended in the epoch before.
@@ -220,6 +220,33 @@ class WarmStart:
         sizes = tuple(self.attack.threat.eps * 0.5**step for step in range(1, self.steps + 1))
         attack = replace(self.attack, steps=self.steps, step_size=sizes, stop_at=None)
         return attack if self.floor is None else replace(attack, stop_at=self.floor, gauge="relative")
+
+
+def awaits_halfway_gauge(strategy: Strategy, history: History) -> bool:
+    """Whether a strategy asks for the median `halfway_gauge` at the end of this epoch, which is then the first."""
+    return "halfway_gauge" in getattr(strategy, "measures", ()) and not history
+
+
+def halfway_gauge(
+    strategy: Strategy,
+    oracle: Oracle,
+    x: Float[Tensor, "b ..."],
+    y: Int[Tensor, " b"],
+    *,
+    seed: int = 0,
+    index: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, " b"]:
+    """Each example's gauge after the first half of the steps of a strategy's attack; 0 where it is undefined.
+
+    x: (B, *features) clean inputs; y: (B,) labels; index: (B,) example numbers, 0…B − 1 unless told.
+    """
+    attack: PGD = strategy.attack  # type: ignore[attr-defined]  # what asks for the gauge has one
+    steps = math.ceil(attack.steps / 2)
+    half = replace(attack, steps=steps, step_size=attack.step_sizes()[:steps], restarts=1, stop_at=None)
+    found = half(oracle, x, y, seed=seed, index=index, final="none")
+    with oracle.private_randomness(seed):
+        gradient = oracle.gradient(found.x_adv, y, half.objective()).gradient
+    return measure(half.threat.around(x), gradient, found.x_adv, half.gauge).nan_to_num(0.0)
 
 
 # By name, for the command line and the paper's settings. Each takes the attack first, if it has one, then its options.

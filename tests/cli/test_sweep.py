@@ -18,7 +18,7 @@ from innermax.cli import main
 from innermax.cli.sweep import list_runs, read_values, sweep_parser
 from innermax.cli.sweep_engine import SweepRun, _run_all, combinations
 from innermax.cli.sweep_table import run_measures, sweep_rows
-from innermax.training.checkpoints import states
+from innermax.training.checkpoints import find_checkpoints
 from innermax.utils.files import LOCK, lock_file
 from innermax.utils.intervals import student
 
@@ -239,7 +239,7 @@ def test_a_sweep_that_is_interrupted_and_killed_goes_on_to_the_same_end(tmp_path
     runs = [folder / f"seed={seed}" for seed in (0, 1)]
     for sent, run in zip((signal.SIGINT, signal.SIGKILL), runs, strict=True):
         process = subprocess.Popen([sys.executable, "-m", "innermax.cli", *words], stderr=subprocess.PIPE, text=True)
-        waited(lambda run=run: len(states(run)) > 1 or (run / "evaluation.json").exists())
+        waited(lambda run=run: len(find_checkpoints(run)) > 1 or (run / "evaluation.json").exists())
         process.send_signal(sent)
         told = process.communicate()[1]
         if sent == signal.SIGINT:

@@ -21,7 +21,7 @@ import innermax as im
 from innermax.distributed import launch
 from innermax.distributed.launch import Launch, find_launch, plan_launch
 from innermax.distributed.process_group import Ranks, find_members, synchronise_batch_norm
-from innermax.training.checkpoints import states
+from innermax.training.checkpoints import find_checkpoints
 from innermax.utils.files import load_tensors
 from tests.helpers import ranks
 from tests.helpers.ranks import BATCH, COUNT, EPOCHS, evaluated, network, trained
@@ -42,20 +42,22 @@ def distance(one, other):
 def copied(folder, to, before):
     """A run folder as it was when it stood inside an epoch: without the states that came later."""
     shutil.copytree(folder, to)
-    for path in states(to):
+    for path in find_checkpoints(to):
         if path.name >= before:
             path.unlink()
-    assert states(to), "a state to go on from"
-    assert "batch-00000000" not in states(to)[0].name, "one from inside an epoch"
+    assert find_checkpoints(to), "a state to go on from"
+    assert "batch-00000000" not in find_checkpoints(to)[0].name, "one from inside an epoch"
     return to
 
 
 def within(folder, act):
     """Calls act, once, when a training that runs in the folder has saved a state from inside an epoch."""
-    before = states(folder)[:1]
+    before = find_checkpoints(folder)[:1]
 
     def wait():
-        while states(folder)[:1] == before or states(folder)[0].name.endswith("-00000000.safetensors"):
+        while find_checkpoints(folder)[:1] == before or find_checkpoints(folder)[0].name.endswith(
+            "-00000000.safetensors"
+        ):
             time.sleep(0.01)
         act()
 
@@ -77,7 +79,7 @@ def stopped(tmp_path_factory):
     within(folder, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         trained("slow", **options)
-    told["interrupted"] = states(folder)[0].name
+    told["interrupted"] = find_checkpoints(folder)[0].name
     within(folder, kill)
     with pytest.raises(ChildProcessError) as caught:
         trained("slow", **options)

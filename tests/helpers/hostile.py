@@ -29,7 +29,7 @@ from torch import nn
 import innermax as im
 from innermax import cli
 from innermax.evaluation.store import CLEAN, AttackRows, Part, Parts
-from innermax.training.checkpoints import _digest, states
+from innermax.training.checkpoints import _digest, find_checkpoints
 
 ALLOWED = (ValueError, TypeError, OSError)
 SHAPE = (1, 8, 8)
@@ -358,7 +358,7 @@ def _runs(folder: Path) -> dict[str, Kind]:
     im.transfer(model, {"other": model}, test_set, attacks).to_json(run / "transfer.json")
     recipe = b"data: digits\nmodel: digits-cnn\nthreat:\n  eps: 8/255\nattack:\n  steps: 3\nepochs: 1\nlr: 1e-2\n"
     told = _files(run)
-    state = states(folder)[0].relative_to(folder).as_posix()
+    state = find_checkpoints(folder)[0].relative_to(folder).as_posix()
     return {
         "state": Kind(_files(folder), state, trained, _state),
         "state's header": Kind(_files(folder), state, trained, _header),

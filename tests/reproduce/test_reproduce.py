@@ -24,7 +24,7 @@ from innermax.reproduce.comparison import TableRow, build_attacks
 from innermax.reproduce.experiments import Followed, Gauged, Scored, Trained, unpack_correct
 from innermax.reproduce.run import ARTIFACTS, reproduce
 from innermax.reproduce.scales import SCALES, Training
-from innermax.training.checkpoints import states
+from innermax.training.checkpoints import find_checkpoints
 from innermax.utils.files import load_tensors
 
 pytestmark = pytest.mark.timeout(900)  # every artifact is made once, in about a minute
@@ -429,7 +429,7 @@ def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypa
         reproduce(["overfitting"], scale="smoke", out=folder, cache=cache, minutes=0.1, say=lines.append)
         assert lines[-1] == "The time is up. The same command resumes from here."
         (run,) = cache.glob("training-*/checkpoints")
-        position = load_tensors(states(run.parent)[0])[1]["position"]
+        position = load_tensors(find_checkpoints(run.parent)[0])[1]["position"]
         return position["epoch"], position["batch"]
 
     began = time.perf_counter()

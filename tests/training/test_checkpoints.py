@@ -21,7 +21,7 @@ from torch import nn
 
 import innermax as im
 from innermax.training import run_folder
-from innermax.training.checkpoints import due_every, load_state, save_state, states
+from innermax.training.checkpoints import due_every, find_checkpoints, load_checkpoint, save_checkpoint
 from innermax.utils.files import LockHeld, load_tensors, lock_file, write_bytes
 
 THREAT = im.Linf(0.1)
@@ -72,7 +72,7 @@ def ends_alike(folder, whole):
     assert timeless(folder) == timeless(whole)
     for name in SAFETENSORS:
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
-    (one, mine), (other, theirs) = (load_tensors(states(path)[0]) for path in (folder, whole))
+    (one, mine), (other, theirs) = (load_tensors(find_checkpoints(path)[0]) for path in (folder, whole))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert mine["position"]["epoch"] == theirs["position"]["epoch"]
 
@@ -92,16 +92,16 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path, preci
         for _ in range(15):
             process = CONTEXT.Process(target=_child, args=(folder, precision))
             process.start()
-            before, goal = states(folder)[:1], moments.randrange(0, 7)
+            before, goal = find_checkpoints(folder)[:1], moments.randrange(0, 7)
             while process.is_alive() and goal > 0:
                 time.sleep(0.001)
-                now = states(folder)[:1]
+                now = find_checkpoints(folder)[:1]
                 before, goal = now, goal - (now != before)
             time.sleep(moments.random() * 0.03)
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             assert process.exitcode == -signal.SIGKILL, "it ended before it was killed: give it more to do"
-            places.append([path.name for path in states(folder)[:1]])
+            places.append([path.name for path in find_checkpoints(folder)[:1]])
         assert len({str(place) for place in places}) > 8, places
         assert not places[-1] or places[-1][0] < "epoch-000016"
         with warnings.catch_warnings():
@@ -135,13 +135,13 @@ def folder(tmp_path):
 
 def test_the_state_comes_back_bit_for_bit(folder):
     net, optimizer = state(0)
-    assert load_state(folder, {"model": net}, optimizer) == {}
+    assert load_checkpoint(folder, {"model": net}, optimizer) == {}
     kept = torch.randn(3, 2).half()
-    save_state(folder, {"model": net, "ema": net}, optimizer, position(), kept)
+    save_checkpoint(folder, {"model": net, "ema": net}, optimizer, position(), kept)
     assert (folder / "metrics.jsonl").read_text() == '{"fosc": null}\n'
     other, theirs = state(1)
     came = torch.zeros_like(kept)
-    assert load_state(folder, {"model": other}, theirs, came) == position()
+    assert load_checkpoint(folder, {"model": other}, theirs, came) == position()
     assert torch.equal(came, kept)
     torch.testing.assert_close(other.state_dict(), net.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(theirs.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
@@ -149,23 +149,23 @@ def test_the_state_comes_back_bit_for_bit(folder):
 
 def test_a_foreign_state(folder):
     net, optimizer = state(0)
-    save_state(folder, {"model": net}, optimizer, position())
+    save_checkpoint(folder, {"model": net}, optimizer, position())
     with pytest.raises(ValueError, match=r"batch-00000000.safetensors does not fit this run: .*size mismatch"):
-        load_state(folder, {"model": nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))}, optimizer)
+        load_checkpoint(folder, {"model": nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))}, optimizer)
 
 
 def test_metrics_hold_no_nan(folder):
     net, optimizer = state(0)
     with pytest.raises(ValueError):
-        save_state(folder, {"model": net}, optimizer, position(history=[{"loss": math.nan}]))
+        save_checkpoint(folder, {"model": net}, optimizer, position(history=[{"loss": math.nan}]))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_so_many_states_stay(folder, keep):
     net, optimizer = state(0)
     for epoch, batch in ((0, 0), (0, 9), (0, 10), (1, 0)):
-        save_state(folder, {"model": net}, optimizer, position(epoch, batch), keep=keep)
-    names = [path.name for path in states(folder)]
+        save_checkpoint(folder, {"model": net}, optimizer, position(epoch, batch), keep=keep)
+    names = [path.name for path in find_checkpoints(folder)]
     assert names == [f"epoch-{e:06d}-batch-{b:08d}.safetensors" for e, b in ((1, 0), (0, 10), (0, 9))][:keep]
     assert len(list((folder / "checkpoints").iterdir())) == keep
 
@@ -182,24 +182,24 @@ DAMAGES = {
 def test_where_the_newest_is_damaged_the_one_before_is_taken(folder, damage):
     net, optimizer = state(0)
     for epoch in (1, 2):
-        save_state(folder, {"model": net}, optimizer, position(epoch))
-    newest, before = states(folder)
+        save_checkpoint(folder, {"model": net}, optimizer, position(epoch))
+    newest, before = find_checkpoints(folder)
     content = newest.read_bytes()
     names = f"{re.escape(str(newest))} is damaged .*goes on from {re.escape(str(before))}"
     for place in random.Random(0).sample(range(8, len(content)), 20):  # the first 8 bytes are a length
         newest.write_bytes(DAMAGES[damage](content, place))
         with pytest.warns(UserWarning, match=names):
-            assert load_state(folder, {"model": net}, optimizer) == position(1)
+            assert load_checkpoint(folder, {"model": net}, optimizer) == position(1)
     before.unlink()
-    with pytest.raises(ValueError, match=r"no state of .* is whole: .* is damaged .*start afresh with overwrite"):
-        load_state(folder, {"model": net}, optimizer)
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole: .* is damaged .*start afresh with overwrite"):
+        load_checkpoint(folder, {"model": net}, optimizer)
 
 
 def test_a_run_whose_newest_state_is_damaged_ends_the_same(tmp_path):
     trained(tmp_path / "whole", epochs=3)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "run", epochs=3, objective=Stopping(9))
-    newest = states(tmp_path / "run")[0]
+    newest = find_checkpoints(tmp_path / "run")[0]
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="is damaged"):
         trained(tmp_path / "run", epochs=3)
@@ -230,7 +230,7 @@ class Stopping:
 def test_another_process_is_refused_and_named(tmp_path):
     process = CONTEXT.Process(target=_hold, args=(tmp_path / "run",))
     process.start()
-    while len(states(tmp_path / "run")) < 2:  # it sleeps once the second is written
+    while len(find_checkpoints(tmp_path / "run")) < 2:  # it sleeps once the second is written
         time.sleep(0.01)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     for overwrite in (False, True):
@@ -270,7 +270,7 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "run", objective=Stopping(8))
     trained(tmp_path / "whole")
-    before = states(tmp_path / "run")
+    before = find_checkpoints(tmp_path / "run")
     words = CONTEXT.Queue()
     process = CONTEXT.Process(target=_full, args=(tmp_path / "run", words))
     process.start()
@@ -278,7 +278,7 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path):
     process.join()
     assert "safetensors cannot be written: File too large" in told
     assert f"the same command goes on from {before[0]}" in told
-    assert states(tmp_path / "run") == before
+    assert find_checkpoints(tmp_path / "run") == before
     assert not list((tmp_path / "run").rglob("*.part"))
     trained(tmp_path / "run")
     ends_alike(tmp_path / "run", tmp_path / "whole")

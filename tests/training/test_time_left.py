@@ -13,7 +13,7 @@ import innermax as im
 from innermax.attacks.cost import search_cost
 from innermax.cli.progress import EvaluationClock, audit_cost, show_evaluation
 from innermax.training import loop, train
-from innermax.training.progress import Progress, clock_time
+from innermax.training.progress import TrainingDisplay, clock_time
 from innermax.training.time_left import TrainingClock, expected_gradients
 
 ATTACK = im.PGD(im.Linf(0.1), steps=10)
@@ -176,13 +176,13 @@ def test_a_whole_training_on_a_fake_clock(name, monkeypatch, capsys):
         time.now += 20
         return {"validation_clean": 0.5, "validation_robust": 0.5, "validation_accuracy": 0.5}
 
-    class Shown(Progress):
+    class Shown(TrainingDisplay):
         def batch(self, done, totals, fosc, left):
             told.append((time.now, left))
 
     monkeypatch.setattr(im.PGD, "__call__", attack)
-    monkeypatch.setattr(train, "_validated", validated)
-    monkeypatch.setattr("innermax.training.progress.Progress", Shown)
+    monkeypatch.setattr(train, "_validate", validated)
+    monkeypatch.setattr("innermax.training.progress.TrainingDisplay", Shown)
     data = im.load_data("digits").train[:96]
     pgd = im.PGD(im.Linf(0.15), steps=5)
     strategies = {"standard": im.Standard(pgd), "curriculum": im.Curriculum(pgd), "dynamic": im.Dynamic(pgd)}

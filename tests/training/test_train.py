@@ -24,9 +24,10 @@ from innermax.objectives import cross_entropy
 from innermax.oracle.oracle import Oracle
 from innermax.training import loop, run_folder
 from innermax.training import train as training
-from innermax.training.checkpoints import states
+from innermax.training.checkpoints import find_checkpoints
 from innermax.training.metrics import warn_of_fosc
 from innermax.training.optimizer import learning_rate
+from innermax.training.options import TrainingOptions
 from innermax.utils import randomness
 from innermax.utils.files import load_tensors, read_config
 
@@ -83,7 +84,7 @@ def timeless(history):
 
 def saved(folder):
     """Tensors and position of the newest state."""
-    tensors, meta = load_tensors(states(folder)[0])
+    tensors, meta = load_tensors(find_checkpoints(folder)[0])
     return tensors, meta["position"]
 
 
@@ -206,7 +207,7 @@ def test_a_warm_start_goes_on_where_the_epoch_before_ended(floor, moved):
 
     run = train(strategy=strategy, objective=objective, epochs=3, lr=0.05, **moved)
     model, kept, calls = mlp(), torch.zeros(len(DATA[1]), 1, 6, 6), []
-    schedule = {"lr": 0.05, "lr_schedule": "drops", "lr_drops": (0.4, 0.8)}
+    schedule = TrainingOptions(strategy, lr=0.05)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=1e-4)
     for number, (x, y, x_adv) in enumerate(shown):
         epoch, batch = divmod(number, 3)
@@ -492,14 +493,14 @@ def test_a_crash_at_any_write_loses_nothing(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_after_the_last_batch_is_not_forgotten(tmp_path, monkeypatch):
-    validated = training._validated
+    validated = training._validate
 
     def interrupted(*arguments):
         ctrl_c()
         return validated(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_validated", interrupted)
+        patch.setattr(training, "_validate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(epochs=1, validation_set=VALIDATION, run_dir=tmp_path / "run")
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
@@ -917,8 +918,8 @@ def test_learning_rates_at_every_update(options, share):
 
 
 def test_the_papers_learning_rates():
-    told = {"lr": 0.01, "lr_schedule": "drops", "lr_drops": (20 / 50, 40 / 50)}
-    rates = [learning_rate(epoch / 50, told) for epoch in range(50)]
+    options = TrainingOptions(im.Unsecured(), lr_drops=(20 / 50, 40 / 50))
+    rates = [learning_rate(epoch / 50, options) for epoch in range(50)]
     assert rates == pytest.approx([0.01] * 20 + [0.001] * 20 + [0.0001] * 10)
 
 
@@ -1104,17 +1105,17 @@ def test_labels_outside_the_classes(tmp_path, name):
             ValueError,
             "device must be cpu or one of the . CUDA devices that torch sees, got 'cuda:99'",
         ),
-        ({"epochs": 0}, ValueError, "epochs must be an integer ≥ 1, got 0"),
-        ({"epochs": 1.5}, ValueError, r"epochs must be an integer ≥ 1, got 1\.5"),
-        ({"batch_size": 0}, ValueError, "batch_size must be an integer ≥ 1, got 0"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"epochs": 1.5}, TypeError, r"epochs must be an integer, got 1\.5"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"lr": 0.0}, ValueError, r"lr must be a finite number > 0, got 0\.0"),
         ({"lr": math.nan}, ValueError, "lr must be a finite number > 0, got nan"),
         ({"momentum": -0.1}, ValueError, r"momentum must be a finite number ≥ 0, got -0\.1"),
         ({"weight_decay": math.inf}, ValueError, "weight_decay must be a finite number ≥ 0, got inf"),
-        ({"clip": 0.0}, ValueError, r"clip must be > 0 or None, got 0\.0"),
-        ({"clip": math.nan}, ValueError, "clip must be > 0 or None, got nan"),
-        ({"ema": 1.0}, ValueError, r"ema must be in \(0, 1\) or None, got 1\.0"),
-        ({"lr_drops": (20, 40)}, ValueError, r"lr_drops must lie in \(0, 1\), got \(20, 40\)"),
+        ({"clip": 0.0}, ValueError, r"clip must be a number > 0 or None, got 0\.0"),
+        ({"clip": math.nan}, ValueError, "clip must be a number > 0 or None, got nan"),
+        ({"ema": 1.0}, ValueError, r"ema must be a number in \(0, 1\) or None, got 1\.0"),
+        ({"lr_drops": (20, 40)}, ValueError, r"lr_drops must be a sequence of numbers in \(0, 1\), got \(20, 40\)"),
         ({"seed": 1.5}, TypeError, r"seed must be an integer, got 1\.5"),
         ({"shift": 6}, ValueError, "shift must be in 0…5, got 6"),
         ({"strategy": ATTACK}, TypeError, r"strategy must have attack_at\(progress, history\), got PGD"),

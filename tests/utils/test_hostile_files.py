@@ -19,7 +19,7 @@ import innermax as im
 from innermax.cli import main
 from innermax.evaluation.result import Evaluation
 from innermax.training import run_folder
-from innermax.training.checkpoints import _digest, states
+from innermax.training.checkpoints import _digest, find_checkpoints
 from innermax.utils.files import load_tensors, lock_file, refuse_link, save_tensors, write_bytes
 from innermax.utils.serialization import parse_json, parse_yaml
 from tests.helpers import hostile
@@ -263,9 +263,9 @@ def test_pipes_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model" / "config.json")
     with pytest.raises(ValueError, match="it is no file"):
         im.load_model(tmp_path / "model")
-    (tmp_path / "run" / run_folder.STATES).mkdir(parents=True)
-    os.mkfifo(tmp_path / "run" / run_folder.STATES / "epoch-000001-batch-00000000.safetensors")
-    assert states(tmp_path / "run") == []
+    (tmp_path / "run" / run_folder.CHECKPOINTS).mkdir(parents=True)
+    os.mkfifo(tmp_path / "run" / run_folder.CHECKPOINTS / "epoch-000001-batch-00000000.safetensors")
+    assert find_checkpoints(tmp_path / "run") == []
 
 
 # Code
@@ -303,7 +303,7 @@ def rehashed(path, tensors=None, **position):
 @pytest.fixture
 def state(kinds, tmp_path):
     hostile.tried(kinds["state"], kinds["state"].content, tmp_path / "run")
-    return states(tmp_path / "run")[0]
+    return find_checkpoints(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def state(kinds, tmp_path):
 )
 def test_a_state_that_says_what_no_run_writes(state, name, value):
     rehashed(state, **{name: value})
-    with pytest.raises(ValueError, match=f"no state of .* is whole: .*its '{name}' is not what a run writes"):
+    with pytest.raises(ValueError, match=f"no checkpoint of .* is whole: .*its '{name}' is not what a run writes"):
         hostile.trained(state.parents[1])
 
 
@@ -336,8 +336,8 @@ def test_a_state_that_says_what_no_run_writes(state, name, value):
     [
         ("kept", torch.zeros(()), "kept is torch.float32 \\(\\) instead of"),
         ("optimizer/0/momentum_buffer", torch.zeros(3), "momentum_buffer is torch.float32 \\(3,\\) instead of"),
-        ("optimizer/99/momentum_buffer", torch.zeros(()), "is of no parameter"),
-        ("optimizer/x", torch.zeros(()), "is of no parameter"),
+        ("optimizer/99/momentum_buffer", torch.zeros(()), "belongs to no parameter"),
+        ("optimizer/x", torch.zeros(()), "belongs to no parameter"),
         ("optimizer/0/exp_avg", torch.zeros(()), "holds exp_avg, momentum_buffer instead of momentum_buffer"),
         ("model/1.weight", torch.zeros(10, 64, dtype=torch.int64), "1.weight is of torch.int64"),
     ],

@@ -1,4 +1,4 @@
-"""The states that a run goes on from: the last few, each whole and checked, and a lock against a second process."""
+"""Checkpoints: the last few states of a run, each written whole and checked by its hash when it is read."""
 
 import hashlib
 import itertools
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from innermax.distributed.fsdp import WholeState
 from innermax.models.files import fill
-from innermax.training.run_folder import STATES
+from innermax.training.run_folder import CHECKPOINTS
 from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_bytes
 from innermax.utils.serialization import is_number, is_row
 
@@ -24,8 +24,8 @@ _NAME = re.compile(r"epoch-(\d+)-batch-(\d+)\.safetensors")
 _GAUGES = {"fosc", "relative_fosc", "ball_fosc", "zero_gradient"}
 
 
-# What an optimiser keeps of a parameter; a stranger's file may hold less.
-_OF_A_PARAMETER: dict[type[torch.optim.Optimizer], set[str]] = {
+# What an optimiser keeps of each parameter. A file that somebody else made may lack some of it.
+_PARAMETER_STATE: dict[type[torch.optim.Optimizer], set[str]] = {
     torch.optim.SGD: {"momentum_buffer"},
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
 }
@@ -33,79 +33,84 @@ _OF_A_PARAMETER: dict[type[torch.optim.Optimizer], set[str]] = {
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A network or an optimiser: its state as a dictionary, and back."""
+    """A network or an optimiser, whose state is a dictionary."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: Any, /) -> Any: ...
 
 
-def save_state(
+def save_checkpoint(
     folder: Path,
     networks: Mapping[str, Stateful],
     optimizer: Stateful,
     position: Mapping[str, Any],
-    kept: Tensor | None = None,
+    perturbations: Tensor | None = None,
     keep: int = 2,
 ) -> None:
-    """Writes networks, optimiser, kept perturbations and position as a run folder's newest state.
+    """Writes networks, optimiser, perturbations and position as a run folder's newest checkpoint.
 
-    At an epoch's end the history goes into metrics.jsonl, too. Of the states before, the newest keep − 1 stay.
+    At an epoch's end the history goes into metrics.jsonl, too. Of the checkpoints before, the newest keep − 1 stay.
     """
     tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
-    tensors |= {} if kept is None else {"kept": kept}
-    if position["batch"] == 0:  # first: once the state is written, this epoch does not come again
+    tensors |= {} if perturbations is None else {"kept": perturbations}
+    if position["batch"] == 0:  # first: once the checkpoint is written, this epoch does not come again
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
         write_bytes(folder / "metrics.jsonl", "".join(lines).encode())
-    path = folder / STATES / f"epoch-{position['epoch']:06d}-batch-{position['batch']:08d}.safetensors"
+    path = folder / CHECKPOINTS / f"epoch-{position['epoch']:06d}-batch-{position['batch']:08d}.safetensors"
     save_tensors(path, tensors, {"position": dict(position), "sha256": _digest(tensors, position)})
-    for old in states(folder)[keep:]:
+    for old in find_checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
 
 
-def load_state(
-    folder: Path, networks: Mapping[str, Stateful], optimizer: Stateful, kept: Tensor | None = None
+def load_checkpoint(
+    folder: Path, networks: Mapping[str, Stateful], optimizer: Stateful, perturbations: Tensor | None = None
 ) -> dict[str, Any]:
-    """Fills networks, optimiser and kept perturbations from the newest state that is whole, with a warning where that
-    is not the newest; its position, empty where there is none.
+    """Loads networks, optimiser and perturbations from the newest checkpoint that is whole, and warns where it is not
+    the newest; the checkpoint's position, empty where there is none.
 
     Raises:
-        ValueError: no state is whole, or the one that is does not fit.
+        ValueError: no checkpoint is whole, or the one that is does not fit.
     """
     damaged = []
-    for path in states(folder):
+    for path in find_checkpoints(folder):
         try:
-            tensors, position = _checked(path)
+            tensors, position = _read(path)
         except ValueError as error:
             damaged.append(f"{path} is damaged ({error})")
             continue
         if damaged:
             warnings.warn(f"{'; '.join(damaged)}: the run goes on from {path}", stacklevel=2)
-        _fill(path, tensors, networks, optimizer, kept)
+        _fill(path, tensors, networks, optimizer, perturbations)
         return position
     if damaged:
-        raise ValueError(f"no state of {folder} is whole: {'; '.join(damaged)}; start afresh with overwrite")
+        raise ValueError(f"no checkpoint of {folder} is whole: {'; '.join(damaged)}; start afresh with overwrite")
     return {}
 
 
-def states(folder: Path) -> list[Path]:
-    """The states of a run folder, the newest first."""
-    files = (path for path in (folder / STATES).glob("*.safetensors") if path.is_file())
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, the newest first."""
+    files = (path for path in (folder / CHECKPOINTS).glob("*.safetensors") if path.is_file())
     found = {path: _NAME.fullmatch(path.name) for path in files}
     places = {path: (int(match[1]), int(match[2])) for path, match in found.items() if match is not None}
     return sorted(places, key=places.__getitem__, reverse=True)
 
 
 def due_every(every: int | str | None) -> Callable[[], bool]:
-    """A question that is answered True every so many times, or after each span of time such as "10min"."""
+    """A function that is True at every so many calls, or at the first call after each span of time such as "10min".
+
+    Raises:
+        ValueError, TypeError: every is neither.
+    """
     if every is None:
         return lambda: False
+    requirement = "checkpoint_every must be a number of updates or a time such as 10min, 90s or 2h"
+    if isinstance(every, bool) or not isinstance(every, int | str):
+        raise TypeError(f"{requirement}, got {every!r}")
     match = _PACE.fullmatch(str(every))
     if match is None or float(match[1]) == 0 or (match[2] is None and "." in match[1]):
-        raise ValueError(
-            f"checkpoint_every must be a number of updates or a time such as 10min, 90s or 2h, got {every}"
-        )
+        raise ValueError(f"{requirement}, got {every}")
     if match[2] is None:
         counted, updates = itertools.count(1), int(match[1])
         return lambda: next(counted) % updates == 0
@@ -120,20 +125,20 @@ def due_every(every: int | str | None) -> Callable[[], bool]:
     return over
 
 
-def _checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and position of a state. Raises ValueError where it is not what was written."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and position of a checkpoint. Raises ValueError where it is not what was written."""
     tensors, meta = load_tensors(path)
     position = meta.get("position")
     if not isinstance(position, dict) or meta.get("sha256") != _digest(tensors, position):
         raise ValueError("its contents do not match their hash")
-    strange = next((name for name, value in position.items() if not _is_told(name, value)), None)
+    strange = next((name for name, value in position.items() if not _is_valid(name, value)), None)
     if strange is not None:
         raise ValueError(f"its {strange[:60]!r} is not what a run writes")
     return tensors, position
 
 
-def _is_told(name: str, value: Any) -> bool:
-    """Whether a run's position may hold this: its hash says nothing of who made it."""
+def _is_valid(name: str, value: Any) -> bool:
+    """Whether a run writes such a value into its position. The hash does not tell: anybody can compute it."""
     match name, value:
         case (("epoch" | "batch"), int()):
             return not isinstance(value, bool) and 0 <= value < 2**53
@@ -156,8 +161,8 @@ def _is_told(name: str, value: Any) -> bool:
 
 
 def _digest(tensors: Mapping[str, Tensor], position: Mapping[str, Any]) -> str:
-    told = json.dumps(position, sort_keys=True) + hash_tensors(sorted(tensors.items(), key=lambda item: item[0]))
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps(position, sort_keys=True) + hash_tensors(sorted(tensors.items(), key=lambda item: item[0]))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fill(
@@ -165,7 +170,7 @@ def _fill(
     tensors: Mapping[str, Tensor],
     networks: Mapping[str, Stateful],
     optimizer: Stateful,
-    kept: Tensor | None,
+    perturbations: Tensor | None,
 ) -> None:
     whole: Any = optimizer.sharded if isinstance(optimizer, WholeState) else optimizer
     try:
@@ -178,16 +183,16 @@ def _fill(
                 network.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if not isinstance(optimizer, WholeState):
-            _lay_out(whole)
-        if kept is not None:
-            _check_like("kept", tensors["kept"], kept)
-            kept.copy_(tensors["kept"])
+            _match_layout(whole)
+        if perturbations is not None:
+            _check_like("kept", tensors["kept"], perturbations)
+            perturbations.copy_(tensors["kept"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
 
 
 def _optimizer_state(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """What an optimiser keeps of each parameter, by its number. Raises ValueError where it is not this optimiser's."""
+    """The state of each parameter, by its number. Raises ValueError where it is not this optimiser's."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -195,11 +200,11 @@ def _optimizer_state(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optim
             continue
         match = re.fullmatch(r"optimizer/(\d{1,9})/(\w+)", name)
         if match is None or int(match[1]) >= len(parameters):
-            raise ValueError(f"{name[:60]!r} is of no parameter")
+            raise ValueError(f"{name[:60]!r} belongs to no parameter")
         if value.ndim > 0:
             _check_like(name, value, parameters[int(match[1])])
         state.setdefault(int(match[1]), {})[match[2]] = value
-    wanted = next((names for kind, names in _OF_A_PARAMETER.items() if isinstance(optimizer, kind)), None)
+    wanted = next((names for kind, names in _PARAMETER_STATE.items() if isinstance(optimizer, kind)), None)
     for number, found in state.items():
         if wanted is not None and set(found) != wanted:
             raise ValueError(
@@ -214,10 +219,10 @@ def _check_like(name: str, value: Tensor, other: Tensor) -> None:
         raise ValueError(f"{name} is {found} instead of {wanted}")
 
 
-def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Gives what belongs to a parameter's entries the parameter's order in memory.
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each entry of the optimiser's state its parameter's memory layout.
 
-    Files hold rows one after the other, and fused optimisers take the two in the order in which they lie there.
+    Files hold tensors contiguously, but fused optimisers combine a parameter and its state in the order of memory.
     """
     for parameter, values in optimizer.state.items():
         for key, value in values.items():

@@ -7,21 +7,24 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def held_interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded question answer True, so that a batch ends whole."""
-    asked = False
+def defer_interrupts() -> Iterator[Callable[[], bool]]:
+    """Context manager: the first Ctrl-C raises nothing, so that a batch ends whole; the second one does.
 
-    def hold(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
+    Yields a function that tells whether a Ctrl-C came; always False outside the main thread.
+    """
+    interrupted = False
+
+    def note(signal_number: int, frame: object) -> None:
+        nonlocal interrupted
+        if interrupted:
             raise KeyboardInterrupt
-        asked = True
+        interrupted = True
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, hold)
+    before = signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: asked
+        yield lambda: interrupted
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,394 +1,289 @@
-"""What a training changes, from networks to the place in the epoch: an update, an epoch, and what is saved of them."""
+"""The loop of Algorithm 1 (Wang et al. 2019): epochs of batches, each attacked and then learned from."""
 
 import contextlib
 import json
 import math
 import time
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from statistics import fmean
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from innermax.attacks.pgd import PGD
-from innermax.attacks.search import measure
 from innermax.data.augmentation import augment
 from innermax.data.image_set import ImageSet
-from innermax.data.streaming import ORDER, Batch, ImageStream, batch_count, batches
-from innermax.distributed.fsdp import WholeState, as_float
-from innermax.distributed.process_group import Ranks, set_up
-from innermax.models.files import write_model
-from innermax.models.wrappers import unwrapped
+from innermax.data.streaming import Batch, ImageStream, batch_count, batches
+from innermax.distributed.fsdp import as_float
+from innermax.distributed.process_group import Ranks
 from innermax.objectives import Objective
-from innermax.oracle.oracle import Oracle
-from innermax.oracle.sharded import ShardedOracle
-from innermax.strategies import Strategy, halfway
-from innermax.training.checkpoints import due_every, load_state, save_state
+from innermax.strategies import awaits_halfway_gauge
+from innermax.training.checkpoints import due_every
 from innermax.training.loggers import Picture, picture
-from innermax.training.metrics import SAMPLE, warn_of_fosc
-from innermax.training.optimizer import build_optimizer, learning_rate
-from innermax.training.progress import Progress
+from innermax.training.metrics import measure_gauges, median_halfway_gauge, warn_of_fosc
+from innermax.training.optimizer import learning_rate
+from innermax.training.options import TrainingOptions
+from innermax.training.progress import TrainingDisplay
+from innermax.training.state import State
 from innermax.training.time_left import TrainingClock
 from innermax.utils import randomness
 from innermax.utils.files import refuse_link
 
-_GAUGED_BATCHES = 20  # how many batches an epoch also compute the gauge of their final iterates
+_GAUGED_BATCHES = 20  # batches of an epoch whose gauges are measured, about
 _SHOWN = 8  # examples in a logger's picture
-_AUGMENT, _ATTACK, _MODEL = range(1, 4)  # streams of random numbers, so that no two draws share one; 0 is the order's
+_AUGMENT, _ATTACK, _MODEL = range(1, 4)  # streams of random numbers, one a purpose; 0 is the order's
 
 
 @dataclass
 class Loop:
-    """Everything that training changes, and the constants its steps need."""
+    """The epochs of a training: what they need, and how far they are.
 
-    options: Mapping[str, Any]
+    Attributes:
+        options: of the training.
+        objective: what an update minimises.
+        data: the training set, on this process's device.
+        ranks: this process in its group.
+        state: what changes.
+        clock: estimates the time left.
+        due: whether the next checkpoint within an epoch is due; asked once an update.
+        began: when this process began the epoch, as `time.perf_counter` says it.
+        whole: whether no update is half done, so that the state may be saved.
+        agreed: whether all processes stop at this batch.
+    """
+
+    options: TrainingOptions
+    objective: Objective
     data: ImageSet | ImageStream
     ranks: Ranks
-    network: nn.Module  # the user's own
-    model: nn.Module  # as Fabric wraps it
-    optimizer: torch.optim.Optimizer
-    averaged: AveragedModel | None
-    oracle: Oracle
-    kept: Tensor | None  # each example's last perturbation, in half precision, where the strategy goes on from it
+    state: State
     clock: TrainingClock
-    folder: Path | None
-    due: Callable[[], bool]  # whether the state is to be saved, asked after each update
-    epoch: int = 0
-    batch: int = 0  # position in the epoch
-    totals: dict[str, float] = field(default_factory=dict)  # sums over the epoch's batches so far
-    gauged: dict[str, list[float]] = field(default_factory=dict)  # gauges of single examples, for their distribution
-    history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0  # spent on the epoch before it was interrupted
-    began: float = 0.0  # when the epoch would have begun, had it not been interrupted
-    whole: bool = True  # no update has begun that has not ended
-    agreed: bool = False  # all processes stop here
+    due: Callable[[], bool]
+    began: float = 0.0
+    whole: bool = True
+    agreed: bool = False
 
     @classmethod
-    def started(
-        cls, options: Mapping[str, Any], data: ImageSet | ImageStream, ranks: Ranks, folder: Path | None = None
+    def start(
+        cls,
+        model: nn.Module,
+        data: ImageSet | ImageStream,
+        options: TrainingOptions,
+        objective: Objective,
+        ranks: Ranks,
     ) -> "Loop":
-        """At the beginning. options: of `train`; folder: of the run."""
-        model = unwrapped(options["model"])
-        if not model.training:
-            model.train()
-        if len(data.shape) == 3:  # FSDP takes no other memory format than the usual
-            memory_format = torch.contiguous_format if ranks.sharded else torch.channels_last
-            model.to(memory_format=memory_format)  # type: ignore[call-overload]
-        wrapped, optimizer = set_up(ranks, model, partial(build_optimizer, options=options), options["sync_batch_norm"])
-        optimizer.zero_grad()  # the model may come with gradients of its past
-        averaged = None
-        if options["ema"] is not None:
-            averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options["ema"]), use_buffers=True)  # type: ignore[no-untyped-call]
+        """The loop before its first update."""
         data = data.to(ranks.device)
-        example, _ = data.head.batch(torch.arange(min(16, len(data.head)), device=ranks.device))
-        oracle = ShardedOracle(model, example) if ranks.sharded else Oracle.fast(model, example, options["precision"])
-        kept = None
-        if getattr(options["strategy"], "warm_start", False):
-            kept = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=ranks.device)
-        clock = TrainingClock(options["strategy"], options["epochs"], len(data))
-        due = due_every(options["checkpoint_every"])
-        return cls(options, data, ranks, model, wrapped, optimizer, averaged, oracle, kept, clock, folder, due)
+        state = State.start(model, data, options, ranks)
+        clock = TrainingClock(options.strategy, options.epochs, len(data))
+        return cls(options, objective, data, ranks, state, clock, due_every(options.checkpoint_every))
 
-    @property
-    def device(self) -> torch.device:
-        return self.data.head.labels.device
+    def resume(self) -> None:
+        """Goes to the run folder's newest checkpoint; where there is none yet, writes the one to start from."""
+        folder = self.options.folder
+        if folder is not None and not self.state.resume(folder, self.ranks):
+            self.save()
 
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network that is scored and saved."""
-        return self.network if self.averaged is None else self.averaged.module
+    def train_epoch(self, show: TrainingDisplay, interrupted: Callable[[], bool]) -> dict[str, Any]:
+        """Trains from the current batch to the epoch's end; the epoch's row, without what is measured at its end.
 
-    def run_epoch(
-        self, strategy: Strategy, objective: Objective, show: Progress, interrupted: Callable[[], bool]
-    ) -> dict[str, Any]:
-        """Trains from the current batch to the epoch's end; what was measured, a value a name."""
-        epochs, seed = self.options["epochs"], self.options["seed"]
-        if self.batch == 0:
-            self.oracle = self.oracle.recheck()
-        attack = strategy.attack_at(self.epoch / epochs, self.history)
-        size = self.options["batch_size"]
-        count = batch_count(self.data, size)
+        show: is told what happens; interrupted: whether to stop after a batch, asked by all processes together.
+
+        Raises:
+            KeyboardInterrupt: interrupted said so.
+            FloatingPointError: a loss, gradient or FOSC is not a finite number.
+        """
+        state, options = self.state, self.options
+        self.began = time.perf_counter()
+        if state.batch == 0:
+            state.oracle = state.oracle.recheck()
+        attack = options.strategy.attack_at(state.epoch / options.epochs, state.history)
+        count = batch_count(self.data, options.batch_size)
+        if attack is not None and (not state.history or state.history[-1].get("attack_network") != state.oracle.plan):
+            show.say(f"attack network: {state.oracle.plan}")
+        show.start(state.epoch, count, getattr(attack, "stop_at", None))
+        self.clock.start(state.epoch, state.history)
         stride = max(1, count // _GAUGED_BATCHES)
-        if attack is not None and (not self.history or self.history[-1].get("attack_network") != self.oracle.plan):
-            show.say(f"attack network: {self.oracle.plan}")
-        show.start(self.epoch, count, getattr(attack, "stop_at", None))
-        self.clock.start(self.epoch, self.history)
-        with contextlib.closing(batches(self.data, size, seed, self.epoch, self.batch, self.ranks.share)) as coming:
+        coming = batches(self.data, options.batch_size, options.seed, state.epoch, state.batch, self.ranks.share)
+        with contextlib.closing(coming):
             for batch in coming:
-                moment = (self.epoch + self.batch / count) / epochs
-                measured = self.update(batch, attack, objective, moment, self.batch % stride == 0)
-                for name, value in measured.items():
-                    self.totals[name] = self.totals.get(name, 0.0) + value
-                self.batch += 1
+                moment = (state.epoch + state.batch / count) / options.epochs
+                state.metrics.add(self.step(batch, attack, moment, gauge=state.batch % stride == 0))
+                state.batch += 1
                 self.whole = True
-                done = int(self.totals.get("examples", 0))
-                left = self.clock.left(done, self.totals.get("gradients", 0.0) / max(done, 1))
-                show.batch(self.batch, self.totals, fmean(self.gauged["fosc"]) if self.gauged else None, left)
+                totals = state.metrics.totals
+                done = int(totals.get("examples", 0))
+                left = self.clock.left(done, totals.get("gradients", 0.0) / max(done, 1))
+                show.batch(state.batch, totals, state.metrics.fosc, left)
                 if interrupted():
                     self.agreed = True
                     raise KeyboardInterrupt
-                due = self.folder is not None and self.due()
-                if self.ranks.any(due and self.ranks.first) and self.batch < count:
+                due = options.folder is not None and self.due()
+                if self.ranks.any(due and self.ranks.first) and state.batch < count:
                     self.save()
-        return self._row(attack)
+        rate = learning_rate(state.epoch / options.epochs, options)
+        return state.metrics.row(state.epoch, rate, attack, state.oracle.plan, len(self.data))
 
-    def update(
-        self, batch: Batch, attack: PGD | None, objective: Objective, moment: float, gauge: bool
-    ) -> dict[str, float]:
-        """One attack and one descent step; sums over the batch's examples, of which this process does its share."""
+    def step(self, batch: Batch, attack: PGD | None, moment: float, gauge: bool = False) -> dict[str, float]:
+        """One batch of Algorithm 1: an attack, then a descent; sums over the batch's examples, of which this process
+        has a share.
+
+        attack: the epoch's, which stops an example once its FOSC is ≤ c_t; None trains on clean examples.
+        moment: the share of the training that is done, in [0, 1).
+        gauge: whether to measure how converged the attack is.
+        """
         began, attacking = time.perf_counter(), 0.0
-        index, mine, x, y = batch
-        x = self._moved(x, mine)
-        x_adv, cost = x, {}
+        x = x_adv = self._augment(batch.x, batch.mine)
+        sums: dict[str, float] = {}
         if attack is not None:
-            seed = randomness.derive_seed(self.options["seed"], _ATTACK, self.epoch)
-            start = None
-            if self.kept is not None and self.epoch > 0:
-                start = x + self._moved(self.kept[mine].to(x.dtype), mine)
+            start = self._warm_start(x, batch.mine)
+            seed = randomness.derive_seed(self.options.seed, _ATTACK, self.state.epoch)
             asked = time.perf_counter()
-            found = attack(self.oracle, x, y, seed=seed, index=mine, start=start, final="none")
-            self.oracle.settle()
-            x_adv = found.x_adv
-            cost["gradients"] = float(found.gradient_calls.sum())
+            found = attack(self.state.oracle, x, batch.y, seed=seed, index=batch.mine, start=start, final="none")
+            self.state.oracle.settle()
+            x_adv, sums["gradients"] = found.x_adv, float(found.gradient_calls.sum())
             attacking = time.perf_counter() - asked
-            if self.kept is not None:
-                found_here = self._moved(x_adv - x, mine, back=True).half()
-                self.kept[index] = self.ranks.gather_rows(found_here, len(index))
-        cost = self.ranks.sum(cost)
+            self._keep(x_adv - x, batch)
+        sums = self.ranks.sum(sums)
         try:
             with self.ranks.raise_together(FloatingPointError):
-                gauges = self._gauges(attack, x, x_adv, y) if attack is not None and gauge else {}
+                gauges = self._measure_gauges(attack, x, x_adv, batch.y) if attack is not None and gauge else {}
             self.whole = False
-            measured = cost | self._descend(objective, x, y, x_adv, moment, len(index))
+            sums |= self.descend(x, batch.y, x_adv, moment, len(batch.whole))
         except FloatingPointError as error:
-            self._note(error, index)
-            if self.options["on_nan"] == "stop":
+            self._note(error, batch.whole)
+            if self.options.on_nan == "stop":
                 raise
-            return cost | {"skipped": 1.0}
-        for told in self.ranks.gather(gauges) if gauge else ():
-            for name, values in told.items():
-                self.gauged.setdefault(name, []).extend(values)
+            return sums | {"skipped": 1.0}
+        if gauge:
+            self.state.metrics.add_gauges(self.ranks.gather(gauges))
         updating = time.perf_counter() - began - attacking
-        self.clock.batch(len(index), measured.get("gradients", 0.0), attacking, updating)
-        return measured
+        self.clock.batch(len(batch.whole), sums.get("gradients", 0.0), attacking, updating)
+        return sums
 
-    def _moved(self, images: Tensor, index: Tensor, back: bool = False) -> Tensor:
-        """The epoch's augmentation of the examples, or what undoes it."""
-        shift, flip = self.options["shift"], self.options["flip"]
-        if not (shift or flip):
-            return images
-        keys = randomness.hash_keys(self.options["seed"], index, _AUGMENT, self.epoch)
-        return augment(images, keys, shift=shift, flip=flip, back=back)
+    def descend(self, x: Tensor, y: Tensor, x_adv: Tensor, moment: float, count: int) -> dict[str, float]:
+        """θ ← θ − η·g(θ) and what follows the weights; FloatingPointError leaves them as they were.
 
-    def _descend(
-        self, objective: Objective, x: Tensor, y: Tensor, x_adv: Tensor, moment: float, batch: int
-    ) -> dict[str, float]:
-        """One update of the weights, and of all that follows them; FloatingPointError leaves them as they were.
-
-        batch: examples of all processes.
+        count: examples of all processes.
         """
+        state, options = self.state, self.options
         # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
         own = (self.ranks.rank,) if self.ranks.rank > 0 else ()
-        torch.manual_seed(randomness.derive_seed(self.options["seed"], _MODEL, self.epoch, self.batch, *own))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(moment, self.options)
-        skips = self.options["on_nan"] == "skip"
-        before = (
-            [value.clone() for value in self.model.buffers()] if skips else []
-        )  # a forward pass changes BatchNorm's
+        torch.manual_seed(randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own))
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(moment, options)
+        # A forward pass changes BatchNorm's buffers.
+        before = [value.clone() for value in state.wrapped.buffers()] if options.on_nan == "skip" else []
         try:
-            loss, logits = objective(self.model, x, y, x_adv, self.epoch)
-            told = {"loss": float(loss.detach()) * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
-            measured = {"examples": float(batch)} | self.ranks.sum(told)
-            if not math.isfinite(measured["loss"]):
-                raise self._not_finite("the loss", measured["loss"] / batch)
-            weight = self.ranks.weight(len(y), batch)
+            loss, logits = self.objective(state.wrapped, x, y, x_adv, state.epoch)
+            own_sums = {"loss": float(loss.detach()) * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
+            sums = {"examples": float(count)} | self.ranks.sum(own_sums)
+            self._check_finite("the loss", sums["loss"] / count)
+            weight = self.ranks.weight(len(y), count)
             self.ranks.fabric.backward(loss if weight == 1 else weight * loss)
-            length = self._clipped()
-            if not math.isfinite(length):
-                raise self._not_finite("the gradient's norm", length)
+            self._check_finite("the gradient's norm", self._clip())
         except FloatingPointError:
-            self.optimizer.zero_grad()
-            for now, then in zip(self.model.buffers(), before, strict=False):
+            state.optimizer.zero_grad()
+            for now, then in zip(state.wrapped.buffers(), before, strict=False):
                 now.copy_(then)
             raise
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ranks.broadcast_buffers(self.model)
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.network)
-        self.oracle.refresh()
-        return measured
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        self.ranks.broadcast_buffers(state.wrapped)
+        if state.averaged is not None:
+            state.averaged.update_parameters(state.network)
+        state.oracle.refresh()
+        return sums
 
-    def _clipped(self) -> float:
-        """The gradient's norm, which is clipped where that is asked for."""
-        limit = self.options["clip"]
+    def _clip(self) -> float:
+        """The norm of the gradient, which is clipped where that is asked for."""
+        state, limit = self.state, self.options.clip
         if limit is None:
-            return as_float(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+            return as_float(get_total_norm([p.grad for p in state.wrapped.parameters() if p.grad is not None]))
         fabric = self.ranks.fabric
-        return as_float(fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
+        return as_float(fabric.clip_gradients(state.wrapped, state.optimizer, max_norm=limit, error_if_nonfinite=False))
 
-    def _not_finite(self, what: str, value: float) -> FloatingPointError:
-        return FloatingPointError(f"{what} is {value} in epoch {self.epoch + 1}, batch {self.batch + 1}; lower lr")
+    def _measure_gauges(self, attack: PGD, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, list[float]]:
+        """How converged the examples are; the gradient this takes is no part of the training's cost."""
+        gauges = measure_gauges(self.state.oracle, attack, x, x_adv, y, self.options.seed)
+        for value in gauges["fosc"]:
+            self._check_finite("FOSC", value)
+        return gauges
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            place = f"epoch {self.state.epoch + 1}, batch {self.state.batch + 1}"
+            raise FloatingPointError(f"{what} is {value} in {place}; lower lr")
 
     def _note(self, error: FloatingPointError, index: Tensor) -> None:
-        """Names the batch's examples in the error, and writes them down."""
-        examples = index.tolist()
+        """Names the batch's examples in the error and in nonfinite.jsonl."""
+        examples, folder = index.tolist(), self.options.folder
         error.add_note(f"The batch holds examples {', '.join(map(str, examples[:8]))}{', …' * (len(examples) > 8)}.")
-        if self.folder is not None and self.ranks.first:
-            path = self.folder / "nonfinite.jsonl"
-            told = {"epoch": self.epoch, "batch": self.batch, "error": str(error), "examples": examples}
+        if folder is not None and self.ranks.first:
+            path = folder / "nonfinite.jsonl"
+            line = {"epoch": self.state.epoch, "batch": self.state.batch, "error": str(error), "examples": examples}
             with open(path, "a", encoding="utf-8", opener=refuse_link) as file:
-                file.write(json.dumps(told) + "\n")
+                file.write(json.dumps(line) + "\n")
             error.add_note(f"{path} lists them all.")
 
-    def _gauges(self, attack: PGD, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, list[float]]:
-        """How converged a batch's examples are; the gradient this takes is no part of the training's cost."""
-        gradient, feasible = self._gradient(attack, x_adv, y), attack.threat.around(x)
-        fosc = feasible.gap(gradient, x_adv)
-        if not bool(fosc.isfinite().all()):
-            raise self._not_finite("FOSC", float(fosc[~fosc.isfinite()][0]))
-        return {
-            "fosc": fosc.tolist(),
-            "relative_fosc": feasible.gap(gradient, x_adv, relative=True).nan_to_num(0.0).tolist(),
-            "ball_fosc": feasible.without_bounds().gap(gradient, x_adv).tolist(),
-            "zero_gradient": (gradient == 0).flatten(1).all(1).double().tolist(),
-        }
+    def _augment(self, images: Tensor, index: Tensor, back: bool = False) -> Tensor:
+        """The epoch's augmentation of the examples, or what undoes it."""
+        if not (self.options.shift or self.options.flip):
+            return images
+        keys = randomness.hash_keys(self.options.seed, index, _AUGMENT, self.state.epoch)
+        return augment(images, keys, shift=self.options.shift, flip=self.options.flip, back=back)
 
-    def measures(self, strategy: Strategy) -> dict[str, Any]:
-        """What the strategy wants to find in the history, beside what every epoch records."""
-        if "halfway_gauge" not in getattr(strategy, "measures", ()) or self.history:
+    def _warm_start(self, x: Tensor, index: Tensor) -> Tensor | None:
+        """Where the last epoch's attack left the examples, augmented as in this epoch; None without a warm start."""
+        if self.state.perturbations is None or self.state.epoch == 0:
+            return None
+        return x + self._augment(self.state.perturbations[index].to(x.dtype), index)
+
+    def _keep(self, perturbation: Tensor, batch: Batch) -> None:
+        """Keeps the batch's perturbations for a warm start."""
+        if self.state.perturbations is not None:
+            own = self._augment(perturbation, batch.mine, back=True).half()
+            self.state.perturbations[batch.whole] = self.ranks.gather_rows(own, len(batch.whole))
+
+    def measure(self) -> dict[str, float]:
+        """What the strategy asks for at the epoch's end, beside what every epoch measures."""
+        state, options = self.state, self.options
+        if not awaits_halfway_gauge(options.strategy, state.history):
             return {}
-        attack, seed, data = halfway(strategy.attack), self.options["seed"], self.data.head  # type: ignore[attr-defined]
-        chosen = randomness.permutation(seed, len(data), ORDER)[:SAMPLE].to(self.device)
-        gauges: list[float] = []
-        for index in chosen.tensor_split(math.ceil(len(chosen) / self.options["batch_size"])):
-            mine = self.ranks.share(index)
-            if len(mine) == 0:
-                continue
-            x, y = data.batch(mine)
-            found = attack(self.oracle, x, y, seed=seed, index=mine, final="none")
-            gradient = self._gradient(attack, found.x_adv, y)
-            gauges += measure(attack.threat.around(x), gradient, found.x_adv, attack.gauge).nan_to_num(0.0).tolist()
-        self.oracle.settle()
-        everyones = [value for own in self.ranks.gather(gauges) for value in own]
-        return {"halfway_gauge": float(torch.tensor(everyones).median())}
+        sizes = {"seed": options.seed, "batch_size": options.batch_size}
+        gauge = median_halfway_gauge(options.strategy, state.oracle, self.data.head, self.ranks, **sizes)
+        return {"halfway_gauge": gauge}
 
-    def picture(self, strategy: Strategy) -> Picture | None:
-        """Some training images under the epoch's attack."""
-        attack = strategy.attack_at(self.epoch / self.options["epochs"], self.history)
+    def draw_picture(self) -> Picture | None:
+        """Some training images under the epoch's attack; None where there is no attack, or no picture of such data."""
+        state, options = self.state, self.options
+        attack = options.strategy.attack_at(state.epoch / options.epochs, state.history)
         if attack is None:
             return None
         data = self.data.head
-        index = torch.arange(min(_SHOWN, len(data)), device=self.device)
+        index = torch.arange(min(_SHOWN, len(data)), device=self.ranks.device)
         x, y = data.batch(index)
-        return picture(x, attack(self.oracle, x, y, seed=self.options["seed"], index=index, final="none").x_adv)
+        return picture(x, attack(state.oracle, x, y, seed=options.seed, index=index, final="none").x_adv)
 
-    def finish_epoch(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Puts the epoch's row, the first process's for all, into the history; stands at the start of the next."""
-        seconds = time.perf_counter() - self.began
+    def end_epoch(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Adds the epoch's time to its row, and goes to the next epoch; the row of rank 0, in all processes."""
+        seconds = self._seconds()
         row |= {"seconds": round(seconds, 3), "images_per_second": round(len(self.data) / seconds, 1)}
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[name] = None  # nothing was measured: JSON has no NaN
         row = self.ranks.broadcast(row)
-        warn_of_fosc(row, self.history)
-        self.history.append(row)
-        self.epoch, self.batch, self.totals, self.gauged, self.seconds = self.epoch + 1, 0, {}, {}, 0.0
+        warn_of_fosc(row, self.state.history)
+        self.state.end_epoch(row)
         return row
-
-    def save_models(self) -> None:
-        """Writes the last model, and the best so far where a validation split says which that is."""
-        if self.folder is None:
-            return
-        model: Any = WholeState(self.network, self.network).gather() if self.ranks.sharded else self.evaluated
-        if not self.ranks.first:
-            return
-        tensors, config = model.state_dict(), getattr(model, "config", None)
-        write_model(self.folder, tensors, config)
-        scores = [float(row.get("validation_accuracy", -1.0)) for row in self.history]
-        if scores[-1] > max(scores[:-1], default=-1.0):
-            write_model(self.folder, tensors, config, "best.safetensors")
 
     def save(self) -> None:
-        """Writes all that a resumed run needs, whatever the number of its processes."""
-        if self.folder is None:
-            return
-        networks, optimizer = self._states()
-        if self.ranks.sharded:
-            networks, optimizer = {name: net.gather() for name, net in networks.items()}, optimizer.gather()
-        if not self.ranks.first:
-            return
-        names = ("epoch", "batch", "totals", "gauged", "history")
-        position = {name: getattr(self, name) for name in names} | {
-            "seconds": time.perf_counter() - self.began if self.batch > 0 else 0.0,
-            "attack_network": self.oracle.plan,
-            "micro_batch": self.oracle.micro_batch,
-        }
-        save_state(self.folder, networks, optimizer, position, self.kept, self.options["keep_checkpoints"])
+        """Writes a checkpoint into the run folder, if there is one."""
+        if self.options.folder is not None:
+            seconds = self._seconds() if self.state.batch > 0 else 0.0
+            self.state.save(self.options.folder, self.ranks, seconds, self.options.keep_checkpoints)
 
-    def resume(self) -> None:
-        """Takes over the state that the run folder holds; where it holds none yet, writes the one to start from.
-
-        ValueError where the processes do not find the same one.
-        """
-        position = {} if self.folder is None else load_state(self.folder, *self._states(), self.kept)
-        found = self.ranks.gather((position.get("epoch"), position.get("batch")))
-        if len(set(found)) > 1:
-            raise ValueError(f"run_dir {self.folder} must be one folder for all processes: they found {found}")
-        plan, self.oracle.micro_batch = position.pop("attack_network", ""), position.pop("micro_batch", None)
-        for name, value in position.items():
-            setattr(self, name, value)
-        self.oracle.refresh()
-        if not position:
-            self.save()
-        elif self.batch > 0 and self.oracle.plan != plan:  # at an epoch's start it is looked at anyway
-            self.oracle = self.oracle.recheck()
-            if self.oracle.plan != plan:
-                told = f"the attack network was {plan!r} when the run was interrupted and is {self.oracle.plan!r} now"
-                warnings.warn(f"{told}: results may differ from an uninterrupted run's", stacklevel=3)
-
-    def _states(self) -> tuple[dict[str, Any], Any]:
-        """The networks and the optimiser, as what saves and loads them takes them."""
-        if self.ranks.sharded:
-            return {"model": WholeState(self.network, self.network)}, WholeState(self.optimizer, self.network)
-        networks = {"model": self.network} | ({} if self.averaged is None else {"ema": self.averaged})
-        return networks, self.optimizer
-
-    def _gradient(self, attack: PGD, x_adv: Tensor, y: Tensor) -> Tensor:
-        """The gradient of the attack's loss at x_adv."""
-        with self.oracle.private_randomness(self.options["seed"]):
-            return self.oracle.gradient(x_adv, y, attack.objective()).gradient
-
-    def _row(self, attack: PGD | None) -> dict[str, Any]:
-        """The epoch's measures, as metrics.jsonl holds them."""
-        totals, examples = self.totals, self.totals.get("examples", 0.0)
-        if examples == 0:
-            raise FloatingPointError(f"all {self.batch} batches of epoch {self.epoch + 1} were skipped; lower lr")
-        row: dict[str, Any] = {
-            "epoch": self.epoch,
-            "lr": learning_rate(self.epoch / self.options["epochs"], self.options),
-            "loss": totals["loss"] / examples,
-            "accuracy": totals["correct"] / examples,
-            "attack_steps": 0 if attack is None else attack.steps,
-            "threshold": None if attack is None else attack.stop_at,
-            "gradients": totals.get("gradients", 0.0) / len(self.data),
-            "attack_network": self.oracle.plan,
-        }
-        if "skipped" in totals:
-            row["skipped_batches"] = int(totals["skipped"])
-        if self.gauged:
-            row["fosc"] = fmean(self.gauged["fosc"])
-            row["zero_gradients"] = fmean(self.gauged["zero_gradient"])
-            levels = torch.linspace(0, 1, 101, dtype=torch.float64)
-            for name in ("fosc", "relative_fosc", "ball_fosc"):
-                quantiles = torch.tensor(self.gauged[name], dtype=torch.float64).quantile(levels)
-                row[f"{name}_percentiles"] = [float(f"{value:.5g}") for value in quantiles.tolist()]
-        return row
+    def _seconds(self) -> float:
+        """Spent on the epoch, before an interruption and since."""
+        return self.state.seconds + time.perf_counter() - self.began

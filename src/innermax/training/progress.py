@@ -1,4 +1,4 @@
-"""What a person sees while something runs: a live line on a terminal, sparse plain lines elsewhere.
+"""What a person sees of a training: a live line on a terminal, a plain line an epoch elsewhere.
 
 Colours are rich's, which leaves them out where NO_COLOR is set.
 """
@@ -11,8 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 
@@ -30,10 +29,10 @@ def clock_time(seconds: float) -> str:
     return str(timedelta(seconds=round(max(seconds, 0.0))))
 
 
-class Progress:
-    """Shows where a training stands; silent where it was not asked to speak."""
+class TrainingDisplay:
+    """Shows how far a training is; without a console it shows nothing."""
 
-    def __init__(self, epochs: int, console: Console | None, bar: Bar | None) -> None:
+    def __init__(self, epochs: int, console: Console | None, bar: Progress | None) -> None:
         self._epochs, self._console, self._bar = epochs, console, bar
         self._task: TaskID | None = None
         self._head, self._robust = "", ""
@@ -51,7 +50,9 @@ class Progress:
             self._task = self._bar.add_task("", total=self._epochs * batches, completed=completed, left=None, at=0.0)
 
     def batch(self, done: int, totals: Mapping[str, float], fosc: float | None, left: float | None) -> None:
-        """A batch is done; totals are sums over the epoch's examples so far, fosc their mean gauge, left in seconds."""
+        """A batch is done. totals: sums over the epoch's examples so far; fosc: their mean; left: seconds of the
+        training.
+        """
         if self._bar is None or self._task is None:
             return
         now = time.perf_counter()
@@ -71,11 +72,13 @@ class Progress:
         """An epoch has been measured; left: seconds of the training."""
         if row.get("validation_robust") is not None:
             self._robust = f"robust {100 * row['validation_robust']:.1f}%"
-        told = "" if left is None or row["epoch"] + 1 == self._epochs else f"  left {clock_time(left)}"
-        self.say(self._line(row) + told)
+        line = self._line(row)
+        if left is not None and row["epoch"] + 1 < self._epochs:
+            line += f"  left {clock_time(left)}"
+        self.say(line)
 
     def say(self, message: str) -> None:
-        """A line of its own."""
+        """Prints a line."""
         if self._console is not None:
             self._console.print(message, highlight=False, soft_wrap=True)
 
@@ -94,16 +97,16 @@ class Progress:
 
 
 @contextmanager
-def show_progress(epochs: int, speak: bool) -> Iterator[Progress]:
-    """A live display on a terminal, plain lines elsewhere, nothing where not asked to speak."""
-    console = Console(stderr=True) if speak else None
+def show_progress(epochs: int, shown: bool) -> Iterator[TrainingDisplay]:
+    """Context manager: a training's display on standard error, live on a terminal; silent where it is not shown."""
+    console = Console(stderr=True) if shown else None
     if console is None or not is_live(console):
-        yield Progress(epochs, console, None)
+        yield TrainingDisplay(epochs, console, None)
         return
-    with Bar(TextColumn("{task.description}"), BarColumn(bar_width=16), TimeLeft(), console=console) as bar:
-        yield Progress(epochs, console, bar)
+    with Progress(TextColumn("{task.description}"), BarColumn(bar_width=16), TimeLeft(), console=console) as bar:
+        yield TrainingDisplay(epochs, console, bar)
 
 
 def is_live(console: Console) -> bool:
-    """Whether a line can be drawn anew."""
+    """Whether a line can be redrawn."""
     return console.is_terminal and not console.is_dumb_terminal

@@ -1,4 +1,4 @@
-"""Run folders: configuration, environment and metrics."""
+"""Run folders: how they are made, checked and cleared, and what their configuration says."""
 
 import shutil
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from innermax.utils.files import is_vacant, read_config, write_bytes, write_json
 from innermax.utils.serialization import differences
 from innermax.utils.validation import shorten
 
-STATES = "checkpoints"  # the folder of what a run goes on from
+CHECKPOINTS = "checkpoints"  # the folder in a run folder
 
 
 # What training, evaluating, reporting and exporting write into a run folder. It is known by config.yaml, which is
 # replaced and never removed.
-_FOLDERS = (STATES, "tensorboard", "rows")
+_FOLDERS = (CHECKPOINTS, "tensorboard", "rows")
 _FILES = (
     "environment.json",
     "metrics.jsonl",
@@ -36,7 +36,7 @@ _HUB = ("model.safetensors", "config.json", "README.md")  # in the folder hub
 
 
 def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> Path:
-    """A run folder of this configuration, made or found.
+    """Makes the run folder of a configuration, or finds it.
 
     Raises:
         ValueError: the folder holds a run of another configuration, or files that are no run's.
@@ -49,14 +49,14 @@ def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool)
         text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / "config.yaml", text.encode())
-    (folder / STATES).mkdir(exist_ok=True)
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
     if not (folder / "environment.json").exists():
         write_json(folder / "environment.json", environment(int(configuration["training"]["seed"])))
     return folder
 
 
 def check_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The configuration of the run in a folder, None where there is none; nothing is touched.
+    """The configuration of the run in a folder, None where there is none; changes nothing.
 
     Raises:
         ValueError: as `open_folder`.
@@ -78,13 +78,13 @@ def check_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool
 def read_settings(folder: Path) -> dict[str, Any]:
     """What a run's configuration says of its data set and threat model: "data", and "threat" with "norm" and "eps".
 
-    Either may be missing. Raises ValueError where it is not readable, or says something else.
+    Either may be missing. Raises ValueError where config.yaml is not readable, or says something else.
     """
-    told = read_config(folder).get("settings") or {}
+    settings = read_config(folder).get("settings") or {}
     path = folder / "config.yaml"
-    if not isinstance(told, dict):
-        raise ValueError(f"{path}: settings must be a mapping, got {shorten(told)}")
-    data, threat = told.get("data"), told.get("threat")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: settings must be a mapping, got {shorten(settings)}")
+    data, threat = settings.get("data"), settings.get("threat")
     if data is not None and not isinstance(data, str):
         raise ValueError(f"{path}: settings.data must be a name or a folder, got {shorten(data)}")
     if threat is not None and not (

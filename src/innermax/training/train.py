@@ -1,4 +1,4 @@
-"""Algorithm 1's outer loop: what a training is told, checked, and run epoch by epoch."""
+"""`im.train`: a training from its arguments to its run, epoch by epoch."""
 
 import contextlib
 import time
@@ -12,28 +12,22 @@ from torch import nn
 
 from innermax.attacks.cost import FORWARD, search_cost
 from innermax.attacks.pgd import PGD
-from innermax.data.augmentation import augment
-from innermax.data.image_set import ImageSet
-from innermax.data.readers import as_image_set
-from innermax.data.streaming import ImageStream, as_training_set
 from innermax.distributed.launch import Launch, Parallel, find_device, plan_launch
 from innermax.distributed.process_group import connect
 from innermax.evaluation.evaluate import evaluate
 from innermax.evaluation.model_checks import normalisation_known
 from innermax.models.wrappers import unwrapped
-from innermax.objectives import Objective, find_objective
-from innermax.oracle.oracle import Oracle, Precision, has_fast_bf16
+from innermax.objectives import Objective
+from innermax.oracle.oracle import Precision, has_fast_bf16
 from innermax.strategies import Strategy
-from innermax.training import run_folder
-from innermax.training.checkpoints import states
-from innermax.training.interrupts import held_interrupts
+from innermax.training.checkpoints import find_checkpoints
+from innermax.training.interrupts import defer_interrupts
+from innermax.training.job import Job
 from innermax.training.loggers import Logger, LoggerName, epoch_logger
 from innermax.training.loop import Loop
-from innermax.training.options import LearningRate, OnNaN, Optimizer, check_options, check_parallel, describe_training
+from innermax.training.options import LearningRate, OnNaN, Optimizer, TrainingOptions, check_parallel
 from innermax.training.progress import show_progress
-from innermax.training.spawn import trained_elsewhere
-from innermax.utils.files import LOCK, lock_file
-from innermax.utils.validation import check_labels
+from innermax.training.spawn import train_in_processes
 
 
 @dataclass(frozen=True)
@@ -141,180 +135,116 @@ def train(
         OSError: run_dir cannot be written; the states in it stay whole.
         KeyboardInterrupt: after saving; the same call continues.
     """
-    options = dict(locals())
-    check_options(options)
-    launch = plan_launch(devices, nodes, find_device(device))
-    job = _Job.of(options)
-    check_parallel(options, launch, find_device(device), len(job.train_set))
+    options = TrainingOptions(
+        strategy=strategy, objective=objective, validation_attack=validation_attack, epochs=epochs,
+        batch_size=batch_size, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay,
+        lr_schedule=lr_schedule, lr_drops=lr_drops, clip=clip, ema=ema, shift=shift, flip=flip, precision=precision,
+        seed=seed, device=device, devices=devices, nodes=nodes, parallel=parallel, sync_batch_norm=sync_batch_norm,
+        on_nan=on_nan, run_dir=run_dir, overwrite=overwrite, checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints, logger=logger, progress=progress, settings=settings,
+    )  # fmt: skip
+    chosen = find_device(device)
+    launch = plan_launch(devices, nodes, chosen)
+    job = Job.of(model, train_set, validation_set, options)
+    check_parallel(options, launch, chosen, job.train_set, job.validation_set is not None)
     if not launch.starts:
-        return _trained(job, launch)
-    with _said_where(job.folder):
-        network = unwrapped(model)
-        kind = find_device(device).type
-        evaluated, history = trained_elsewhere(
-            _trained, replace(job, options={**job.options, "model": network}), launch, kind
-        )
-    return Run(evaluated, history, job.folder)
+        return _train(job, launch)
+    with _note_checkpoint(options.folder):
+        job = replace(job, model=unwrapped(model))
+        evaluated, history = train_in_processes(_train, job, launch, chosen.type)
+    return Run(evaluated, history, options.folder)
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """What `train` was told, checked; configuration: what of it identifies the run."""
-
-    options: Mapping[str, Any]
-    objective: Objective
-    train_set: ImageSet | ImageStream
-    validation_set: ImageSet | None
-    validation_attack: PGD | None
-    configuration: Mapping[str, Any]
-    folder: Path | None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "_Job":
-        objective = find_objective(options["objective"])
-        train_set, validation_set = as_training_set(options["train_set"]), options["validation_set"]
-        validation_set = None if validation_set is None else as_image_set(validation_set)
-        classes = _check_sets(options["model"], train_set, validation_set, options)
-        if isinstance(train_set, ImageStream):
-            train_set = train_set.bounded(classes)
-        return cls(
-            {**options, "train_set": None, "validation_set": None},
-            objective,
-            train_set,
-            validation_set,
-            options["validation_attack"] or getattr(options["strategy"], "attack", None),
-            describe_training(options, options["model"], train_set, validation_set),
-            None if options["run_dir"] is None else Path(options["run_dir"]),
-        )
-
-    def open_folder(self, stack: contextlib.ExitStack) -> None:
-        """Makes or finds the run folder, which is this process's alone until the stack is closed."""
-        if self.folder is None:
-            return
-        overwrite = self.options["overwrite"]
-        run_folder.check_folder(self.folder, self.configuration, overwrite)
-        stack.enter_context(lock_file(self.folder / LOCK, f"run_dir {self.folder}"))
-        run_folder.open_folder(self.folder, self.configuration, overwrite)
-
-
-def _trained(job: _Job, launch: Launch, stopped: Callable[[], bool] = lambda: False) -> Run:
-    """The training, by this process and those it is connected with; stopped: whether an interrupt came elsewhere."""
-    options, folder, strategy = job.options, job.folder, job.options["strategy"]
+def _train(job: Job, launch: Launch, stopped: Callable[[], bool] = lambda: False) -> Run:
+    """Trains in this process and those of its group; stopped: whether an interrupt came in another process."""
+    options, device = job.options, find_device(job.options.device)
     with contextlib.ExitStack() as stack:
-        device = find_device(options["device"])
-        ranks = connect(launch, device, _precision(options["precision"], device), options["parallel"])
-        for context in (_said_where(folder), ranks.explain_lost_connection(), ranks.mute_others()):
-            stack.enter_context(context)
+        ranks = connect(launch, device, fabric_precision(options.precision, device), options.parallel)
+        stack.enter_context(_note_checkpoint(options.folder))
+        stack.enter_context(ranks.explain_lost_connection())
+        stack.enter_context(ranks.mute_others())
         ranks.run_first(lambda: job.open_folder(stack))
         stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
-        loop = Loop.started(options, job.train_set, ranks, folder)
-        loop.clock.validation = _validation_cost(job.validation_set, job.validation_attack)
+        loop = Loop.start(job.model, job.train_set, options, job.objective, ranks)
+        loop.clock.validation = _validation_cost(job)
         loop.resume()
-        show = stack.enter_context(show_progress(options["epochs"], options["progress"] and ranks.first))
-        logger = options["logger"] if ranks.first else None
-        write = stack.enter_context(epoch_logger(logger, folder, job.configuration))
-        asked = stack.enter_context(held_interrupts())
+        show = stack.enter_context(show_progress(options.epochs, options.progress and ranks.first))
+        logger = options.logger if ranks.first else None
+        write = stack.enter_context(epoch_logger(logger, options.folder, job.configuration))
+        deferred = stack.enter_context(defer_interrupts())
 
         def interrupted() -> bool:
-            return ranks.any(asked() or stopped())
+            return ranks.any(deferred() or stopped())
 
-        while loop.epoch < options["epochs"]:
-            began = time.perf_counter()
-            loop.began = began - loop.seconds
+        while loop.state.epoch < options.epochs:
             try:
-                row = loop.run_epoch(strategy, job.objective, show, interrupted)
+                row = loop.train_epoch(show, interrupted)
             except KeyboardInterrupt:
-                if folder is not None and loop.whole and (loop.agreed or not ranks.sharded):
+                if options.folder is not None and loop.whole and (loop.agreed or not ranks.sharded):
                     loop.save()
-                    show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
+                    show.say(f"Interrupted and saved: the same command continues {options.folder} where it stopped.")
                 raise
-            row |= loop.measures(strategy)
-            shown = None if logger is None or ranks.sharded else loop.picture(strategy)
-            if job.validation_set is not None:
-                row |= _validated(
-                    loop.evaluated,
-                    job.validation_set,
-                    job.validation_attack,
-                    loop.device,
-                    options["precision"],
-                    ranks.count,
-                )
-            row = loop.finish_epoch(row)
-            loop.save_models()  # first: once the state is written, this epoch does not come again
+            row |= loop.measure()
+            drawn = None if logger is None or ranks.sharded else loop.draw_picture()
+            row |= _validate(job, loop)
+            row = loop.end_epoch(row)
+            if options.folder is not None:
+                loop.state.save_models(options.folder, ranks)  # first: after the checkpoint, this epoch does not return
             loop.save()
-            loop.clock.end(time.perf_counter() - began)
+            loop.clock.end(time.perf_counter() - loop.began)
             show.epoch(row, loop.clock.left(len(job.train_set), row["gradients"]))
-            write(row, shown)
+            write(row, drawn)
             if interrupted():
                 raise KeyboardInterrupt
-    loop.network.eval()
-    return Run(loop.evaluated.eval(), tuple(loop.history), folder)
+    loop.state.network.eval()
+    return Run(loop.state.evaluated.eval(), tuple(loop.state.history), options.folder)
 
 
 @contextlib.contextmanager
-def _said_where(folder: Path | None) -> Iterator[None]:
-    """Inside, an OSError's notes say what a run can go on from."""
+def _note_checkpoint(folder: Path | None) -> Iterator[None]:
+    """Context manager: an OSError's notes name the checkpoint that the run can go on from."""
     try:
         yield
     except OSError as error:
-        kept = [] if folder is None else states(folder)
+        kept = [] if folder is None else find_checkpoints(folder)
         if kept:
-            note = f"The run's last state is whole: the same command goes on from {kept[0]}."
+            note = f"The last checkpoint is whole: the same command goes on from {kept[0]}."
             if note not in getattr(error, "__notes__", ()):
                 error.add_note(note)
         raise
 
 
-def _precision(precision: Precision, device: torch.device) -> str:
-    """What Fabric calls it."""
+def fabric_precision(precision: Precision, device: torch.device) -> str:
+    """Fabric's name of a precision."""
     lower = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     return "bf16-mixed" if lower else "32-true"
 
 
-def _validated(
-    model: nn.Module,
-    validation_set: ImageSet,
-    attack: PGD | None,
-    device: torch.device,
-    precision: Precision,
-    processes: int = 1,
-) -> dict[str, Any]:
-    """Clean accuracy, and accuracy and convergence under the attack, on the validation split."""
-    attacks = {} if attack is None else {"attack": attack}
+def _validate(job: Job, loop: Loop) -> dict[str, Any]:
+    """Clean accuracy, and accuracy and convergence under the attack, on the validation split, if there is one."""
+    if job.validation_set is None:
+        return {}
+    attacks = {} if job.validation_attack is None else {"attack": job.validation_attack}
     with normalisation_known():
         scored = evaluate(
-            model, validation_set, attacks, precision=precision, device=device, devices=processes, audit=False
+            loop.state.evaluated,
+            job.validation_set,
+            attacks,
+            precision=job.options.precision,
+            device=loop.ranks.device,
+            devices=loop.ranks.count,
+            audit=False,
         )
     row: dict[str, Any] = {"validation_clean": scored.accuracy["clean"].value}
-    if attack is not None:
+    if attacks:
         row["validation_robust"] = scored.accuracy["attack"].value
         row["validation_fosc"] = scored.convergence["attack"].fosc_median
     return row | {"validation_accuracy": row.get("validation_robust", row["validation_clean"])}
 
 
-def _validation_cost(validation_set: ImageSet | None, attack: PGD | None) -> float:
-    """Gradients that scoring the validation split takes, more or less."""
-    if validation_set is None:
+def _validation_cost(job: Job) -> float:
+    """About how many gradients scoring the validation split takes."""
+    if job.validation_set is None:
         return 0.0
-    return len(validation_set) * (FORWARD if attack is None else FORWARD + search_cost(attack))
-
-
-def _check_sets(
-    model: nn.Module, train_set: ImageSet | ImageStream, validation_set: ImageSet | None, options: Mapping[str, Any]
-) -> int:
-    """The model's classes; raises, before anything is written, where it does not take the images or lacks a class."""
-    if isinstance(train_set, ImageStream) and getattr(options["strategy"], "warm_start", False):
-        raise ValueError("strategy WarmStart keeps every example's perturbation, which a stream has no place for")
-    oracle, classes = Oracle(model), 0
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for name, images in (("train_set", train_set.head), ("validation_set", validation_set)):
-        if images is None:
-            continue
-        example = torch.arange(min(2, len(images)), device=images.labels.device)
-        x, _ = images.batch(example)
-        if name == "train_set" and (options["shift"] or options["flip"]):
-            augment(x, example, shift=options["shift"], flip=options["flip"])
-        with oracle.private_randomness(0):
-            classes = oracle.logits(x.to(device)).shape[1]
-        check_labels(images.labels, len(images), classes, f"{name} labels")
-    return classes
+    attack = job.validation_attack
+    return len(job.validation_set) * (FORWARD if attack is None else FORWARD + search_cost(attack))

@@ -6,7 +6,7 @@ Nothing in a file is executed, and its size is bounded.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass
 from functools import partial
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -155,6 +155,11 @@ def added_field(default: Any) -> Any:
     return field(default=default, metadata={"added": True})
 
 
+def described_fields(value: Any) -> list[Field[Any]]:
+    """The fields of a dataclass that its description holds: all but an `added_field` at its default."""
+    return [f for f in fields(value) if not (f.metadata.get("added") and getattr(value, f.name) == f.default)]
+
+
 def describe(value: object) -> Any:
     """A value as plain YAML: dataclasses by name and fields, functions by name, arrays and NumPy's numbers as lists
     and numbers.
@@ -163,9 +168,9 @@ def describe(value: object) -> Any:
     when the value's class gains an `added_field`.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        told = [f for f in fields(value) if not (f.metadata.get("added") and getattr(value, f.name) == f.default)]
-        inner = {f.name: describe(getattr(value, f.name)) for f in told}
-        return {"name": type(value).__name__} | inner
+        return {"name": type(value).__name__} | {
+            f.name: describe(getattr(value, f.name)) for f in described_fields(value)
+        }
     if isinstance(value, Mapping):
         return {str(name): describe(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,10 @@
 """Checks that all public functions share, and the wording of their errors."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,12 +29,48 @@ def shorten(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:40]} … {text[-38:]}"
 
 
-def check_count(value: object, name: str) -> None:
-    """Raises unless value is an integer ≥ 1."""
+def check_integer(value: object, name: str, least: int | None = None) -> None:
+    """Raises unless value is an integer, and at least `least` where that is given."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_count(value: object, name: str) -> None:
+    """Raises unless value is an integer ≥ 1."""
+    check_integer(value, name, 1)
+
+
+def is_number(value: object) -> bool:
+    """Whether value is a real number, Python's or NumPy's, and no bool."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def check_number(value: Any, name: str, requirement: str, allowed: Callable[[float], bool]) -> None:
+    """Raises unless value is a number that is allowed; requirement: which ones are, in words."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be {requirement}, got {value!r}")
+    try:
+        fits = allowed(float(value))
+    except OverflowError:  # an integer beyond all floats
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must be {requirement}, got {shorten(value)}")
+
+
+def check_flag(value: object, name: str) -> None:
+    """Raises unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(value: object, name: str, known: Sequence[str]) -> None:
+    """Raises unless value is one of the known names."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if value not in known:
+        raise unknown(name, value, known)
 
 
 def check_inputs(x: Tensor, name: str = "x") -> None:

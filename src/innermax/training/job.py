@@ -1,0 +1,89 @@
+"""A training whose arguments were checked, as its processes are given it."""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from innermax.attacks.base import Attack
+from innermax.data.augmentation import augment
+from innermax.data.image_set import ImageSet
+from innermax.data.readers import as_image_set
+from innermax.data.streaming import ImageStream, as_training_set
+from innermax.objectives import Objective, find_objective
+from innermax.oracle.oracle import Oracle
+from innermax.training import run_folder
+from innermax.training.options import TrainingOptions, describe_training
+from innermax.utils.files import LOCK, lock_file
+from innermax.utils.validation import check_labels
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is trained, on what and how. It pickles where its parts do.
+
+    Attributes:
+        model: that learns, in place.
+        train_set, validation_set: as `train` reads them.
+        objective: the function behind options.objective.
+        configuration: what identifies the run, as plain YAML.
+    """
+
+    model: nn.Module
+    train_set: ImageSet | ImageStream
+    validation_set: ImageSet | None
+    options: TrainingOptions
+    objective: Objective
+    configuration: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, train_set: Any, validation_set: Any, options: TrainingOptions) -> "Job":
+        """The job of `train`'s arguments.
+
+        Raises:
+            ValueError, TypeError: the sets, the model and the options do not fit together.
+        """
+        data = as_training_set(train_set)
+        validation = None if validation_set is None else as_image_set(validation_set)
+        classes = _check_sets(model, data, validation, options)
+        if isinstance(data, ImageStream):
+            data = data.bounded(classes)
+        configuration = describe_training(options, model, data, validation)
+        return cls(model, data, validation, options, find_objective(options.objective), configuration)
+
+    @property
+    def validation_attack(self) -> Attack | None:
+        """What the validation split is attacked with."""
+        return self.options.validation_attack or getattr(self.options.strategy, "attack", None)
+
+    def open_folder(self, stack: contextlib.ExitStack) -> None:
+        """Makes or finds the run folder, which is this process's alone until the stack is closed."""
+        folder, overwrite = self.options.folder, self.options.overwrite
+        if folder is not None:
+            run_folder.check_folder(folder, self.configuration, overwrite)
+            stack.enter_context(lock_file(folder / LOCK, f"run_dir {folder}"))
+            run_folder.open_folder(folder, self.configuration, overwrite)
+
+
+def _check_sets(
+    model: nn.Module, train_set: ImageSet | ImageStream, validation_set: ImageSet | None, options: TrainingOptions
+) -> int:
+    """The model's classes; raises, before anything is written, where it does not take the images or lacks a class."""
+    if isinstance(train_set, ImageStream) and getattr(options.strategy, "warm_start", False):
+        raise ValueError("strategy WarmStart keeps every example's perturbation, which a stream has no place for")
+    oracle, classes = Oracle(model), 0
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for name, images in (("train_set", train_set.head), ("validation_set", validation_set)):
+        if images is None:
+            continue
+        example = torch.arange(min(2, len(images)), device=images.labels.device)
+        x, _ = images.batch(example)
+        if name == "train_set" and (options.shift or options.flip):
+            augment(x, example, shift=options.shift, flip=options.flip)
+        with oracle.private_randomness(0):
+            classes = oracle.logits(x.to(device)).shape[1]
+        check_labels(images.labels, len(images), classes, f"{name} labels")
+    return classes

@@ -1,0 +1,158 @@
+"""The state of a training: what it changes, what a checkpoint keeps of it, and how it is resumed."""
+
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from innermax.data.image_set import ImageSet
+from innermax.data.streaming import ImageStream
+from innermax.distributed.fsdp import WholeState
+from innermax.distributed.process_group import Ranks, set_up
+from innermax.models.files import write_model
+from innermax.models.wrappers import unwrapped
+from innermax.oracle.oracle import Oracle
+from innermax.oracle.sharded import ShardedOracle
+from innermax.training.checkpoints import load_checkpoint, save_checkpoint
+from innermax.training.metrics import EpochMetrics
+from innermax.training.optimizer import build_optimizer
+from innermax.training.options import TrainingOptions
+
+
+@dataclass
+class State:
+    """Everything that a training changes.
+
+    Attributes:
+        network: the user's own module, which learns.
+        wrapped: the same as Fabric wraps it.
+        optimizer: as Fabric wraps it.
+        averaged: the moving average of the network's weights, where one is asked for.
+        oracle: the network as attacks see it.
+        perturbations: half precision (examples, *features), where each example's last attack ended, for a warm start.
+        epoch: the one that is trained, from 0.
+        batch: the next one of the epoch, from 0.
+        metrics: of the epoch's batches so far.
+        history: the rows of the epochs before.
+        seconds: spent on the epoch before it was interrupted.
+    """
+
+    network: nn.Module
+    wrapped: nn.Module
+    optimizer: Any
+    averaged: AveragedModel | None
+    oracle: Oracle
+    perturbations: Tensor | None
+    epoch: int = 0
+    batch: int = 0
+    metrics: EpochMetrics = field(default_factory=EpochMetrics)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def start(cls, model: nn.Module, data: ImageSet | ImageStream, options: TrainingOptions, ranks: Ranks) -> "State":
+        """The state before the first update; data: on this process's device."""
+        network = unwrapped(model)
+        if not network.training:
+            network.train()
+        if len(data.shape) == 3:  # FSDP takes no other memory format than the usual
+            memory_format = torch.contiguous_format if ranks.sharded else torch.channels_last
+            network.to(memory_format=memory_format)  # type: ignore[call-overload]
+        wrapped, optimizer = set_up(ranks, network, partial(build_optimizer, options=options), options.sync_batch_norm)
+        optimizer.zero_grad()  # the model may come with gradients
+        averaged = None
+        if options.ema is not None:
+            averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+        example, _ = data.head.batch(torch.arange(min(16, len(data.head)), device=ranks.device))
+        oracle = ShardedOracle(network, example) if ranks.sharded else Oracle.fast(network, example, options.precision)
+        perturbations = None
+        if getattr(options.strategy, "warm_start", False):
+            perturbations = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=ranks.device)
+        return cls(network, wrapped, optimizer, averaged, oracle, perturbations)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is scored and saved."""
+        return self.network if self.averaged is None else self.averaged.module
+
+    def end_epoch(self, row: dict[str, Any]) -> None:
+        """Puts the epoch's row into the history, and goes to the start of the next epoch."""
+        self.history.append(row)
+        self.epoch, self.batch, self.metrics, self.seconds = self.epoch + 1, 0, EpochMetrics(), 0.0
+
+    def save_models(self, folder: Path, ranks: Ranks) -> None:
+        """Writes the last model, and the best so far where a validation split says which that is."""
+        model: Any = WholeState(self.network, self.network).gather() if ranks.sharded else self.evaluated
+        if not ranks.first:
+            return
+        tensors, config = model.state_dict(), getattr(model, "config", None)
+        write_model(folder, tensors, config)
+        scores = [float(row.get("validation_accuracy", -1.0)) for row in self.history]
+        if scores[-1] > max(scores[:-1], default=-1.0):
+            write_model(folder, tensors, config, "best.safetensors")
+
+    def save(self, folder: Path, ranks: Ranks, seconds: float, keep: int) -> None:
+        """Writes a checkpoint, from which any number of processes can go on.
+
+        seconds: spent on the epoch; keep: how many checkpoints stay.
+        """
+        networks, optimizer = self._parts(ranks)
+        if ranks.sharded:
+            networks, optimizer = {name: net.gather() for name, net in networks.items()}, optimizer.gather()
+        if not ranks.first:
+            return
+        position = {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "totals": self.metrics.totals,
+            "gauged": self.metrics.gauges,
+            "history": self.history,
+            "seconds": seconds,
+            "attack_network": self.oracle.plan,
+            "micro_batch": self.oracle.micro_batch,
+        }
+        save_checkpoint(folder, networks, optimizer, position, self.perturbations, keep)
+
+    def resume(self, folder: Path, ranks: Ranks) -> bool:
+        """Goes to the newest checkpoint of the folder; False where there is none.
+
+        Raises:
+            ValueError: no checkpoint is whole, it does not fit, or the processes do not find the same one.
+        """
+        position = load_checkpoint(folder, *self._parts(ranks), self.perturbations)
+        found = ranks.gather((position.get("epoch"), position.get("batch")))
+        if len(set(found)) > 1:
+            raise ValueError(f"run_dir {folder} must be one folder for all processes, got {found} (epoch, batch)")
+        if not position:
+            return False
+        self.epoch, self.batch = position.get("epoch", 0), position.get("batch", 0)
+        self.metrics = EpochMetrics(position.get("totals", {}), position.get("gauged", {}))
+        self.history, self.seconds = position.get("history", []), position.get("seconds", 0.0)
+        self.oracle.micro_batch = position.get("micro_batch")
+        self.oracle.refresh()
+        if self.batch > 0:  # at an epoch's start the oracle is checked anyway
+            self._recheck(position.get("attack_network", ""))
+        return True
+
+    def _recheck(self, plan: str) -> None:
+        """Compiles the oracle as it was when the run was interrupted; warns where that is not possible."""
+        if self.oracle.plan != plan:
+            self.oracle = self.oracle.recheck()
+        if self.oracle.plan != plan:
+            warnings.warn(
+                f"the attack network was {plan!r} when the run was interrupted and is {self.oracle.plan!r} now: "
+                "results may differ from an uninterrupted run's",
+                stacklevel=4,
+            )
+
+    def _parts(self, ranks: Ranks) -> tuple[dict[str, Any], Any]:
+        """The networks and the optimiser that a checkpoint holds."""
+        if ranks.sharded:
+            return {"model": WholeState(self.network, self.network)}, WholeState(self.optimizer, self.network)
+        networks = {"model": self.network} | ({} if self.averaged is None else {"ema": self.averaged})
+        return networks, self.optimizer
