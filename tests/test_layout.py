@@ -27,7 +27,6 @@ FILES = {str(path.relative_to(ROOT).with_suffix("")): path for path in sorted(RO
 FUNCTION, CLASS = 60, 250
 LONGER = {
     "evaluation/evaluate.evaluate": "to be split",
-    "training/loop.Loop": "to be split",
 }
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from innermax.cli import main
 from innermax.cli.sweep import list_runs, read_values, sweep_parser
 from innermax.cli.sweep_engine import SweepRun, _run_all, combinations
 from innermax.cli.sweep_table import run_measures, sweep_rows
+from innermax.cli.train import read_recipe
 from innermax.training.checkpoints import find_checkpoints
+from innermax.training.options import TrainingOptions
 from innermax.utils.files import LOCK, lock_file
 from innermax.utils.intervals import student
 
@@ -329,6 +332,14 @@ def test_jobs_of_submitit(tmp_path, capsys):
     assert list(rows[0.05].finished) == ["lr=0.05"]
     assert not rows[-1.0].finished
     assert f"{100 * own(tmp_path / 'sweep/lr=0.05')['clean']:.2f}" in out
+
+
+def test_what_identifies_a_run_of_a_sweep():
+    """The index of a sweep holds these names, so an older folder is only known while they stay."""
+    runs, _ = list_runs(sweep_parser(read_recipe("digits")), "digits", {"seed": ["0", "1"]})
+    options = {field.name for field in fields(TrainingOptions)}
+    left_out = {"run_dir", "overwrite", "checkpoint_every", "keep_checkpoints", "logger", "progress", "device"}
+    assert options - runs[0].settings.keys() == left_out | {"validation_attack", "settings"}
 
 
 def test_jobs_on_slurm_outlive_the_sweep_and_are_found_again(tmp_path, capsys, monkeypatch):

@@ -292,7 +292,7 @@ def test_the_cost_of_an_audit():
 
 def test_an_evaluation_says_little_where_nothing_is_live(monkeypatch, capsys):
     time = Time()
-    monkeypatch.setattr("innermax.training.progress.time", time)
+    monkeypatch.setattr("innermax.cli.progress.time", time)
     with show_evaluation(ATTACKS, audit=True) as show:
         for name, seconds in {"clean": 0.1, "fgsm": 0.1, "pgd-20": 2.0, "autoattack": 300.0}.items():
             for batch in range(1, 5):
@@ -318,7 +318,8 @@ def test_clock_time(seconds, text):
 
 
 PROGRAM = """
-from innermax.training.progress import show_evaluation, show_progress
+from innermax.cli.progress import show_evaluation
+from innermax.training.progress import show_progress
 import innermax as im
 with show_progress(2, True) as show:
     show.start(0, 2, 0.1)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from innermax.cli.arguments import Parser, option_name, show_options, split_word
 from innermax.cli.sweep_engine import SweepRun, SweepSettings, combinations, sweep
 from innermax.cli.sweep_table import format_sweep, sweep_rows, write_sweep
 from innermax.cli.train import read_recipe, train_parser
+from innermax.training.options import TrainingOptions, option_names
 
 _EXAMPLE = "innermax sweep digits --seed 0 1 2"
 _OF_THE_SWEEP = {"run_dir", *SweepSettings.__annotations__}  # options with one value, for all its runs
-# Options that may differ when a run of a sweep is resumed.
-_NOT_IDENTIFYING = {"overwrite", "checkpoint_every", "keep_checkpoints", "logger", "progress", "device"}
+# Options that may differ when a run is resumed; but runs of a sweep may be there to compare numbers of processes.
+_NOT_IDENTIFYING = {option.name for option in fields(TrainingOptions)} - option_names("identifies")
+_NOT_IDENTIFYING -= {"devices", "nodes", "parallel"}
 
 
 def run(words: list[str]) -> None:

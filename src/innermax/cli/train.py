@@ -21,22 +21,13 @@ from innermax.data.image_set import Data
 from innermax.distributed.launch import count_processes, find_device, is_first
 from innermax.reporting.tables import format_audit, format_table
 from innermax.training.loggers import LoggerName
+from innermax.training.options import option_names
 from innermax.training.train import train
 from innermax.utils.files import write_bytes
 from innermax.utils.validation import unknown
 
 _GROUPS = ("threat", "attack", "dynamic", "curriculum", "warm")  # of a recipe's settings
-# Parameters of `im.train` that are no options: the recipe's settings stand for them.
-_BUILT: set[str | int] = {
-    "model",
-    "train_set",
-    "strategy",
-    "validation_set",
-    "validation_attack",
-    "objective",
-    "settings",
-    "logger",
-}
+_OPTIONS = option_names("on_command_line")  # go to `im.train` as they are; the recipe's settings stand for the others
 # Help that the docstring of `im.train` does not give; a group in a file of its own does no more than a recipe.
 _HELP = {
     "run_dir": "Folder of the run. By default runs/RECIPE-STRATEGY-seedSEED.",
@@ -66,7 +57,8 @@ def train_parser(recipe: Mapping[str, Any]) -> Parser:
     parser.add_class_arguments(settings.RecipeSettings, as_group=False)
     for name in _GROUPS:
         parser.add_class_arguments(getattr(settings, f"{name.capitalize()}Settings"), name)
-    parser.add_function_arguments(train, as_group=False, skip=_BUILT)
+    built: set[str | int] = {name for name in inspect.signature(train).parameters if name not in _OPTIONS}
+    parser.add_function_arguments(train, as_group=False, skip=built)
     parser.add_argument("--logger", type=LoggerName | None, help="Also log each epoch to tensorboard, wandb or mlflow.")
     for action in parser._actions:
         action.help = _HELP.get(action.dest, action.help)
@@ -115,7 +107,7 @@ def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> No
     device = find_device(chosen.device)
     data = im.load_data(chosen.data, validation=_share_or_count(chosen.validation))
     folder = Path(chosen.run_dir or f"runs/{Path(recipe).stem}-{chosen.strategy}-seed{chosen.seed}")
-    options = {name: value for name, value in chosen.as_dict().items() if name in _options()}
+    options = {name: value for name, value in chosen.as_dict().items() if name in _OPTIONS}
     run = im.train(
         build_network(chosen.model, data.num_classes, data.train.shape, chosen.seed, chosen.init),
         data.train,
@@ -163,11 +155,6 @@ def _write_results(
     console.print(format_table(evaluation))
     if evaluation.audit is not None:
         console.print(format_audit(evaluation.audit), "")
-
-
-def _options() -> set[str]:
-    """The options that go to `im.train` as they are."""
-    return set(inspect.signature(train).parameters) - {str(name) for name in _BUILT}
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
