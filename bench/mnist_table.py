@@ -15,7 +15,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from innermax.evaluation.result import Evaluation
-from innermax.reporting.tables import shown_name
+from innermax.reporting.tables import display_name
 from innermax.utils.files import read_config
 
 ORDER = ("unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "dynamic-exact")
@@ -71,7 +71,7 @@ def seed_interval(values: Sequence[float]) -> str:
 def table(records: list[dict[str, Any]]) -> list[str]:
     """One row a run, accuracy in per cent with its 95 % Wilson interval."""
     names = list(records[0]["accuracy"])
-    head = [*map(shown_name, names[:-1]), "worst case"]
+    head = [*map(display_name, names[:-1]), "worst case"]
     head[0] = "Clean"
     lines = [
         f"| strategy | seed | {' | '.join(head)} | gradients | minutes |",
@@ -90,7 +90,7 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 def summary(records: list[dict[str, Any]]) -> list[str]:
     """One row a strategy: the mean over its seeds, and the span of their 95 % intervals."""
     names = [name for name in records[0]["accuracy"] if name != "worst_case"]
-    head = ["Clean", *map(shown_name, names[1:])]
+    head = ["Clean", *map(display_name, names[1:])]
     lines = [f"| defence (seeds) | {' | '.join(head)} | gradients |", f"| --- |{' --- |' * (len(head) + 1)}"]
     for strategy in ORDER:
         own = [record for record in records if record["strategy"] == strategy]
@@ -115,7 +115,7 @@ def differences(records: list[dict[str, Any]], strategy: str) -> list[str]:
     for name in own[0]["accuracy"] if own else []:
         found = [r["evaluation"].difference(standard[r["seed"]]["evaluation"], name) for r in own]
         cells = [f"{100 * d.estimate:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]" for d in found]
-        title = {"clean": "Clean", "worst_case": "worst case"}.get(name, shown_name(name))
+        title = {"clean": "Clean", "worst_case": "worst case"}.get(name, display_name(name))
         lines.append(f"| {title} | {' | '.join(cells)} | {seed_interval([d.estimate for d in found])} |")
     if not lines:
         return []

@@ -21,8 +21,8 @@ import innermax as im
 from innermax.attacks.trace import trace_search
 from innermax.cli import main
 from innermax.reporting import charts, contents, svg
-from innermax.reporting.gallery import Gallery, spread_out
-from innermax.reporting.page import eps_text
+from innermax.reporting.gallery import Gallery, select_images
+from innermax.reporting.page import format_eps
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = '</script><img src=x onerror="alert(1)">'
@@ -448,14 +448,14 @@ def test_a_trace_ends_where_its_attack_ends(trained):
 
 def test_the_gallery_holds_every_class_and_fate(trained):
     evaluation = trained[2]
-    chosen = spread_out(evaluation, 60)
+    chosen = select_images(evaluation, 60)
     assert len(set(chosen.tolist())) == 60
     assert set(evaluation.label[chosen]) == set(range(10))
     clean, survived = evaluation.correct("clean")[chosen], evaluation.correct("worst_case")[chosen]
     assert (clean & survived).sum() >= 10
     assert (clean & ~survived).sum() >= 10
     assert (~clean).sum() <= 15
-    assert len(spread_out(evaluation, 10_000)) == len(evaluation.label)
+    assert len(select_images(evaluation, 10_000)) == len(evaluation.label)
 
 
 def test_robustness_against_eps_of_a_linear_model():
@@ -495,7 +495,7 @@ def test_pages_stay_below_five_megabytes(tmp_path, side, images, pictures):
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
 def test_a_linear_axis_holds_its_values(values):
-    axis = svg.linear("x", values)
+    axis = svg.linear_axis("x", values)
     rounding = 1e-6 * (axis.high - axis.low)
     assert axis.low <= min(values) + rounding
     assert axis.high >= max(values) - rounding
@@ -506,27 +506,28 @@ def test_a_linear_axis_holds_its_values(values):
 
 
 def test_axes_by_hand():
-    assert [tick for tick, _ in svg.linear("x", [], low=0, high=100).ticks] == [0, 25, 50, 75, 100]
-    axis = svg.logarithmic("x", 2e-4, 0.5, below=True)
+    assert [tick for tick, _ in svg.linear_axis("x", [], low=0, high=100).ticks] == [0, 25, 50, 75, 100]
+    axis = svg.log_axis("x", 2e-4, 0.5, below=True)
     assert (axis.low, axis.high) == (pytest.approx(1e-4), 1.0)
     assert [text for _, text in axis.ticks] == ["≤10⁻⁴", "0.001", "0.01", "0.1", "1"]
     assert axis.share(0.0) == 0
     assert axis.share(0.01) == pytest.approx(0.5)
-    assert (eps_text(8 / 255), eps_text(0.3), eps_text(0.5)) == ("8/255", "0.3", "0.5")
+    assert (format_eps(8 / 255), format_eps(0.3), format_eps(0.5)) == ("8/255", "0.3", "0.5")
 
 
 def test_the_heat_maps_columns_are_shares_of_examples():
     percentiles = np.linspace(0, 1, 101).tolist()  # uniform
     edges = np.linspace(0, 2, 9)
-    assert charts._column([percentiles, None], edges) == pytest.approx([0.25] * 4 + [0] * 4)
-    assert charts._column([[0.5] * 101], edges)[2] + charts._column([[0.5] * 101], edges)[1] == pytest.approx(1)
+    assert charts._bin_percentiles([percentiles, None], edges) == pytest.approx([0.25] * 4 + [0] * 4)
+    halves = charts._bin_percentiles([[0.5] * 101], edges)
+    assert halves[1] + halves[2] == pytest.approx(1)
 
 
 def test_series_differ_without_colour():
     """Seven of them, each with dashes and a mark of its own."""
     series = [svg.Series(str(n), [0, 1], [n, n], n, kind="marked") for n in range(svg._STYLES)]
-    x, y = svg.linear("x", [0, 1]), svg.linear("y", [0, 7])
-    drawn = [svg.chart([one], x, y, "") for one in series]
+    x, y = svg.linear_axis("x", [0, 1]), svg.linear_axis("y", [0, 7])
+    drawn = [svg.draw_chart([one], x, y, "") for one in series]
     assert len({re.search(r'stroke-dasharray="([^"]*)"', one)[1] for one in drawn}) == svg._STYLES
     assert len({re.search(r'class="mark s\d" d="M[\d.]+ [\d.]+([^"]*)"', one)[1] for one in drawn}) == svg._STYLES
 

@@ -1,4 +1,4 @@
-"""What a report is told of each model: evaluations, trainings and pictures, from values or from run folders."""
+"""The entries of a report: evaluation, training and pictures of each model, from values or from run folders."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,10 @@ _PROBED = 200  # images
 
 @dataclass(frozen=True, eq=False)
 class Exhibit:
-    """What there is to say of one model; a report leaves out what is not there.
+    """One model in a report, which leaves out what is None.
 
     Attributes:
-        evaluation: how robust it is.
+        evaluation: of its robustness.
         run: its training, or the run folder that holds it.
         gallery: pictures, from `innermax.gallery`.
     """
@@ -45,8 +45,11 @@ class Exhibit:
 
 
 @dataclass(frozen=True, eq=False)
-class Story:
-    """An exhibit, read: a row of measures an epoch, configuration and environment of the run, and what is missing."""
+class Entry:
+    """An exhibit as it is read, with its run's measures per epoch, configuration and environment.
+
+    missing: sentences for the reader about what is not there.
+    """
 
     name: str
     evaluation: Evaluation | None = None
@@ -57,18 +60,18 @@ class Story:
     missing: tuple[str, ...] = ()
 
 
-def stories(shown: Any, pictures: int, device: torch.device | str | None) -> list[Story]:
-    """Everything that `innermax.report` takes, read. Raises ValueError or TypeError for anything else."""
-    if not isinstance(shown, Mapping):
-        several = list(shown) if isinstance(shown, list | tuple) else [shown]
-        shown = dict(zip(_names(several), several, strict=True))
-    if not shown:
+def read_entries(exhibits: Any, pictures: int, device: torch.device | str | None) -> list[Entry]:
+    """The entries of whatever `innermax.report` takes. Raises ValueError or TypeError for anything else."""
+    if not isinstance(exhibits, Mapping):
+        several = list(exhibits) if isinstance(exhibits, list | tuple) else [exhibits]
+        exhibits = dict(zip(_name_entries(several), several, strict=True))
+    if not exhibits:
         raise ValueError("evaluations_or_runs must hold at least one, got none")
-    return [_story(str(name), value, pictures // len(shown), device) for name, value in shown.items()]
+    return [_read_entry(str(name), value, pictures // len(exhibits), device) for name, value in exhibits.items()]
 
 
-def _names(several: Sequence[Any]) -> list[str]:
-    """What each is called: folders and files by their own name where it is one's alone, the others by number."""
+def _name_entries(several: Sequence[Any]) -> list[str]:
+    """A name for each: of a folder or file its own name, or its path where two have that name; else a number."""
     paths = [Path(value) if isinstance(value, str | Path) else None for value in several]
     paths = [
         value.run_dir if isinstance(value, Run) and path is None else path
@@ -85,72 +88,72 @@ def _names(several: Sequence[Any]) -> list[str]:
     return names
 
 
-def _story(name: str, value: Any, pictures: int, device: torch.device | str | None) -> Story:
+def _read_entry(name: str, value: Any, pictures: int, device: torch.device | str | None) -> Entry:
     match value:
         case Evaluation():
-            return Story(name, value, missing=("Only the evaluation is at hand: no training, no images.",))
+            return Entry(name, value, missing=("Only the evaluation is given: no training, no images.",))
         case Exhibit():
-            return replace(_trained(Story(name), value.run), evaluation=value.evaluation, gallery=value.gallery)
+            return replace(_add_training(Entry(name), value.run), evaluation=value.evaluation, gallery=value.gallery)
         case Run():
             return (
-                _trained(Story(name), value)
+                _add_training(Entry(name), value)
                 if value.run_dir is None
-                else _folder(name, value.run_dir, pictures, device)
+                else _read_folder(name, value.run_dir, pictures, device)
             )
         case str() | Path():
             path = Path(value)
             if path.is_dir():
-                return _folder(name, path, pictures, device)
-            missing = ("Only the evaluation is at hand: no training, no images.",)
-            return Story(name, read_evaluation(path), missing=missing)
+                return _read_folder(name, path, pictures, device)
+            missing = ("Only the evaluation is given: no training, no images.",)
+            return Entry(name, read_evaluation(path), missing=missing)
     raise TypeError(
         "evaluations_or_runs must hold evaluations, runs, exhibits, run folders or an evaluation's JSON files, "
         f"got {type(value).__name__} for {name!r}"
     )
 
 
-def _trained(story: Story, run: Run | str | Path | None) -> Story:
-    """The story with its training."""
+def _add_training(entry: Entry, run: Run | str | Path | None) -> Entry:
+    """The entry with the history, configuration and environment of its run."""
     if isinstance(run, Run):
-        story = replace(story, history=run.history)
+        entry = replace(entry, history=run.history)
         run = run.run_dir
     if run is None or not (Path(run) / "config.yaml").is_file():
-        return story
+        return entry
     folder = Path(run)
-    environment = _environment(folder / "environment.json") if (folder / "environment.json").is_file() else {}
-    history = story.history
+    environment = _read_environment(folder / "environment.json") if (folder / "environment.json").is_file() else {}
+    history = entry.history
     metrics = folder / "metrics.jsonl"
     if not history and metrics.is_file():
-        history = [_row(metrics, line) for line in _text(metrics).split("\n") if line]
-    return replace(story, history=history, configuration=read_config(folder), environment=environment)
+        history = [_read_row(metrics, line) for line in _read_text(metrics).split("\n") if line]
+    return replace(entry, history=history, configuration=read_config(folder), environment=environment)
 
 
-def _folder(name: str, folder: Path, pictures: int, device: torch.device | str | None) -> Story:
-    """A run folder's story; pictures are made where its model and images are what was evaluated."""
+def _read_folder(name: str, folder: Path, pictures: int, device: torch.device | str | None) -> Entry:
+    """The entry of a run folder, with pictures where its model and images are those that were evaluated."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is no run folder: it holds no config.yaml")
-    story = _trained(Story(name), folder)
+    entry = _add_training(Entry(name), folder)
     if not (folder / "evaluation.json").is_file():
         hint = f"innermax evaluate {folder} --json {folder / 'evaluation.json'}"
-        return replace(story, missing=(f"This run has not been evaluated: {hint}",))
+        return replace(entry, missing=(f"This run has not been evaluated: {hint}",))
     try:
         evaluation, source = _own_evaluation(folder)
     except OtherWeights as error:
         warnings.warn(str(error), stacklevel=2)
-        return replace(story, missing=(f"{error}.",))
-    story = replace(story, evaluation=evaluation)
+        return replace(entry, missing=(f"{error}.",))
+    entry = replace(entry, evaluation=evaluation)
     if evaluation.weights is None:
-        story = replace(story, missing=("The evaluation does not say which weights it measured.",))
+        entry = replace(entry, missing=("The evaluation does not say which weights it measured.",))
     if pictures < 1:
-        return story
+        return entry
     try:
-        return replace(story, gallery=_gallery(folder, evaluation, source, pictures, device))
+        return replace(entry, gallery=_make_gallery(folder, evaluation, source, pictures, device))
     except ValueError as error:
-        return replace(story, missing=(*story.missing, f"No pictures: {' '.join(str(error).split())}"))
+        return replace(entry, missing=(*entry.missing, f"No pictures: {' '.join(str(error).split())}"))
 
 
 class OtherWeights(ValueError):
-    """An evaluation is not one of the models beside it."""
+    """An evaluation measured none of the models in its folder."""
 
 
 def _own_evaluation(folder: Path) -> tuple[Evaluation, Path | None]:
@@ -180,30 +183,32 @@ def _model_files(folder: Path) -> list[Path]:
     return [folder / name for name in ("best.safetensors", "model.safetensors") if (folder / name).is_file()]
 
 
-def _gallery(
+def _make_gallery(
     folder: Path, evaluation: Evaluation, source: Path | None, pictures: int, device: torch.device | str | None
 ) -> Gallery:
-    """Pictures from what a run folder says; source: the evaluated model's file, where it is known.
+    """Pictures of a run folder's model; source: the evaluated model's file, where it is known.
 
     Raises ValueError where that is not enough.
     """
-    told = read_settings(folder)
-    if not told.get("data") or not told.get("threat"):
-        raise ValueError("the run folder does not say its data set and threat model; innermax.gallery makes them")
-    threat = build_threat(**told["threat"])
+    settings = read_settings(folder)
+    if not settings.get("data") or not settings.get("threat"):
+        raise ValueError("the run folder does not record its data set and threat model; use innermax.gallery")
+    threat = build_threat(**settings["threat"])
     attacks = {name: named_attack(name, threat) for name in evaluation.rows}
-    data = load_data(told["data"], validation=0)
+    data = load_data(settings["data"], validation=0)
     test = data.test[: len(evaluation.label)]
     for file in _model_files(folder) if source is None else [source]:
         model = load_model(file)
-        if source is not None or _answers_alike(model, test, evaluation, device):
+        if source is not None or _predicts_alike(model, test, evaluation, device):
             names = data.class_names
             return gallery(model, test, attacks, evaluation, pictures=pictures, class_names=names, device=device)
     raise ValueError("the evaluation in the run folder is not of its model")
 
 
-def _answers_alike(model: nn.Module, test: ImageSet, evaluation: Evaluation, device: torch.device | str | None) -> bool:
-    """Whether a model's predictions are an evaluation's, on the first images."""
+def _predicts_alike(
+    model: nn.Module, test: ImageSet, evaluation: Evaluation, device: torch.device | str | None
+) -> bool:
+    """Whether a model predicts what an evaluation recorded, on the first images."""
     model, place = on_device(model, test, device)
     few = torch.arange(min(_PROBED, len(test)))
     x, _ = test.batch(few)
@@ -212,38 +217,38 @@ def _answers_alike(model: nn.Module, test: ImageSet, evaluation: Evaluation, dev
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in a file. Raises ValueError, with the file's name, where it is none."""
+    """The evaluation in a file. Raises ValueError, with the file's name, where it holds none."""
     try:
-        return Evaluation.from_json(_text(path))
+        return Evaluation.from_json(_read_text(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _row(path: Path, line: str) -> dict[str, Any]:
-    row = _json(path, line)
+def _read_row(path: Path, line: str) -> dict[str, Any]:
+    row = _read_json(path, line)
     if not is_row(row):
         raise ValueError(f"{path} is damaged: a line holds no measures")
     measures: dict[str, Any] = row
     return measures
 
 
-def _environment(path: Path) -> dict[str, Any]:
-    told = _json(path, _text(path))
-    if not isinstance(told, dict) or not isinstance(told.get("versions", {}), dict):
+def _read_environment(path: Path) -> dict[str, Any]:
+    environment = _read_json(path, _read_text(path))
+    if not isinstance(environment, dict) or not isinstance(environment.get("versions", {}), dict):
         raise ValueError(f"{path} is damaged: it holds no versions")
-    if not isinstance(told.get("command", []), list):
+    if not isinstance(environment.get("command", []), list):
         raise ValueError(f"{path} is damaged: its command is no list of words")
-    return told
+    return environment
 
 
-def _json(path: Path, text: str) -> Any:
+def _read_json(path: Path, text: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

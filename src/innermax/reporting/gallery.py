@@ -1,4 +1,4 @@
-"""Images to look at: clean, perturbed, and how the search between them went; and robustness against ε."""
+"""Images before and after attacks, with the course of each search; and accuracy by ε."""
 
 import io
 import math
@@ -32,7 +32,7 @@ _CHUNK = 50  # images attacked at a time
 _SIZES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # times ε
 _STEPS = 10
 _SWEPT = 200  # images
-# Signed colours that are told apart without colour vision (Okabe & Ito 2008), on the mid-grey of no change.
+# Colours of a negative, no and a positive change, distinct without colour vision (Okabe & Ito 2008).
 _LESS, _SAME, _MORE = (0, 114, 178), (245, 245, 245), (213, 94, 0)
 
 Pixels = npt.NDArray[np.uint8]
@@ -46,10 +46,10 @@ class Picture:
         index: its position in the test set.
         attack: the attack's name.
         label, before, after: the true class, and the predicted ones of the clean and of the attacked image.
-        clean, change, attacked: PNG files; the change is scaled so that its largest value is as far as colours go.
+        clean, change, attacked: PNG files; the change is scaled so that its largest value has the strongest colour.
         largest: the largest change of a value, in [0, 1].
-        relative_fosc: where the search ended; NaN where the attack does not tell, or the gradient is zero.
-        zero_gradient: whether the search ended where there is nothing to follow; None where the attack does not tell.
+        relative_fosc: at the end of the search; NaN where the attack does not tell, or the gradient is zero.
+        zero_gradient: whether the gradient is zero at the end of the search; None where the attack does not tell.
         loss, fosc: the attack's loss and the relative FOSC by step, the start first; empty unless the attack is a PGD.
     """
 
@@ -91,8 +91,9 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Gallery:
-    """What a report shows beyond an evaluation's numbers. `pictures` is empty where inputs are no images of 1 or 3
-    channels, `sweep` None without an attack.
+    """What a report shows beside an evaluation's numbers.
+
+    `pictures` is empty where inputs are not images of 1 or 3 channels; `sweep` is None without an attack.
     """
 
     pictures: tuple[Picture, ...]
@@ -113,43 +114,44 @@ def gallery(
     """Pictures for a report: images of every class that fell and that survived, each under every attack.
 
     They are attacked again, from the evaluation's own random starts. A sweep over ε with PGD-10 on the first 200 images
-    costs 60 gradients for each of them. Fewer pictures are made where larger ones would take the page over
-    5 MB; what is larger than 96 pixels is shown smaller.
+    costs 60 gradients for each of them. Images larger than 96 pixels are scaled down, and there are fewer pictures
+    where the page would exceed 5 MB.
 
     Args:
         model, test_set, attacks: what was evaluated.
-        evaluation: what came out.
-        pictures: ≥ 1, at most so many: pairs of an image and an attack.
-        class_names: one a class.
-        device: where to compute; where the model is unless told.
+        evaluation: its result.
+        pictures: ≥ 1, the largest number of pictures: pairs of an image and an attack.
+        class_names: one per class.
+        device: where to compute. None: where the model is.
 
     Raises:
         ValueError, TypeError: pictures is no number ≥ 1; test_set, attacks or model are not the evaluation's.
     """
     check_count(pictures, "pictures")
     images = as_image_set(test_set)
-    _check(images, attacks, evaluation)
+    _check_evaluated(images, attacks, evaluation)
     model, device = on_device(model, images, device)
-    told = evaluation.settings
-    bench = Bench(images, device, _CHUNK, told.seed, told.quantize, None)
+    settings = evaluation.settings
+    bench = Bench(images, device, _CHUNK, settings.seed, settings.quantize, None)
     exact = Oracle(model)
     names = None if class_names is None else tuple(map(str, class_names))
     if not attacks:
         return Gallery((), None, names)
-    chosen = torch.from_numpy(spread_out(evaluation, max(1, pictures // len(attacks))))
+    chosen = torch.from_numpy(select_images(evaluation, max(1, pictures // len(attacks))))
     shown: tuple[Picture, ...] = ()
     with bench.in_float32(exact), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the evaluation has said what there is to say of this model
+        warnings.simplefilter("ignore")  # the evaluation has given its warnings about this model
         oracle = bench.attack_oracle(model, exact, "float32")
         if len(images.shape) == 3 and images.shape[0] in (1, 3):
-            shown = tuple(_within(_pictures(bench, attacks, oracle, exact, chosen), _BYTES))
-        swept = _sweep(model, images, next(iter(attacks.values())).threat, told.seed, device)
+            shown = tuple(_limit_bytes(_make_pictures(bench, attacks, oracle, exact, chosen), _BYTES))
+        swept = _measure_sweep(model, images, next(iter(attacks.values())).threat, settings.seed, device)
     return Gallery(shown[:pictures], swept, names)
 
 
-def spread_out(evaluation: Evaluation, count: int) -> npt.NDArray[np.int64]:
-    """(count,) at most, the numbers of test images of every class and fate in turn: fell, survived, survived a search
-    that did not converge; and, a quarter as many, wrong without an attack.
+def select_images(evaluation: Evaluation, count: int) -> npt.NDArray[np.int64]:
+    """(count,) at most: numbers of test images, in turn of every class and outcome.
+
+    Outcomes are: fell, survived, survived a search that did not converge and, a quarter as often, misclassified clean.
     """
     clean, survived = evaluation.correct("clean"), evaluation.correct("worst_case")
     loose = np.zeros_like(clean)
@@ -165,7 +167,7 @@ def spread_out(evaluation: Evaluation, count: int) -> npt.NDArray[np.int64]:
     return np.argsort(turn, kind="stable")[:count].astype(np.int64)
 
 
-def _check(images: ImageSet, attacks: Mapping[str, Attack], evaluation: Evaluation) -> None:
+def _check_evaluated(images: ImageSet, attacks: Mapping[str, Attack], evaluation: Evaluation) -> None:
     if not np.array_equal(images.labels.cpu().numpy(), evaluation.label):
         raise ValueError(
             f"test_set must be what was evaluated: its {len(images)} labels differ from the evaluation's "
@@ -176,10 +178,10 @@ def _check(images: ImageSet, attacks: Mapping[str, Attack], evaluation: Evaluati
             raise ValueError(f"attacks must be the evaluation's: {name!r} is not, got {attack!r}")
 
 
-def _pictures(
+def _make_pictures(
     bench: Bench, attacks: Mapping[str, Attack], oracle: Oracle, exact: Oracle, chosen: Tensor
 ) -> Iterator[Picture]:
-    """The chosen images, each under all attacks."""
+    """The pictures of the chosen images, each under all attacks."""
     for start in range(0, len(chosen), _CHUNK):
         index = chosen[start : start + _CHUNK]
         x, y = bench.images.batch(index.to(bench.images.images.device))
@@ -187,16 +189,16 @@ def _pictures(
         check_images(x, attacks, bench.quantize)
         before = scoring_logits(exact, x, y).argmax(1)
         columns = [
-            _under(bench, name, attack, oracle, exact, (x, y, index, before)) for name, attack in attacks.items()
+            _attack_batch(bench, name, attack, oracle, exact, (x, y, index, before)) for name, attack in attacks.items()
         ]
         for row in zip(*columns, strict=True):
             yield from row
 
 
-def _under(
+def _attack_batch(
     bench: Bench, name: str, attack: Attack, oracle: Oracle, exact: Oracle, batch: tuple[Tensor, Tensor, Tensor, Tensor]
 ) -> list[Picture]:
-    """One attack's pictures of a batch: images, labels, numbers and clean predictions."""
+    """One attack's pictures of a batch: (images, labels, numbers, clean predictions)."""
     x, y, index, before = batch
     result = attack(oracle, x.clone(), y.clone(), seed=bench.seed, index=index, final="gradient")
     x_adv = bench.admitted(name, result, attack.threat.around(x))
@@ -206,9 +208,8 @@ def _under(
     if isinstance(attack, PGD):
         trace = trace_search(attack, exact, x, y, seed=bench.seed, index=index)
         loss, fosc = trace.loss.T.tolist(), trace.relative_fosc.T.tolist()
-    untold = [None] * len(x)
     relative = [math.nan] * len(x) if result.relative_fosc is None else result.relative_fosc.tolist()
-    zero = untold if result.zero_gradient is None else result.zero_gradient.tolist()
+    zero = [None] * len(x) if result.zero_gradient is None else result.zero_gradient.tolist()
     found = []
     for row in range(len(x)):
         change = x_adv[row] - x[row]
@@ -219,9 +220,9 @@ def _under(
                 label=int(y[row]),
                 before=int(before[row]),
                 after=int(after[row]),
-                clean=_png(_pixels(x[row])),
-                change=_png(_signed(change)),
-                attacked=_png(_pixels(x_adv[row])),
+                clean=_encode_png(_to_pixels(x[row])),
+                change=_encode_png(_colour_change(change)),
+                attacked=_encode_png(_to_pixels(x_adv[row])),
                 largest=float(change.abs().max()),
                 relative_fosc=relative[row],
                 zero_gradient=zero[row],
@@ -232,8 +233,8 @@ def _under(
     return found
 
 
-def _within(pictures: Iterator[Picture], limit: int) -> Iterator[Picture]:
-    """The first pictures that together take up no more bytes."""
+def _limit_bytes(pictures: Iterator[Picture], limit: int) -> Iterator[Picture]:
+    """The first pictures whose files together take up at most `limit` bytes."""
     total = 0
     for picture in pictures:
         total += len(picture.clean) + len(picture.change) + len(picture.attacked)
@@ -242,8 +243,8 @@ def _within(pictures: Iterator[Picture], limit: int) -> Iterator[Picture]:
         yield picture
 
 
-def _sweep(model: nn.Module, images: ImageSet, threat: Threat, seed: int, device: torch.device) -> Sweep:
-    """Accuracy by size of the perturbation, as far as sizes fit between the bounds."""
+def _measure_sweep(model: nn.Module, images: ImageSet, threat: Threat, seed: int, device: torch.device) -> Sweep:
+    """Accuracy by size of the perturbation, for the sizes that fit between the bounds."""
     few = images[:_SWEPT]
     x, _ = few.batch(torch.arange(1, device=few.images.device))
     attacks = {}
@@ -259,14 +260,14 @@ def _sweep(model: nn.Module, images: ImageSet, threat: Threat, seed: int, device
     return Sweep(eps, tuple(found.accuracy.values()), len(few))
 
 
-def _pixels(image: Tensor) -> Pixels:
+def _to_pixels(image: Tensor) -> Pixels:
     """(H, W) or (H, W, 3) of an image in [0, 1]."""
     levels: Pixels = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).cpu().permute(1, 2, 0).numpy()
     return levels[:, :, 0] if levels.shape[2] == 1 else levels
 
 
-def _signed(change: Tensor) -> Pixels:
-    """(H, W, 3) of a change: blue where it darkens, orange where it brightens, and in colour images around mid-grey."""
+def _colour_change(change: Tensor) -> Pixels:
+    """(H, W, 3) of a change: blue where it darkens, orange where it brightens; of a colour image around mid-grey."""
     share = (change / change.abs().max().clamp(min=1e-12)).detach().float().cpu().permute(1, 2, 0).numpy()
     if share.shape[2] == 3:
         return np.asarray((127.5 + 127.5 * share).round(), np.uint8)
@@ -275,8 +276,8 @@ def _signed(change: Tensor) -> Pixels:
     return np.asarray(colour.round(), np.uint8)
 
 
-def _png(pixels: Pixels) -> bytes:
-    """A PNG file, at most 96 pixels a side."""
+def _encode_png(pixels: Pixels) -> bytes:
+    """A PNG file, at most 96 pixels per side."""
     from PIL import Image
 
     image = Image.fromarray(pixels)

@@ -1,4 +1,4 @@
-"""The report's page: six questions about robustness, answered in one file that needs nothing else."""
+"""The report: six questions about robustness, answered on one HTML page that needs no other file."""
 
 import base64
 import math
@@ -17,10 +17,10 @@ from markupsafe import Markup
 from innermax.evaluation.audit import Audit, Evidence
 from innermax.evaluation.result import Evaluation
 from innermax.reporting import charts
-from innermax.reporting.contents import Story, stories
+from innermax.reporting.contents import Entry, read_entries
 from innermax.reporting.gallery import Picture
-from innermax.reporting.svg import Series, interval, legend, number_text, spark
-from innermax.reporting.tables import shown_name
+from innermax.reporting.svg import Series, draw_interval, draw_legend, draw_spark, format_number
+from innermax.reporting.tables import display_name
 from innermax.threat import NORMS
 from innermax.utils.environment import environment
 from innermax.utils.files import write_bytes
@@ -34,19 +34,19 @@ _LISTED = 20
 def report(
     evaluations_or_runs: Any, path: str | Path, *, pictures: int = 200, device: torch.device | str | None = None
 ) -> Path:
-    """Writes the robustness report, one HTML page that loads nothing from anywhere; the path it was written to.
+    """Writes the robustness report, one HTML page that needs no other file or network; returns its path.
 
     Args:
         evaluations_or_runs: an Evaluation, a Run, an Exhibit, a run folder or the file of an evaluation's JSON; or
-            several of them, as a sequence, or by the names the page shall call them.
-        path: the page; its folder must exist.
-        pictures: ≥ 0; at most so many are made from run folders, for which model and images are loaded and attacked
-            again, as `innermax.gallery` does. 0: what the folders hold is shown, and nothing computed.
-        device: where to make them; where models are loaded to unless told.
+            several of them, as a sequence or by the names that the page uses.
+        path: of the page; its folder must exist.
+        pictures: ≥ 0, the largest number of pictures made from run folders, whose models and images are loaded and
+            attacked again, as `innermax.gallery` does. 0: nothing is computed.
+        device: where to make them. None: where models are loaded to.
 
     Raises:
-        ValueError, TypeError: evaluations_or_runs holds something else, or what is not readable; pictures is negative;
-            path cannot be written.
+        ValueError, TypeError: evaluations_or_runs holds something else, or a file that is not readable; pictures is
+            negative; path cannot be written.
     """
     if isinstance(pictures, bool) or not isinstance(pictures, int):
         raise TypeError(f"pictures must be an integer, got {pictures!r}")
@@ -55,65 +55,67 @@ def report(
     path = Path(path)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"path {path} cannot be written: it is a folder, or its folder does not exist")
-    told = stories(evaluations_or_runs, pictures, device)
-    write_bytes(path, _page(told).encode())
+    entries = read_entries(evaluations_or_runs, pictures, device)
+    write_bytes(path, _render(entries).encode())
     return path
 
 
-def _page(told: Sequence[Story]) -> str:
+def _render(entries: Sequence[Entry]) -> str:
     """The HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    room = Environment(
+    templates = Environment(
         loader=PackageLoader("innermax.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    room.filters |= {"percent": _percent, "number": _number, "brief": _brief, "shown": shown_name}
+    templates.filters |= {"percent": _percent, "number": _number, "brief": _brief, "shown": display_name}
     files = resources.files("innermax.reporting")
-    seeds = [story.evaluation.settings.seed for story in told if story.evaluation is not None]
+    seeds = [entry.evaluation.settings.seed for entry in entries if entry.evaluation is not None]
     made = environment(seeds[0] if seeds else 0)
-    return room.get_template("page.html").render(
+    return templates.get_template("page.html").render(
         style=Markup(files.joinpath("page.css").read_text(encoding="utf-8")),
         script=Markup(files.joinpath("page.js").read_text(encoding="utf-8")),
-        models=[_model(number, story) for number, story in enumerate(told)],
-        attacks=list(dict.fromkeys(name for story in told if story.evaluation for name in story.evaluation.rows)),
-        differences=_differences(told),
-        comparison=charts.comparison(told),
-        training=charts.training(told),
-        pictures=[_picture(story, picture) for story in told for picture in _pictures(story)],
-        classes=_classes(told),
+        models=[_describe_model(number, entry) for number, entry in enumerate(entries)],
+        attacks=list(dict.fromkeys(name for entry in entries if entry.evaluation for name in entry.evaluation.rows)),
+        differences=_compare_worst_cases(entries),
+        comparison=charts.draw_comparison(entries),
+        training=charts.draw_training(entries),
+        pictures=[_describe_picture(entry, picture) for entry in entries for picture in _pictures(entry)],
+        classes=_classes(entries),
         made=made,
         command=shlex.join(made["command"]),
-        numbers={story.name: None if story.evaluation is None else story.evaluation.summary() for story in told},
+        numbers={entry.name: None if entry.evaluation is None else entry.evaluation.summary() for entry in entries},
     )
 
 
-def _model(number: int, story: Story) -> dict[str, Any]:
-    """What the template says of one model."""
-    found = story.evaluation
+def _describe_model(number: int, entry: Entry) -> dict[str, Any]:
+    """One model, as the template shows it."""
+    found = entry.evaluation
     return {
-        "name": story.name,
-        "swatch": legend([Series(story.name, [], [], number, kind="marks")]),
-        "missing": story.missing,
-        "threat": None if found is None else _threat(found),
+        "name": entry.name,
+        "swatch": draw_legend([Series(entry.name, [], [], number, kind="marks")]),
+        "missing": entry.missing,
+        "threat": None if found is None else _describe_threat(found),
         "rows": [] if found is None else _rows(found),
         "evaluation": found,
         "audit": None if found is None else found.audit,
-        "sentence": "" if found is None or found.audit is None else _said(found.audit),
+        "sentence": "" if found is None or found.audit is None else _audit_sentence(found.audit),
         "mark": _MARKS[found.audit.verdict] if found is not None and found.audit is not None else "–",
-        "evidence": None if found is None or found.audit is None else _evidence(found.audit),
-        "spent": charts.spent(story) if any("gradients" in row for row in story.history) else None,
-        "history": story.history,
-        "convergence": charts.convergence(story),
-        "confusions": [] if found is None else [_confusions(story, found, name) for name in _strongest_first(found)],
-        "configuration": yaml.safe_dump(dict(story.configuration), sort_keys=False, allow_unicode=True).strip()
-        if story.configuration
+        "evidence": None if found is None or found.audit is None else _describe_evidence(found.audit),
+        "spent": charts.sum_gradients(entry) if any("gradients" in row for row in entry.history) else None,
+        "history": entry.history,
+        "convergence": charts.draw_convergence(entry),
+        "confusions": []
+        if found is None
+        else [_count_confusions(entry, found, name) for name in _strongest_first(found)],
+        "configuration": yaml.safe_dump(dict(entry.configuration), sort_keys=False, allow_unicode=True).strip()
+        if entry.configuration
         else "",
-        "environment": _environment(story.environment),
-        "command": shlex.join(map(str, story.environment.get("command", []))),
+        "environment": _list_environment(entry.environment),
+        "command": shlex.join(map(str, entry.environment.get("command", []))),
     }
 
 
@@ -122,42 +124,44 @@ def _rows(found: Evaluation) -> list[dict[str, Any]]:
     rows = []
     for name in ("clean", *found.rows, "worst_case"):
         value = found.worst_case if name == "worst_case" else found.accuracy[name]
-        title = {"clean": "Clean", "worst_case": "Worst case"}.get(name, shown_name(name))
-        bar = interval(value.value, value.low, value.high)
+        title = {"clean": "Clean", "worst_case": "Worst case"}.get(name, display_name(name))
+        bar = draw_interval(value.value, value.low, value.high)
         rows.append({"key": name, "title": title, "accuracy": value, "bar": bar, "search": found.convergence.get(name)})
     return rows
 
 
-def _threat(found: Evaluation) -> str:
-    """The threat models of the attacks, as far as their descriptions tell."""
-    told = [re.search(r"threat=(\w+)\(eps=(\d+(?:\.\d+)?(?:e-\d+)?)", text) for text in found.settings.attacks.values()]
-    names = [f"{_SYMBOLS.get(match[1], match[1])}, ε = {eps_text(float(match[2]))}" for match in told if match]
+def _describe_threat(found: Evaluation) -> str:
+    """The threat models of the attacks, read from their descriptions."""
+    matches = [
+        re.search(r"threat=(\w+)\(eps=(\d+(?:\.\d+)?(?:e-\d+)?)", text) for text in found.settings.attacks.values()
+    ]
+    names = [f"{_SYMBOLS.get(match[1], match[1])}, ε = {format_eps(float(match[2]))}" for match in matches if match]
     return " and ".join(dict.fromkeys(names))
 
 
-def eps_text(eps: float) -> str:
-    """A size of perturbations as people write it: in 255ths where it is whole ones."""
+def format_eps(eps: float) -> str:
+    """A size of perturbations as it is usually written: in 255ths where that is a whole number."""
     levels = eps * 255
     return f"{levels:.0f}/255" if 1 <= round(levels) < 64 and abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
 
-def _differences(told: Sequence[Story]) -> dict[str, Any]:
-    """By name, the worst case minus the first model's, paired, where both saw the same examples."""
-    first = next((story for story in told if story.evaluation is not None), None)
+def _compare_worst_cases(entries: Sequence[Entry]) -> dict[str, Any]:
+    """By name, the paired difference of the worst case from the first model's, where both saw the same examples."""
+    first = next((entry for entry in entries if entry.evaluation is not None), None)
     found = {}
-    for story in told:
-        if first is None or first.evaluation is None or story.evaluation is None or story is first:
+    for entry in entries:
+        if first is None or first.evaluation is None or entry.evaluation is None or entry is first:
             continue
-        if np.array_equal(story.evaluation.label, first.evaluation.label):
-            found[story.name] = story.evaluation.difference(first.evaluation, "worst_case")
+        if np.array_equal(entry.evaluation.label, first.evaluation.label):
+            found[entry.name] = entry.evaluation.difference(first.evaluation, "worst_case")
     return found
 
 
-def _evidence(audit: Audit) -> dict[str, Any]:
-    """What the audit's verdict rests on: stronger searches, gauges, and checks of the model's gradients."""
+def _describe_evidence(audit: Audit) -> dict[str, Any]:
+    """The evidence for the audit's verdict: stronger searches, gauges, and checks of the model's gradients."""
     found = audit.evidence
     tried = [(name, count, found.gain.get(name, 0.0)) for name, count in found.fallen.items()]
-    checks = [(said, value) for said, value in _checks(found).items() if value is not None]
+    checks = [(name, value) for name, value in _checks(found).items() if value is not None]
     return {"tried": tried, "searches": found.searches, "checks": checks}
 
 
@@ -167,15 +171,15 @@ def _checks(found: Evidence) -> dict[str, str | None]:
 
     agreement = None if math.isnan(found.float64_agreement) else f"{found.float64_agreement:.4f}"
     return {
-        "Survivors tried": f"{found.sampled:,} of {found.survivors:,}",
-        "The same image twice: change of a logit, over their spread": f"{found.repeat_difference:.2g}",
+        "Survivors attacked again": f"{found.sampled:,} of {found.survivors:,}",
+        "The same image twice: change of a logit over the spread of logits": f"{found.repeat_difference:.2g}",
         "Points without a gradient (cross-entropy)": share(found.zero_gradient),
         "Points without a gradient (margin)": share(found.zero_margin_gradient),
-        "Points whose gradient foretells a small step": share(found.foretold),
+        "Points whose gradient predicts a small step": share(found.foretold),
         "Cosine of float32 and float64 gradients": agreement,
-        "Sample that withstands ε as large as the bounds": share(found.large_eps),
+        "Share that withstands ε as large as the bounds": share(found.large_eps),
         "Functions that stop or dampen the gradient": ", ".join(found.passed) or "none found",
-        "Answers are probabilities": "yes" if found.probabilities else "no",
+        "Outputs are probabilities": "yes" if found.probabilities else "no",
         "Cost, over all examples": f"{found.gradients:,} gradients, {found.forwards:,} forward passes",
     }
 
@@ -184,10 +188,10 @@ def _strongest_first(found: Evaluation) -> list[str]:
     return sorted(found.rows, key=lambda name: found.accuracy[name].correct)
 
 
-def _confusions(story: Story, found: Evaluation, name: str) -> dict[str, Any]:
-    """How often each class was taken for each under an attack: a matrix, or of many classes the most frequent."""
+def _count_confusions(entry: Entry, found: Evaluation, name: str) -> dict[str, Any]:
+    """How often each class is taken for each other under an attack: a matrix, or of many classes the frequent pairs."""
     predicted = found.rows[name].prediction
-    names = story.gallery.class_names if story.gallery else None
+    names = entry.gallery.class_names if entry.gallery else None
     count = max(int(found.label.max()), int(predicted.max()), len(names or ()) - 1) + 1
     pairs, often = np.unique(np.stack([found.label, predicted]), axis=1, return_counts=True)
     wrong = np.flatnonzero(pairs[0] != pairs[1])
@@ -207,16 +211,16 @@ def _confusions(story: Story, found: Evaluation, name: str) -> dict[str, Any]:
     }
 
 
-def _pictures(story: Story) -> Sequence[Picture]:
-    return () if story.gallery is None else story.gallery.pictures
+def _pictures(entry: Entry) -> Sequence[Picture]:
+    return () if entry.gallery is None else entry.gallery.pictures
 
 
-def _picture(story: Story, picture: Picture) -> dict[str, Any]:
+def _describe_picture(entry: Entry, picture: Picture) -> dict[str, Any]:
     """A picture as the template shows it."""
-    names = story.gallery.class_names if story.gallery else None
-    files = {key: _data(getattr(picture, key)) for key in ("clean", "change", "attacked")}
+    names = entry.gallery.class_names if entry.gallery else None
+    files = {key: _data_url(getattr(picture, key)) for key in ("clean", "change", "attacked")}
     return {
-        "model": story.name,
+        "model": entry.name,
         "index": picture.index,
         "attack": picture.attack,
         "label": picture.label,
@@ -229,7 +233,7 @@ def _picture(story: Story, picture: Picture) -> dict[str, Any]:
         "largest": picture.largest,
         "relative_fosc": picture.relative_fosc,
         "lines": [
-            (title, spark(values, style, logs), values[0], values[-1])
+            (title, draw_spark(values, style, logs), values[0], values[-1])
             for title, values, style, logs in (("loss", picture.loss, 1, False), ("FOSC", picture.fosc, 0, True))
             if values
         ],
@@ -237,12 +241,12 @@ def _picture(story: Story, picture: Picture) -> dict[str, Any]:
     }
 
 
-def _classes(told: Sequence[Story]) -> list[tuple[int, str]]:
+def _classes(entries: Sequence[Entry]) -> list[tuple[int, str]]:
     """The classes in the gallery, by number, with their names."""
     found = {
-        picture.label: _class(picture.label, story.gallery.class_names if story.gallery else None)
-        for story in told
-        for picture in _pictures(story)
+        picture.label: _class(picture.label, entry.gallery.class_names if entry.gallery else None)
+        for entry in entries
+        for picture in _pictures(entry)
     }
     return sorted(found.items())
 
@@ -251,22 +255,22 @@ def _class(number: int, names: Sequence[str] | None) -> str:
     return str(number) if names is None or number >= len(names) else names[number]
 
 
-def _environment(told: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _list_environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Versions and machine of a run, as pairs."""
     flat = {
-        **told.get("versions", {}),
-        **{key: told[key] for key in ("device", "threads", "seed", "commit", "date") if key in told},
+        **environment.get("versions", {}),
+        **{key: environment[key] for key in ("device", "threads", "seed", "commit", "date") if key in environment},
     }
     return [(str(key), "–" if value is None else str(value)) for key, value in flat.items()]
 
 
-def _data(content: bytes) -> str:
-    """A PNG file as an address that needs no other file."""
+def _data_url(content: bytes) -> str:
+    """A PNG file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def _said(audit: Audit) -> str:
-    """The audit's sentence without the verdict, which stands beside it."""
+def _audit_sentence(audit: Audit) -> str:
+    """The audit's sentence without the verdict, which is shown beside it."""
     sentence = audit.sentence.removeprefix("Audit: ").removeprefix(f"{audit.verdict}. ")
     return sentence[:1].upper() + sentence[1:]
 
@@ -276,7 +280,7 @@ def _percent(value: float | None, digits: int = 2) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else number_text(value)
+    return "–" if value is None or math.isnan(value) else format_number(value)
 
 
 def _brief(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, in the page's own colours: every series also has its dashes and its mark."""
+"""Charts as inline SVG in the page's colours; series also differ in dashes and marks."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ _LEVELS = 8  # shades of a heat map
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from low to high, its ticks, and what it measures; logarithmic where told."""
+    """A scale from low to high, with its ticks and its label."""
 
     label: str
     low: float
@@ -26,7 +26,7 @@ class Axis:
     logarithmic: bool = False
 
     def share(self, value: float) -> float:
-        """Where a value lies, 0 at the low end and 1 at the high one; what lies beyond is put at the end."""
+        """The place of a value, 0 at the low end and 1 at the high end; values beyond are placed at the end."""
         if self.logarithmic:
             value = max(value, self.low)
             way = math.log(value / self.low) / math.log(self.high / self.low)
@@ -40,7 +40,7 @@ class Series:
     """A line through points, a band around it, or marks with intervals.
 
     Attributes:
-        name: what the legend says.
+        name: in the legend.
         x, y: the points; a line breaks where y is NaN.
         style: number of its colour, dashes and mark.
         low, high: ends of a band, or with `kind` "marks" of an interval at each point.
@@ -56,8 +56,8 @@ class Series:
     kind: Literal["line", "marked", "marks", "steps"] = "line"
 
 
-def linear(label: str, values: Iterable[float], *, low: float | None = None, high: float | None = None) -> Axis:
-    """A linear axis around the finite values, or between the ends that are told, with about five round ticks."""
+def linear_axis(label: str, values: Iterable[float], *, low: float | None = None, high: float | None = None) -> Axis:
+    """A linear axis around the finite values, or between low and high where given, with about five round ticks."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     bottom, top = (min(finite) if low is None else low), (max(finite) if high is None else high)
     if top <= bottom:
@@ -65,12 +65,12 @@ def linear(label: str, values: Iterable[float], *, low: float | None = None, hig
     step = _round_step((top - bottom) / 4)
     first = math.ceil(bottom / step - 1e-9) if low is not None else math.floor(bottom / step + 1e-9)
     last = math.floor(top / step + 1e-9) if high is not None else math.ceil(top / step - 1e-9)
-    ticks = tuple((number * step, number_text(number * step)) for number in range(first, last + 1))
+    ticks = tuple((number * step, format_number(number * step)) for number in range(first, last + 1))
     return Axis(label, bottom if low is not None else first * step, top if high is not None else last * step, ticks)
 
 
-def logarithmic(label: str, low: float, high: float, below: bool = False) -> Axis:
-    """An axis of powers of ten; below: its low end stands for everything smaller, zero too."""
+def log_axis(label: str, low: float, high: float, below: bool = False) -> Axis:
+    """A logarithmic axis with powers of ten; below: its low end stands for everything smaller, and zero."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     last = max(last, first + 1)
     every = max(1, -(-(last - first) // 5))
@@ -80,10 +80,12 @@ def logarithmic(label: str, low: float, high: float, below: bool = False) -> Axi
     return Axis(label, 10.0**first, 10.0**last, tuple(ticks), logarithmic=True)
 
 
-def chart(series: Sequence[Series], x: Axis, y: Axis, said: str, under: str = "", level: float | None = None) -> Markup:
+def draw_chart(
+    series: Sequence[Series], x: Axis, y: Axis, alt: str, under: str = "", level: float | None = None
+) -> Markup:
     """Lines and marks on two axes.
 
-    said: what a person is told who does not see it. under: drawn first. level: a value of y with a dashed line.
+    alt: its text for those who do not see it. under: drawn first. level: a value of y with a dashed line.
     """
     parts = [under]
     if level is not None:
@@ -91,18 +93,16 @@ def chart(series: Sequence[Series], x: Axis, y: Axis, said: str, under: str = ""
         line = '<line class="level" x1="{}" x2="{}" y1="{}" y2="{}"/><text class="tick" x="{}" y="{}">{}</text>'
         parts.append(
             Markup(line).format(
-                _LEFT, WIDTH - _RIGHT, _n(height), _n(height), _LEFT + 4, _n(height - 4), number_text(level)
+                _LEFT, WIDTH - _RIGHT, _n(height), _n(height), _LEFT + 4, _n(height - 4), format_number(level)
             )
         )
-    parts += [_band(one, x, y) for one in series if one.low and one.kind != "marks"]
-    parts += [_drawn(one, x, y) for one in series]
-    return _svg(said, _frame(x, y), *parts)
+    parts += [_draw_band(one, x, y) for one in series if one.low and one.kind != "marks"]
+    parts += [_draw_series(one, x, y) for one in series]
+    return _wrap_svg(alt, _frame(x, y), *parts)
 
 
-def heat(columns: Sequence[Sequence[float]], x: Axis, y: Axis) -> Markup:
-    """Cells for `chart` to draw under its lines: a column a unit of x, from its middle on, bottom row first; darker is
-    more.
-    """
+def draw_heat(columns: Sequence[Sequence[float]], x: Axis, y: Axis) -> Markup:
+    """A heat map for `draw_chart` to draw under lines: a column per unit of x, bottom row first; darker is more."""
     most = max((value for column in columns for value in column), default=0.0) or 1.0
     width = (WIDTH - _LEFT - _RIGHT) / (x.high - x.low)
     height = (HEIGHT - _TOP - _BOTTOM) / max(len(columns[0]) if columns else 1, 1)
@@ -120,10 +120,10 @@ def heat(columns: Sequence[Sequence[float]], x: Axis, y: Axis) -> Markup:
     return Markup("").join(cells)
 
 
-def mirrored(
-    up: Sequence[float], down: Sequence[float], x: Axis, names: tuple[str, str], said: str, over: str = ""
+def draw_mirrored(
+    up: Sequence[float], down: Sequence[float], x: Axis, names: tuple[str, str], alt: str, over: str = ""
 ) -> Markup:
-    """Two histograms over bins of equal width on x: one stands, the other, hollow, hangs. over: drawn last."""
+    """Two histograms over bins of equal width on x: one upwards, the other, hollow, downwards. over: drawn last."""
     tallest = max(max(up, default=0.0), max(down, default=0.0), 1e-9)
     tops = [max(*values, 0.12 * tallest) for values in (up, down)]  # room for the name of one that is empty
     unit = (HEIGHT - _TOP - _BOTTOM - 36) / sum(tops)
@@ -142,25 +142,25 @@ def mirrored(
     named = words.format(_LEFT + 4, _TOP + 10, names[0], HEIGHT - _BOTTOM - 5, names[1])
     scale = Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>')
     scales = [
-        scale.format(_LEFT - 6, _n(middle + sign * unit * max(values) + 4), number_text(max(values)))
+        scale.format(_LEFT - 6, _n(middle + sign * unit * max(values) + 4), format_number(max(values)))
         for values, sign in ((up, -1), (down, 1))
         if max(values, default=0.0) > 0
     ]
     zero = Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
         _LEFT, WIDTH - _RIGHT, _n(middle), _n(middle)
     )
-    return _svg(said, _x_frame(x), *bars, zero, named, *scales, over)
+    return _wrap_svg(alt, _x_frame(x), *bars, zero, named, *scales, over)
 
 
-def upright(x: Axis, value: float, label: str) -> Markup:
-    """A dashed line at a value of x, with its name."""
+def draw_vertical(x: Axis, value: float, label: str) -> Markup:
+    """A vertical dashed line at a value of x, with its label."""
     left = _n(_x(x, value))
     text = '<line class="level" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/><text class="tick" x="{3}" y="{4}">{5}</text>'
     return Markup(text).format(left, _TOP, HEIGHT - _BOTTOM, _n(_x(x, value) + 4), _TOP + 10, label)
 
 
-def interval(value: float, low: float, high: float) -> Markup:
-    """A share with its interval on a bar from 0 to 1, for a table's cell."""
+def draw_interval(value: float, low: float, high: float) -> Markup:
+    """A share with its interval on a bar from 0 to 1, for a cell of a table."""
     text = (
         '<svg class="interval" viewBox="0 0 200 16" aria-hidden="true"><path class="rail" d="M5 8H195"/>'
         '<path class="rail" d="M5 4v8M100 5v6M195 4v8"/><path class="spread" d="M{} 8H{}"/>'
@@ -170,7 +170,7 @@ def interval(value: float, low: float, high: float) -> Markup:
     return Markup(text).format(_n(low), _n(high), _n(value))
 
 
-def spark(values: Sequence[float], style: int, logarithmic: bool = False) -> Markup:
+def draw_spark(values: Sequence[float], style: int, logarithmic: bool = False) -> Markup:
     """A line without axes, for a gallery."""
     finite = [value for value in values if math.isfinite(value)]
     if logarithmic:
@@ -188,8 +188,8 @@ def spark(values: Sequence[float], style: int, logarithmic: bool = False) -> Mar
     ).format(style, _path([point for point in points if math.isfinite(point[1])]))
 
 
-def legend(series: Sequence[Series]) -> Markup:
-    """The names of series beside their dashes and marks."""
+def draw_legend(series: Sequence[Series]) -> Markup:
+    """The names of series with their dashes and marks."""
     items = []
     for one in series:
         line = (
@@ -200,24 +200,24 @@ def legend(series: Sequence[Series]) -> Markup:
             )
         )
         wide = 14 if one.kind == "marks" else 32
-        mark = _mark(wide / 2, 7, one.style) if one.kind in ("marks", "marked") else ""
+        mark = _draw_mark(wide / 2, 7, one.style) if one.kind in ("marks", "marked") else ""
         swatch = Markup('<svg viewBox="0 0 {0} 14" width="{0}" height="14" aria-hidden="true">{1}{2}</svg>')
         items.append(Markup("<li>{} {}</li>").format(swatch.format(wide, line, mark), one.name))
     return Markup('<ul class="legend">{}</ul>').format(Markup("").join(items))
 
 
-def number_text(value: float) -> str:
-    """A number in as few digits as tell it."""
+def format_number(value: float) -> str:
+    """A number in at most three digits, or as a whole number from 1,000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _svg(said: str, *parts: str) -> Markup:
+def _wrap_svg(alt: str, *parts: str) -> Markup:
     text = '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
-    return Markup(text).format(WIDTH, HEIGHT, said, Markup("").join(parts))
+    return Markup(text).format(WIDTH, HEIGHT, alt, Markup("").join(parts))
 
 
 def _frame(x: Axis, y: Axis) -> Markup:
-    """The grid, the ticks and what the axes measure."""
+    """The grid, the ticks and the labels of both axes."""
     parts = [_x_frame(x)]
     for value, text in y.ticks:
         height = _n(_y(y, value))
@@ -245,7 +245,7 @@ def _x_frame(x: Axis) -> Markup:
     return Markup("").join([*parts, Markup(label).format((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 5, x.label)])
 
 
-def _drawn(one: Series, x: Axis, y: Axis) -> Markup:
+def _draw_series(one: Series, x: Axis, y: Axis) -> Markup:
     """A series' line and marks."""
     points = [(_x(x, across), _y(y, value)) for across, value in zip(one.x, one.y, strict=True)]
     parts: list[str] = []
@@ -254,17 +254,17 @@ def _drawn(one: Series, x: Axis, y: Axis) -> Markup:
         lines = "".join(f"M{_n(p[0])} {_n(_y(y, low))}V{_n(_y(y, high))}" for p, low, high in ends)
         parts.append(Markup('<path class="line s{}" d="{}"/>').format(one.style % _STYLES, lines))
     if one.kind != "marks":
-        for run in _runs(points):
+        for run in _split_known(points):
             path = _path(_stairs(run) if one.kind == "steps" else run)
             text = '<path class="line s{}" stroke-dasharray="{}" d="{}"/>'
             parts.append(Markup(text).format(one.style % _STYLES, _dashes(one), path))
     lone = len(points) == 1  # a line of one point would not be seen
     if one.kind in ("marks", "marked") or lone:
-        parts += [_mark(*point, one.style) for point in points if math.isfinite(point[1])]
+        parts += [_draw_mark(*point, one.style) for point in points if math.isfinite(point[1])]
     return Markup("<g><title>{}</title>{}</g>").format(one.name, Markup("").join(parts))
 
 
-def _band(one: Series, x: Axis, y: Axis) -> Markup:
+def _draw_band(one: Series, x: Axis, y: Axis) -> Markup:
     places = [_x(x, across) for across in one.x]
     top = [(place, _y(y, value)) for place, value in zip(places, one.high, strict=True)]
     bottom = [(place, _y(y, value)) for place, value in zip(places, one.low, strict=True)]
@@ -272,7 +272,7 @@ def _band(one: Series, x: Axis, y: Axis) -> Markup:
     return Markup('<path class="band s{}" d="{}z"/>').format(one.style % _STYLES, _path(whole))
 
 
-def _mark(left: float, top: float, style: int) -> Markup:
+def _draw_mark(left: float, top: float, style: int) -> Markup:
     """A filled mark: circle, square, triangle, diamond, triangle upside down, plus or cross."""
     shapes = (
         "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0",
@@ -291,8 +291,8 @@ def _dashes(one: Series) -> str:
     return _DASHES[one.style % _STYLES]
 
 
-def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """The points between those that are not known."""
+def _split_known(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The points in groups, split where y is not finite."""
     runs: list[list[tuple[float, float]]] = [[]]
     for point in points:
         if math.isfinite(point[1]):
@@ -303,7 +303,7 @@ def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float
 
 
 def _stairs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Each height kept until the next point."""
+    """Points of a step function: each height lasts until the next point."""
     stairs = [points[0]]
     for before, after in pairwise(points):
         stairs += [(after[0], before[1]), after]

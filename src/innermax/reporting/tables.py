@@ -1,4 +1,4 @@
-"""What the terminal shows of an evaluation."""
+"""Evaluations, audits and transfers as tables for the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from innermax.evaluation.result import Convergence, Evaluation
 from innermax.evaluation.transfer import Transfer
 from innermax.utils.intervals import Accuracy
 
-# The columns and the width below which each would be cut: a narrow terminal loses the last ones, never the names.
+# Columns and their smallest widths: a narrow terminal loses the last columns, never the names.
 _COLUMNS = {
     "accuracy\n%": 8,
     "95 %\ninterval": 12,
@@ -27,20 +27,20 @@ _ATTACKS_ABREAST = 4  # in 80 columns, beside the clean images
 
 def format_table(evaluation: Evaluation) -> Table:
     """A rich table for 80 columns: accuracy on clean images, under each attack and in the worst case; convergence."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_caption(evaluation), caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_write_caption(evaluation), caption_justify="left")
     table.add_column("", min_width=10, overflow="fold")
     for heading, width in _COLUMNS.items():
         table.add_column(heading, justify="right", overflow="fold", min_width=width)
-    table.add_row("Clean", *_accuracy(evaluation.accuracy["clean"]))
+    table.add_row("Clean", *_accuracy_cells(evaluation.accuracy["clean"]))
     for name, convergence in evaluation.convergence.items():
-        table.add_row(shown_name(name), *_accuracy(evaluation.accuracy[name]), *_search(convergence))
+        table.add_row(display_name(name), *_accuracy_cells(evaluation.accuracy[name]), *_search_cells(convergence))
     table.add_section()
-    table.add_row("Worst case", *_accuracy(evaluation.worst_case), style="bold")
+    table.add_row("Worst case", *_accuracy_cells(evaluation.worst_case), style="bold")
     return table
 
 
 def format_audit(audit: Audit) -> Text:
-    """The audit's verdict, and where something is wrong its causes, the numbers behind them and what to do."""
+    """The audit's verdict and, where it found a failure, its causes, evidence and advice."""
     text = Text(audit.sentence, style="" if audit.verdict == "no failure found" else "bold")
     if audit.verdict == "no failure found":
         return text
@@ -54,60 +54,65 @@ def format_audit(audit: Audit) -> Text:
 
 
 def format_transfer(transfer: Transfer) -> Group:
-    """Rich tables for 80 columns, one a surrogate and four attacks: each target's accuracy, clean and transferred."""
+    """Rich tables for 80 columns, one per surrogate and four attacks: each target's accuracy, clean and transferred."""
     attacks = list(transfer.settings.attacks)
     rows = [attacks[start : start + _ATTACKS_ABREAST] for start in range(0, len(attacks), _ATTACKS_ABREAST)]
-    tables = [_transferred(transfer, surrogate, abreast) for surrogate in transfer.accuracy for abreast in rows]
-    caption = f"{transfer.settings.count:,} examples. Accuracy in %, its 95 % interval below."
+    tables = [_transfer_table(transfer, surrogate, abreast) for surrogate in transfer.accuracy for abreast in rows]
+    caption = f"{transfer.settings.count:,} examples. Accuracy in %, with its 95 % interval below."
     if transfer.white_box:
         caption += " White box: the target is the surrogate."
     return Group(*tables, caption)
 
 
-def shown_name(name: str) -> str:
+def display_name(name: str) -> str:
     """An attack's name as tables print it: FGSM, PGD-20, C&W∞ for "fgsm", "pgd-20", "cw-30"; others as they are."""
     if name.startswith("cw-"):
         return "C&W∞" if name == "cw-30" else f"C&W∞-{name.removeprefix('cw-')}"
     return name.upper() if name == "fgsm" or name.startswith("pgd-") else name
 
 
-def _transferred(transfer: Transfer, surrogate: str, attacks: Sequence[str]) -> Table:
-    """One surrogate's images: a row a target, a column an attack."""
+def _transfer_table(transfer: Transfer, surrogate: str, attacks: Sequence[str]) -> Table:
+    """The images of one surrogate: a row per target, a column per attack."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), title_justify="left", title_style="")
     table.title = Text(f"Images made on {surrogate}")
     table.add_column("target", min_width=10, overflow="fold")
-    for heading in ("Clean", *map(shown_name, attacks)):
+    for heading in ("Clean", *map(display_name, attacks)):
         table.add_column(Text(heading), justify="right", overflow="fold", min_width=10)
     for target, accuracy in transfer.accuracy[surrogate].items():
         name = Text(target + ("\n(white box)" if (surrogate, target) in transfer.white_box else ""))
         cells = (transfer.clean_accuracy[target], *(accuracy[attack] for attack in attacks))
-        table.add_row(name, *(f"{100 * cell.value:.2f}\n{_interval(cell)}" for cell in cells))
+        table.add_row(name, *(f"{100 * cell.value:.2f}\n{_format_interval(cell)}" for cell in cells))
     return table
 
 
-def _caption(evaluation: Evaluation) -> str:
+def _write_caption(evaluation: Evaluation) -> str:
     count = f"{evaluation.settings.count:,} examples."
     if not evaluation.rows:
         return count
     return (
-        f"{count} FOSC and zero gradients are the survivors': FOSC near 0 says that the search has converged; a zero "
-        "gradient gave it nothing to follow, and is left out of FOSC. Gradient calls are per example."
+        f"{count} FOSC and zero gradients are those of survivors. FOSC near 0 means that the search converged; a zero "
+        "gradient gives it nothing to follow, and is left out of FOSC. Gradient calls are per example."
     )
 
 
-def _accuracy(value: Accuracy) -> tuple[str, str]:
+def _accuracy_cells(value: Accuracy) -> tuple[str, str]:
     return f"{100 * value.value:.2f}", f"{100 * value.low:.2f}–{100 * value.high:.2f}"
 
 
-def _interval(value: Accuracy) -> str:
+def _format_interval(value: Accuracy) -> str:
     return f"{100 * value.low:.1f}–{100 * value.high:.1f}"
 
 
-def _search(convergence: Convergence) -> tuple[str, ...]:
+def _search_cells(convergence: Convergence) -> tuple[str, ...]:
     survivors = convergence.survivors
     zero = "–" if math.isnan(survivors.zero_gradient) else f"{100 * survivors.zero_gradient:.1f}"
-    return _number(survivors.fosc_median), _number(survivors.fosc_p90), zero, f"{convergence.gradients:,.1f}"
+    return (
+        _format_number(survivors.fosc_median),
+        _format_number(survivors.fosc_p90),
+        zero,
+        f"{convergence.gradients:,.1f}",
+    )
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2g}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from innermax.attacks.guided_pgd import GuidedPGD
 from innermax.attacks.named import named_attack
-from innermax.reporting.tables import shown_name
+from innermax.reporting.tables import display_name
 from innermax.reproduce.artifact import Find
 from innermax.reproduce.cache import Experiment, find_seed
 from innermax.reproduce.experiments import Attacks, Scored, Trained, unpack_correct
@@ -200,7 +200,7 @@ def sort_by_seed(rows: Sequence[Sequence[Experiment]]) -> list[Experiment]:
 
 def attack_title(attack: str) -> str:
     """An attack's name in a table."""
-    return "Clean" if attack == "clean" else shown_name(attack)
+    return "Clean" if attack == "clean" else display_name(attack)
 
 
 def _cell(value: tuple[float, float, float] | None) -> str:
