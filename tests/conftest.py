@@ -5,12 +5,19 @@ import signal
 import hypothesis
 import jaxtyping
 import pytest
+import torch
 
 # The same examples in every run, in whatever order, and on a busy machine.
 hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("reproducible")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
+
+
+@pytest.fixture(autouse=True)
+def _draws_do_not_depend_on_the_tests_before():
+    """What a test draws from torch's generator is the same in any order of the tests."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

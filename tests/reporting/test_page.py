@@ -83,6 +83,7 @@ def trained(tmp_path_factory):
     """A run folder of two epochs on some digits, and its evaluation."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     data = im.load_data("digits")
+    torch.manual_seed(0)
     model = im.build_model("digits-cnn", input_shape=data.train.shape)
     strategy = im.Dynamic(im.PGD(THREAT, 3))
     settings = {"data": "digits", "threat": {"norm": "linf", "eps": 0.15}}
