@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,7 +141,9 @@ def _current_directory_importable() -> Iterator[None]:
 
 def _from_program(path: str) -> nn.Module:
     try:
-        program = export.load(path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11 warns of its own reading
+            program = export.load(path)
     except Exception as error:  # zip's, pickle's, torch's
         raise ValueError(f"{path} is not a readable torch.export program: {summarize_error(error)}") from error
     try:
