@@ -208,7 +208,7 @@ def runs(*rows: tuple[float, int, int]) -> tuple[torch.Tensor, ...]:
     return torch.tensor(delta, dtype=torch.float64), torch.tensor(batch), torch.tensor(seed)
 
 
-@pytest.mark.parametrize(("batch", "shortened"), [(0, False), (2, True), (400, False)])
+@pytest.mark.parametrize(("batch", "shorten"), [(0, False), (2, True), (400, False)])
 def test_algorithm_1_is_gradient_descent_on_approximate_maximizers(problem, batch, shorten):
     """Against a plain loop, at η = min(1/L, √(Δ/(Lσ²T))): noise shortens the step only where it is large."""
     theta, T, L = problem.start.numpy(), 20, problem.smoothness
