@@ -14,8 +14,8 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from innermax.attacks.named import display_name
 from innermax.evaluation.result import Evaluation
-from innermax.reporting.tables import display_name
 from innermax.utils.files import read_config
 
 ORDER = ("unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "dynamic-exact")

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from jaxtyping import config
 from scipy import optimize, stats
 
 import innermax as im
-from innermax.threat import L1, L2, Linf, Norm, Threat, build_threat
+from innermax.threat import L1, L2, Linf, Threat, build_threat
 from innermax.threat import NORMS as NAMES
 from tests.helpers.threats import ScaledL2, WeightedLinf
 
@@ -753,7 +752,7 @@ def test_index_is_checked(unhooked, index, error):
 
 
 def test_every_norm_has_a_name_a_class_and_a_symbol():
-    assert get_args(Norm) == tuple(NAMES)
+    assert list(NAMES) == ["linf", "l2", "l1"]
     assert list(map(build_threat, NAMES, [0.5] * 3)) == [im.Linf(0.5), im.L2(0.5), im.L1(0.5)]
     assert [norm.symbol for norm in NAMES.values()] == ["L∞", "L2", "L1"]
     with pytest.raises(ValueError, match=r"unknown norm 'l3'; did you mean 'l"):

@@ -9,7 +9,7 @@ u = x' − x, flattened to (B, d), with one interval [floor, ceiling] ∋ 0 a co
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -434,12 +434,11 @@ class L1(Threat):
         return terms.clamp(min=0).sum(1) + multiplier[:, 0] * (self.eps - self.norm(u)).clamp(min=0)
 
 
-Norm = Literal["linf", "l2", "l1"]
 NORMS: dict[str, type[Threat]] = {"linf": Linf, "l2": L2, "l1": L1}
 
 
 def build_threat(norm: str, eps: float) -> Threat:
-    """The threat model of a norm by its name ("linf", "l2", "l1"), on images in [0, 1].
+    """The threat model of a norm by its name in NORMS, on images in [0, 1].
 
     Raises ValueError for an unknown norm.
     """

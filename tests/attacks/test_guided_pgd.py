@@ -13,7 +13,7 @@ from torch import nn
 
 import innermax as im
 from innermax.attacks.guided_pgd import GuidedPGD, _begin, _losses, _towards
-from innermax.attacks.named import named_attack
+from innermax.attacks.named import build_attack
 from innermax.attacks.problem import Problem
 from innermax.attacks.search import AttackResult
 from innermax.losses import difference, margin
@@ -265,11 +265,11 @@ def test_a_model_that_answers_nan():
 
 def test_names_and_evaluation():
     threat = Linf(0.1)
-    assert named_attack("guided", threat) == im.GuidedPGD(threat)
-    assert named_attack("guided-40", threat) == im.GuidedPGD(threat, budget=40)
+    assert build_attack("guided", threat) == im.GuidedPGD(threat)
+    assert build_attack("guided-40", threat) == im.GuidedPGD(threat, budget=40)
     for name in ("guided-0", "guided-x", "guide"):
         with pytest.raises(ValueError, match=f"unknown attack '{name}'; did you mean 'guided'"):
-            named_attack(name, threat)
+            build_attack(name, threat)
     model, x, y = crowd(5, torch.float32)
     attack = GuidedPGD(RADII["linf"], budget=20)
     evaluation = im.evaluate(model, (x, y), {"guided": attack}, batch_size=3)

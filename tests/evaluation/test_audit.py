@@ -429,6 +429,6 @@ def test_what_a_person_sees(width):
 
 
 def test_the_named_attack_of_the_advice_is_there():
-    from innermax.attacks.named import named_attack
+    from innermax.attacks.named import build_attack
 
-    assert named_attack("autoattack-rand", LINF) == im.AutoAttack(LINF, version="rand")
+    assert build_attack("autoattack-rand", LINF) == im.AutoAttack(LINF, version="rand")

@@ -1,8 +1,12 @@
-"""Attacks by the names that tables and command lines use."""
+"""Attacks by the names that command lines, recipes, tables and reports use."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from innermax.attacks.apgd import APGD
 from innermax.attacks.autoattack import AutoAttack
-from innermax.attacks.base import VerdictAttack
+from innermax.attacks.base import BaseAttack
 from innermax.attacks.fab import FAB
 from innermax.attacks.guided_pgd import GuidedPGD
 from innermax.attacks.pgd import CW, FGSM, PGD
@@ -10,54 +14,94 @@ from innermax.attacks.square import Square
 from innermax.threat import Threat
 from innermax.utils.validation import unknown
 
-_EXAMPLES = (
-    "fgsm",
-    "pgd-10",
-    "pgd-20",
-    "pgd-100",
-    "cw-30",
-    "apgd-100",
-    "fab-100",
-    "square-5000",
-    "autoattack",
-    "autoattack-rand",
-    "guided",
-)
+_MOST = 10_000  # steps, queries or gradients that a name may ask for
 
 
-def named_attack(name: str, threat: Threat) -> PGD | VerdictAttack:
-    """The attack called by a name, where K and Q are at most 10,000; raises ValueError for any other name.
+@dataclass(frozen=True)
+class NamedAttack:
+    """What a name stands for.
 
-    "fgsm", "pgd-K" and "cw-K" (K steps of ε/4), "apgd-K" (on the cross-entropy) and "fab-K" (K steps), "square-Q" (Q
-    queries), "autoattack" (its standard version), "autoattack-rand" (for models that draw random numbers), "guided" and
-    "guided-K" (at most K gradients an example).
+    Attributes:
+        build: the attack from a threat model and, where the name takes a number, the option that this sets.
+        meaning: in a few words, where K is the number.
+        number: the option that a number behind the name sets; None: the name takes none.
+        optional: whether the name stands without its number, too.
+        usual: numbers to suggest.
+        title: how tables print the name; empty: as it is.
+        unsaid: the number that the title leaves out.
     """
-    if name == "fgsm":
-        return FGSM(threat)
-    if name == "autoattack":
-        return AutoAttack(threat)
-    if name == "guided":
-        return GuidedPGD(threat)
-    if name == "autoattack-rand":
-        return AutoAttack(threat, version="rand")
-    kind, _, number = name.partition("-")
-    if number.isdecimal() and 1 <= int(number) <= 10_000:
-        match kind:
-            case "pgd":
-                return PGD(threat, steps=int(number))
-            case "cw":
-                return CW(threat, steps=int(number))
-            case "apgd":
-                return APGD(threat, steps=int(number))
-            case "fab":
-                return FAB(threat, steps=int(number))
-            case "guided":
-                return GuidedPGD(threat, budget=int(number))
-            case "square":
-                return Square(threat, queries=int(number))
-    raise unknown("attack", name, _EXAMPLES)
+
+    build: Callable[..., BaseAttack]
+    meaning: str = ""
+    number: str | None = None
+    optional: bool = False
+    usual: tuple[int, ...] = ()
+    title: str = ""
+    unsaid: int | None = None
 
 
-def named_attacks(names: str, threat: Threat) -> dict[str, PGD | VerdictAttack]:
-    """The attacks of a comma-separated list."""
-    return {name: named_attack(name, threat) for name in filter(None, map(str.strip, names.split(",")))}
+ATTACKS = {
+    "fgsm": NamedAttack(FGSM, title="FGSM"),
+    "pgd": NamedAttack(PGD, "K steps of ε/4", "steps", usual=(10, 20, 100), title="PGD"),
+    "cw": NamedAttack(CW, "K steps of ε/4 on the margin", "steps", usual=(30,), title="C&W∞", unsaid=30),
+    "apgd": NamedAttack(APGD, "K steps on the cross-entropy", "steps", usual=(100,)),
+    "fab": NamedAttack(FAB, "K steps", "steps", usual=(100,)),
+    "square": NamedAttack(Square, "K queries", "queries", usual=(5000,)),
+    "guided": NamedAttack(GuidedPGD, "at most K gradients per example", "budget", optional=True),
+    "autoattack": NamedAttack(AutoAttack, "the standard version"),
+    "autoattack-rand": NamedAttack(partial(AutoAttack, version="rand"), "for models that draw random numbers"),
+}
+
+
+def build_attack(name: str, threat: Threat) -> BaseAttack:
+    """The attack of a name: one of `ATTACKS`, with its number K behind a dash, where it takes one.
+
+    The names are "fgsm", "pgd-K" and "cw-K" (K steps of ε/4), "apgd-K" (K steps on the cross-entropy), "fab-K" (K
+    steps), "square-K" (K queries), "guided" and "guided-K" (at most K gradients per example), "autoattack" (the
+    standard version) and "autoattack-rand" (for models that draw random numbers).
+
+    Raises:
+        ValueError: the name is none of these, or K is not in 1…10,000.
+        TypeError: the attack does not serve the threat model.
+    """
+    whole = ATTACKS.get(name)
+    if whole is not None and (whole.number is None or whole.optional):
+        return whole.build(threat)
+    kind, _, number = name.rpartition("-")
+    known = ATTACKS.get(kind)
+    if known is None or known.number is None or not number.isdecimal() or not 1 <= int(number) <= _MOST:
+        raise unknown("attack", name, _examples())
+    return known.build(threat, **{known.number: int(number)})
+
+
+def parse_attacks(names: str, threat: Threat) -> dict[str, BaseAttack]:
+    """The attacks of a comma-separated list, by name."""
+    return {name: build_attack(name, threat) for name in filter(None, map(str.strip, names.split(",")))}
+
+
+def list_names() -> str:
+    """The names of all attacks with what they mean, in one line, for the help of a command."""
+    listed = []
+    for name, attack in ATTACKS.items():
+        forms = [name] if attack.number is None or attack.optional else []
+        forms += [] if attack.number is None else [f"{name}-K"]
+        listed.append(" or ".join(forms) + (f" ({attack.meaning})" if attack.meaning else ""))
+    return ", ".join(listed)
+
+
+def display_name(name: str) -> str:
+    """A name as tables print it: FGSM, PGD-20, C&W∞ for "fgsm", "pgd-20", "cw-30"; others as they are."""
+    kind, dash, rest = name.partition("-")
+    attack = ATTACKS.get(kind)
+    if attack is None or not attack.title or bool(dash) != (attack.number is not None):
+        return name
+    return attack.title if rest in ("", str(attack.unsaid)) else f"{attack.title}-{rest.upper()}"
+
+
+def _examples() -> list[str]:
+    """Names to choose from where one is unknown."""
+    return [
+        example
+        for name, attack in ATTACKS.items()
+        for example in [*([name] if not attack.usual else []), *(f"{name}-{number}" for number in attack.usual)]
+    ]

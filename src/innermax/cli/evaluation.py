@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from innermax.attacks.base import Attack
-from innermax.attacks.named import named_attacks
+from innermax.attacks.named import list_names, parse_attacks
 from innermax.cli.arguments import Parser, build_parser, check_count, check_file
-from innermax.cli.settings import EvaluateSettings, NormName, ThreatSettings
+from innermax.cli.settings import TABLE, EvaluateSettings, NormName, ThreatSettings
 from innermax.distributed.launch import find_device
+from innermax.threat import NORMS
 from innermax.training.run_folder import read_settings
 
 _PASSED_ON = ("batch_size", "seed", "quantize", "precision")
@@ -17,8 +18,9 @@ _PASSED_ON = ("batch_size", "seed", "quantize", "precision")
 def evaluation_parser(usage: str, description: str, skip: set[str | int]) -> Parser:
     """The parser of a command that attacks trained models, without the options to skip."""
     parser = build_parser(usage, description)
-    parser.add_class_arguments(EvaluateSettings, as_group=False, skip=skip)
-    norm = "Norm of the perturbations: linf, l2 or l1. Without it, the run's own."
+    parser.add_class_arguments(EvaluateSettings, as_group=False, skip=skip | {"attacks"})
+    parser.add_argument("--attacks", type=str, default=TABLE, help=f"Attacks, separated by commas: {list_names()}.")
+    norm = f"Norm of the perturbations: {', '.join(NORMS)}. Without it, the run's own."
     parser.add_argument("--threat.norm", type=NormName | None, help=norm)
     eps = "Largest size of a perturbation, such as 8/255. Without it, the run's own."
     parser.add_argument("--threat.eps", type=float | None, help=eps)
@@ -46,7 +48,7 @@ def choose_attacks(sources: Sequence[str], chosen: Any) -> dict[str, Attack]:
         eps = own["eps"] if eps is None and norm == own.get("norm") else eps
     if eps is None:
         raise ValueError(f"the size of {norm} perturbations for {sources[0]} is not known: give --threat.eps")
-    return dict(named_attacks(chosen.attacks, ThreatSettings(norm, eps).build()))
+    return dict(parse_attacks(chosen.attacks, ThreatSettings(norm, eps).build()))
 
 
 def choose_options(chosen: Any) -> dict[str, Any]:

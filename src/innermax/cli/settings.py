@@ -136,8 +136,7 @@ class EvaluateSettings:
 
     Args:
         data: Name of a data set, or a folder. By default the run's own.
-        attacks: Attacks, separated by commas: fgsm, guided, autoattack and autoattack-rand; pgd-K, cw-K, apgd-K and
-            fab-K with K steps, square-K with K queries, guided-K with at most K gradients.
+        attacks: Attacks by name, separated by commas.
         limit: Evaluate so many test images, the first ones. By default all.
         quantize: Round images to so many bits before they are scored.
         precision: Precision of the attacks; bf16 and auto are faster and find slightly fewer adversarial images. Scores

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import innermax as im
-from innermax.attacks.named import named_attacks
+from innermax.attacks.named import parse_attacks
 from innermax.cli import settings
 from innermax.cli.arguments import Parser, build_parser, read_fractions, split_words
 from innermax.cli.progress import show_evaluation
@@ -102,7 +102,7 @@ def build_network(name: str, classes: int, shape: Sequence[int], seed: int, init
 def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> None:
     """Trains as chosen, then evaluates and reports on the result; stated: the same as plain values."""
     threat = chosen.threat.build()
-    attack, attacks = chosen.attack.build(threat), named_attacks(chosen.attacks, threat)
+    attack, attacks = chosen.attack.build(threat), parse_attacks(chosen.attacks, threat)
     strategy = build_strategy(chosen.strategy, attack, chosen.dynamic, chosen.curriculum, chosen.warm, chosen.switch)
     device = find_device(chosen.device)
     data = im.load_data(chosen.data, validation=_share_or_count(chosen.validation))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from innermax.attacks.named import display_name
 from innermax.evaluation.audit import UNCONVERGED
 from innermax.evaluation.result import Evaluation
 from innermax.reporting.contents import Entry
@@ -24,7 +25,6 @@ from innermax.reporting.svg import (
     linear_axis,
     log_axis,
 )
-from innermax.reporting.tables import display_name
 
 _LOWEST = 1e-4  # relative FOSC; smaller values are shown as this
 _BINS = 20

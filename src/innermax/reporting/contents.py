@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from innermax.attacks.named import named_attack
+from innermax.attacks.named import build_attack
 from innermax.data.image_set import ImageSet
 from innermax.data.load import load_data
 from innermax.evaluation.result import Evaluation
@@ -194,7 +194,7 @@ def _make_gallery(
     if not settings.get("data") or not settings.get("threat"):
         raise ValueError("the run folder does not record its data set and threat model; use innermax.gallery")
     threat = build_threat(**settings["threat"])
-    attacks = {name: named_attack(name, threat) for name in evaluation.rows}
+    attacks = {name: build_attack(name, threat) for name in evaluation.rows}
     data = load_data(settings["data"], validation=0)
     test = data.test[: len(evaluation.label)]
     for file in _model_files(folder) if source is None else [source]:

@@ -14,13 +14,13 @@ import torch
 import yaml
 from markupsafe import Markup
 
+from innermax.attacks.named import display_name
 from innermax.evaluation.audit import Audit, Evidence
 from innermax.evaluation.result import Evaluation
 from innermax.reporting import charts
 from innermax.reporting.contents import Entry, read_entries
 from innermax.reporting.gallery import Picture
 from innermax.reporting.svg import Series, draw_interval, draw_legend, draw_spark, format_number
-from innermax.reporting.tables import display_name
 from innermax.threat import NORMS
 from innermax.utils.environment import environment
 from innermax.utils.files import write_bytes

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from innermax.attacks.named import display_name
 from innermax.evaluation.audit import Audit
 from innermax.evaluation.result import Convergence, Evaluation
 from innermax.evaluation.transfer import Transfer
@@ -62,13 +63,6 @@ def format_transfer(transfer: Transfer) -> Group:
     if transfer.white_box:
         caption += " White box: the target is the surrogate."
     return Group(*tables, caption)
-
-
-def display_name(name: str) -> str:
-    """An attack's name as tables print it: FGSM, PGD-20, C&W∞ for "fgsm", "pgd-20", "cw-30"; others as they are."""
-    if name.startswith("cw-"):
-        return "C&W∞" if name == "cw-30" else f"C&W∞-{name.removeprefix('cw-')}"
-    return name.upper() if name == "fgsm" or name.startswith("pgd-") else name
 
 
 def _transfer_table(transfer: Transfer, surrogate: str, attacks: Sequence[str]) -> Table:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from innermax.attacks.guided_pgd import GuidedPGD
-from innermax.attacks.named import named_attack
-from innermax.reporting.tables import display_name
+from innermax.attacks.named import build_attack, display_name
 from innermax.reproduce.artifact import Find
 from innermax.reproduce.cache import Experiment, find_seed
 from innermax.reproduce.experiments import Attacks, Scored, Trained, unpack_correct
@@ -26,7 +25,7 @@ INTERVALS = (
 
 def build_attacks(eps: float, names: Sequence[str] = TABLE_ATTACKS) -> Attacks:
     """The attacks of these names, on L∞ balls of this size."""
-    return tuple((name, named_attack(name, Linf(eps))) for name in names)
+    return tuple((name, build_attack(name, Linf(eps))) for name in names)
 
 
 def build_strongest(scale: Scale, eps: float) -> Attacks:
