@@ -1,4 +1,4 @@
-"""Adversarial training inside a Lightning Trainer: a callback that attacks each batch before the module sees it."""
+"""Adversarial training in a Lightning Trainer: a callback that attacks each batch before the module sees it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,22 +18,23 @@ except ImportError as error:
 
 
 class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is optional, and not looked into
-    """Trains any LightningModule on attacked examples, as a strategy says; for `lightning` and `pytorch_lightning`.
+    """Trains any LightningModule on adversarial examples, as a strategy says.
 
-    A batch is (images, labels) in a list, as torch's DataLoader gives it, or a mapping; images in it are replaced.
-    Images are float (B, *features) within the threat model's bounds. Logged an epoch: "adversarial/gradients" an
-    example and "adversarial/threshold", c_t; at the Trainer's log steps "adversarial/fosc".
+    It works with `lightning` and `pytorch_lightning`. A batch is a list [images, labels], as torch's DataLoader gives
+    it, or a mapping; the callback replaces its images, float (B, *features) within the threat model's bounds. Each
+    epoch it logs "adversarial/gradients", per example, and "adversarial/threshold", c_t; at the Trainer's log steps
+    "adversarial/fosc".
 
     Args:
-        strategy: which attack to train against at which moment; no WarmStart, which has to know the examples again.
-        network: name of the module's attribute that takes images and returns logits; None: the module itself.
+        strategy: which attack to train against at which moment. Not WarmStart, which has to recognise the examples.
+        network: the module's attribute that takes images and returns logits; None: the module itself.
         keys: of images and labels in a mapping.
-        precision: what attacks compute in, as for `im.train`.
+        precision: of the attacks, as for `im.train`.
         seed: decides the random starts.
 
     Raises:
-        TypeError: the strategy is none, or a batch holds no images that could be replaced.
-        ValueError: the strategy is a warm start, or wants to see the accuracy (Curriculum with patience).
+        TypeError: strategy is not a strategy, or the images of a batch cannot be replaced.
+        ValueError: the strategy is a warm start, or needs the accuracy of each epoch (Curriculum with patience).
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
         if not callable(getattr(strategy, "attack_at", None)):
             raise TypeError(f"strategy must have attack_at(progress, history), got {strategy!r}")
         if getattr(strategy, "warm_start", False):
-            raise ValueError(f"strategy must not start where the last epoch ended, got {strategy!r}")
+            raise ValueError(f"strategy must be without a warm start, which needs `im.train`, got {strategy!r}")
         self.strategy, self.network, self.keys = strategy, network, keys
         self.precision, self.seed = precision, seed
         self.history: list[dict[str, Any]] = []
@@ -57,41 +58,41 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
         self._seen = self._gradients = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of the Trainer keeps."""
+        """What the Trainer's checkpoints keep."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what a checkpoint kept."""
+        """Restores what a checkpoint kept."""
         self.history = list(state_dict["history"])
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """The strategy says what this epoch trains against."""
+        """Asks the strategy for the epoch's attack."""
         if trainer.max_epochs is None or trainer.max_epochs < 1:
-            raise ValueError(f"the Trainer must know max_epochs, which strategies go by, got {trainer.max_epochs}")
+            raise ValueError(f"the Trainer's max_epochs must be at least 1, got {trainer.max_epochs}")
         self._attack = self.strategy.attack_at(trainer.current_epoch / trainer.max_epochs, self.history)
         self._oracle, self._sample, self._seen, self._gradients = None, [], 0, 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Puts attacked images into the batch."""
+        """Replaces the batch's images by adversarial ones."""
         attack = self._attack
         if attack is None:
             return
-        image, label = self._places(batch)
+        image, label = self._find_keys(batch)
         x, y = batch[image], batch[label]
-        oracle = self._refreshed(pl_module, x)
+        oracle = self._refresh_oracle(pl_module, x)
         index = torch.arange(self._seen, self._seen + len(x), device=x.device)
         seed = randomness.derive_seed(self.seed, trainer.current_epoch, trainer.global_rank)
         result = attack(oracle, x, y, seed=seed, index=index, final="none")
         self._keep(x, y)
         batch[image] = result.x_adv.to(x.dtype)
         self._seen, self._gradients = self._seen + len(x), self._gradients + int(result.gradient_calls.sum())
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # takes one gradient more
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # costs one more gradient
             gradient = oracle.gradient(result.x_adv, y, attack.objective()).gradient
             fosc = attack.threat.around(x).gap(gradient, result.x_adv).mean()
             pl_module.log("adversarial/fosc", fosc, on_step=True, on_epoch=False, batch_size=len(x))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measures what the strategy wants to know, and logs what the epoch took."""
+        """Measures what the strategy asks for, and logs the epoch's cost and threshold."""
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
             "gradients": self._gradients / max(self._seen, 1),
@@ -104,16 +105,16 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
             if row[name] is not None:
                 pl_module.log(f"adversarial/{name}", float(row[name]))
 
-    def _places(self, batch: Any) -> tuple[Any, Any]:
-        """Where images and labels are in a batch. TypeError where they cannot be replaced there."""
+    def _find_keys(self, batch: Any) -> tuple[Any, Any]:
+        """The indices or keys of images and labels in a batch. Raises TypeError where images cannot be replaced."""
         if isinstance(batch, list) and len(batch) == 2:
             return 0, 1
         if isinstance(batch, Mapping) and hasattr(batch, "__setitem__") and set(self.keys) <= batch.keys():
             return self.keys
         raise TypeError(f"a batch must be [images, labels] or a dict with {self.keys}, got {type(batch).__name__}")
 
-    def _refreshed(self, pl_module: Any, x: Tensor) -> Oracle:
-        """The network as it is now, compiled for attacks."""
+    def _refresh_oracle(self, pl_module: Any, x: Tensor) -> Oracle:
+        """The oracle of the network as it is now."""
         if self._oracle is None:
             network: nn.Module = pl_module if self.network is None else getattr(pl_module, self.network)
             self._oracle = Oracle.fast(network, x[:16], self.precision)
@@ -122,13 +123,13 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
         return self._oracle
 
     def _keep(self, x: Tensor, y: Tensor) -> None:
-        """Keeps clean examples of the first epoch where the strategy asks for their gauge at its end."""
+        """Keeps clean examples of the first epoch if the strategy asks for their gauge at its end."""
         if awaits_halfway_gauge(self.strategy, self.history) and sum(len(kept) for _, kept in self._sample) < SAMPLE:
             self._sample.append((x, y))
 
     def _halfway_gauge(self, pl_module: Any) -> float:
         """The median of `halfway_gauge`, on the network as it is now."""
-        oracle = self._refreshed(pl_module, self._sample[0][0])
+        oracle = self._refresh_oracle(pl_module, self._sample[0][0])
         gauges = [halfway_gauge(self.strategy, oracle, x, y, seed=self.seed) for x, y in self._sample]
         self._sample = []
         return float(torch.cat(gauges).median())

@@ -1,4 +1,4 @@
-"""Objectives: what the outer minimisation does with a clean and an attacked batch."""
+"""Objectives: what training minimises, a function of the network, the clean and the attacked batch."""
 
 from collections.abc import Callable
 
@@ -23,9 +23,9 @@ def cross_entropy(
 def loss_weighted(
     model: nn.Module, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"], x_adv: Float[Tensor, "b ..."], epoch: int
 ) -> tuple[Tensor, Tensor]:
-    """From the second epoch on each attacked example weighs its own cross-entropy, which gets no gradient.
+    """From the second epoch on, weights each attacked example's cross-entropy by itself; weights get no gradient.
 
-    In the code released with Wang et al. 2019, not in the paper.
+    This is in the code released with Wang et al. 2019, not in the paper.
     """
     logits = model(x_adv)
     losses = F.cross_entropy(logits.float(), y, reduction="none")

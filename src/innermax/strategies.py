@@ -1,7 +1,7 @@
 """Strategies: which attack to train against at a moment of training.
 
-A strategy is a short value with one pure function, `attack_at(progress, history)`. Progress is epoch / epochs; the
-history is what was measured in the epochs so far, one mapping an epoch, as in a run's metrics.jsonl.
+A strategy is a small immutable value with one pure function, `attack_at(progress, history)`. Progress is epoch /
+epochs; the history holds what the epochs so far have measured, one mapping per epoch, as in a run's metrics.jsonl.
 """
 
 import inspect
@@ -48,18 +48,18 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class Unsecured:
-    """Training on clean examples."""
+    """No attack: training on clean examples."""
 
     measures: ClassVar[frozenset[Measure]] = frozenset()
 
     def attack_at(self, progress: float, history: History = ()) -> None:
-        """Never an attack."""
-        _check(progress)
+        """Always None."""
+        _check_progress(progress)
 
 
 @dataclass(frozen=True)
 class Standard:
-    """The same attack always (Madry et al. 2018)."""
+    """Always the same attack (Madry et al. 2018)."""
 
     attack: PGD
     measures: ClassVar[frozenset[Measure]] = frozenset()
@@ -69,7 +69,7 @@ class Standard:
 
     def attack_at(self, progress: float, history: History = ()) -> PGD:
         """The attack."""
-        _check(progress)
+        _check_progress(progress)
         return self.attack
 
 
@@ -79,9 +79,9 @@ class Curriculum:
 
     Args:
         attack: the attack at full strength, K steps.
-        full_at: progress from which all K steps are taken; they grow linearly until then.
-        patience: instead, one step more whenever the accuracy under the current attack has not improved for this many
-            epochs (Cai et al. 2018).
+        full_at: progress in (0, 1] from which all K steps are taken; until then their number grows linearly.
+        patience: instead of that, one more step whenever the accuracy under the current attack has not improved for so
+            many epochs (Cai et al. 2018).
     """
 
     attack: PGD
@@ -96,20 +96,20 @@ class Curriculum:
             raise ValueError(f"patience must be an integer ≥ 1 or None, got {self.patience!r}")
 
     def attack_at(self, progress: float, history: History = ()) -> PGD | None:
-        """The attack with as many steps as the curriculum has reached."""
-        _check(progress)
+        """The attack with the number of steps that the curriculum has reached; None while that is 0."""
+        _check_progress(progress)
         if self.patience is None:
-            # The tolerance keeps epoch 5 of 10 from falling one step short by a rounding.
+            # The tolerance: by rounding, epoch 5 of 10 would fall one step short.
             steps = math.floor(self.attack.steps * progress / self.full_at + 1e-9)
         else:
-            steps = _level([_recorded(epoch, "accuracy") for epoch in history], self.patience)
+            steps = _count_plateaus([_read_measure(epoch, "accuracy") for epoch in history], self.patience)
         steps = min(steps, self.attack.steps)
         return None if steps == 0 else replace(self.attack, steps=steps, step_size=self.attack.step_sizes()[:steps])
 
 
 @dataclass(frozen=True)
 class FGSMThenPGD:
-    """FGSM first, the attack from progress `switch` on (Wang et al. 2019, §3.2: 20 epochs of 120)."""
+    """FGSM first, then the attack, from progress `switch` in (0, 1] on (Wang et al. 2019, §3.2: 20 epochs of 120)."""
 
     attack: PGD
     switch: float = 1 / 6
@@ -120,23 +120,25 @@ class FGSMThenPGD:
         _check_share("switch", self.switch)
 
     def attack_at(self, progress: float, history: History = ()) -> PGD:
-        """FGSM or the attack."""
-        _check(progress)
+        """FGSM before the switch, the attack after it."""
+        _check_progress(progress)
         return self.attack if progress >= self.switch - 1e-9 else FGSM(self.attack.threat, self.attack.loss)
 
 
 @dataclass(frozen=True)
 class Dynamic:
-    """Examples of growing convergence quality (Wang et al. 2019, Algorithm 1): each stops once its gauge is ≤ c_t.
+    """Stops each example's search once its gauge is ≤ c_t, which falls to 0 (Wang et al. 2019, Algorithm 1).
 
     c_t = max(c_max − t·c_max / T', 0) for shape "linear"; every shape is 0 from T' on.
 
     Args:
-        attack: PGD with as many steps as an example may take; its gauge is the one that is controlled.
-        c_max: c_t at the start, on a FOSC in units of the loss; None: 0.5 (the paper's) on the "ball" gauge, 0.15 (the
-            best on MNIST's validation split) on the "exact" one, "auto" on the "relative" one. "auto": what half of the
-            attack's steps reach, the median gauge there after the first epoch, which trains against the whole attack.
-        zero_at: T' / T, the progress from which c_t is 0 (the paper: 40 / 50 on MNIST, 100 / 120 on CIFAR-10).
+        attack: PGD, whose steps are the most that an example takes, and whose gauge is compared with c_t.
+        c_max: c_t at the start, > 0, in units of the gauge. None: 0.5 (the paper's) on the "ball" gauge, 0.15 (the best
+            on MNIST's validation split) on the "exact" gauge, "auto" on the "relative" gauge. "auto": the median gauge
+            after half of the attack's steps, measured at the end of the first epoch, which trains against the whole
+            attack.
+        zero_at: T' / T in (0, 1], the progress from which c_t is 0 (the paper: 40 / 50 on MNIST, 100 / 120 on
+            CIFAR-10).
         shape: how c_t falls until then: "linear", "cosine" or "constant".
     """
 
@@ -158,7 +160,7 @@ class Dynamic:
 
     @property
     def _start(self) -> Threshold:
-        """c_max, of the gauge where it is None."""
+        """c_max, or the gauge's default."""
         return _C_MAX[self.attack.gauge] if self.c_max is None else self.c_max
 
     @property
@@ -168,18 +170,18 @@ class Dynamic:
 
     @property
     def measures(self) -> frozenset[Measure]:
-        """The gauge halfway, where c_max is measured."""
+        """The halfway gauge, where c_max is measured."""
         return frozenset({"halfway_gauge"}) if self.automatic else frozenset()
 
     def threshold(self, progress: float, history: History = ()) -> float | None:
-        """c_t; None in the first epoch of an automatic c_max, which has none yet."""
-        _check(progress)
+        """c_t; None in the first epoch of an automatic c_max, before it is measured."""
+        _check_progress(progress)
         if self.automatic and not history:
             if progress > 0:
                 raise ValueError("history must hold the first epoch's 'halfway_gauge', which sets c_max, got none")
             return None
-        c_max = _recorded(history[0], "halfway_gauge") if self._start == "auto" else self._start
-        return c_max * _falling(self.shape, progress / self.zero_at)
+        c_max = _read_measure(history[0], "halfway_gauge") if self._start == "auto" else self._start
+        return c_max * _decay(self.shape, progress / self.zero_at)
 
     def attack_at(self, progress: float, history: History = ()) -> PGD:
         """The attack that stops each example at c_t."""
@@ -188,18 +190,18 @@ class Dynamic:
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Few, shrinking steps an epoch, from where an example's search ended in the epoch before.
+    """A few shrinking steps per epoch, from where the example's search ended in the epoch before.
 
-    The network moves little in an epoch, so a search that goes on stays near a maximum that a new one has to find
-    again: two gradients an epoch do the work of ten. Perturbations kept over epochs are Zheng et al. 2020's; new here
-    are the shrinking steps and the floor, with which only those examples pay that are not converged any more.
-    The perturbations take two bytes a value of the training set, in memory and in every checkpoint.
+    The network changes little in an epoch, so that point is still close to a maximum, which a new search would have to
+    find again: two gradients per epoch do the work of ten. To keep perturbations over epochs is Zheng et al. 2020's
+    idea; new are the shrinking steps and the floor, by which examples that are still converged take no step. The
+    perturbations take two bytes for each value of the training set, in memory and in every checkpoint.
 
     Args:
-        attack: the attack at full strength; its threat model and loss are trained against.
-        steps: an epoch, at most; the first is ε/2 long, each half as long as the one before.
-        floor: relative FOSC in [0, 1] at or below which an example takes no further step, 0 included: one gradient then
-            tells that it is still converged. None: every step is taken.
+        attack: the attack at full strength; its threat model and its loss are used.
+        steps: per epoch, at most. The first is ε/2 long, each other half as long as the one before.
+        floor: relative FOSC in [0, 1] at or below which an example takes no further step. One that starts there takes
+            none, and costs one gradient. None: every step is taken.
     """
 
     attack: PGD
@@ -215,8 +217,8 @@ class WarmStart:
             raise ValueError(f"floor must be in [0, 1] or None, got {self.floor}")
 
     def attack_at(self, progress: float, history: History = ()) -> PGD:
-        """The attack of few steps, which the training starts where the epoch before ended."""
-        _check(progress)
+        """The attack of a few steps, which training starts where the last epoch's ended."""
+        _check_progress(progress)
         sizes = tuple(self.attack.threat.eps * 0.5**step for step in range(1, self.steps + 1))
         attack = replace(self.attack, steps=self.steps, step_size=sizes, stop_at=None)
         return attack if self.floor is None else replace(attack, stop_at=self.floor, gauge="relative")
@@ -272,24 +274,25 @@ def build_strategy(name: str, attack: PGD, **options: Any) -> Strategy:
     return build(attack, **options) if "attack" in inspect.signature(build).parameters else build(**options)
 
 
-def _falling(shape: Shape, share: float) -> float:
-    """From 1 at share 0 to exactly 0 from share 1 on."""
+def _decay(shape: Shape, share: float) -> float:
+    """From 1 at share 0 to exactly 0 at share 1 and after it."""
     if share >= 1 - 1e-9:
         return 0.0
     return {"linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2, "constant": 1.0}[shape]
 
 
-def _level(accuracies: Sequence[float], patience: int) -> int:
-    """How often an accuracy, watched afresh on every level, went without improvement for `patience` epochs."""
-    level, best, waited = 0, -math.inf, 0
+def _count_plateaus(accuracies: Sequence[float], patience: int) -> int:
+    """How often the accuracy has not improved for `patience` epochs; after each time, its best is counted anew."""
+    plateaus, best, waited = 0, -math.inf, 0
     for accuracy in accuracies:
         best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
         if waited == patience:
-            level, best, waited = level + 1, -math.inf, 0
-    return level
+            plateaus, best, waited = plateaus + 1, -math.inf, 0
+    return plateaus
 
 
-def _recorded(epoch: Mapping[str, Any], name: str) -> float:
+def _read_measure(epoch: Mapping[str, Any], name: str) -> float:
+    """A measure of an epoch. Raises ValueError where the history lacks it."""
     if epoch.get(name) is None:
         raise ValueError(f"history must hold {name!r}, which this strategy needs, got {sorted(epoch)}")
     return float(epoch[name])
@@ -300,7 +303,7 @@ def _check_attack(attack: object) -> None:
         raise TypeError(f"attack must be a PGD such as PGD(Linf(8 / 255)), got {attack!r}")
 
 
-def _check(progress: float) -> None:
+def _check_progress(progress: float) -> None:
     if not 0 <= progress < 1:
         raise ValueError(f"progress must be in [0, 1), got {progress}")
 

@@ -11,7 +11,7 @@ import torch
 from lightning_fabric.loggers import CSVLogger
 
 import innermax as im
-from innermax.training.loggers import epoch_logger, picture
+from innermax.training.loggers import draw_picture, epoch_logger
 
 DATA = im.load_data("digits")
 STRATEGY = im.Standard(im.PGD(im.Linf(0.15), steps=2))
@@ -78,14 +78,14 @@ def test_a_missing_package_is_named_before_anything_is_trained(name, tmp_path, m
 def test_picture():
     x = torch.tensor([[[[0.0, 0.5], [1.0, 0.25]]], [[[1.0, 1.0], [0.0, 0.0]]]])
     x_adv = x + torch.tensor([[[[0.1, 0.0], [-0.05, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]]])
-    shown = picture(x, x_adv)
+    shown = draw_picture(x, x_adv)
     assert shown.shape == (2 * 64, 3 * 64, 1)
     small = shown[::32, ::32, 0]
     assert small[:2].tolist() == [[0, 128, 255, 128, 26, 128], [255, 64, 64, 128, 242, 64]]
     assert small[2:].tolist() == [[255, 255, 128, 128, 255, 255], [0, 0, 128, 128, 0, 0]]
-    assert picture(torch.rand(2, 3, 100, 70), torch.rand(2, 3, 100, 70)).shape == (200, 210, 3)
-    assert picture(torch.rand(2, 2, 8, 8), torch.rand(2, 2, 8, 8)) is None
-    assert picture(torch.rand(2, 5), torch.rand(2, 5)) is None
+    assert draw_picture(torch.rand(2, 3, 100, 70), torch.rand(2, 3, 100, 70)).shape == (200, 210, 3)
+    assert draw_picture(torch.rand(2, 2, 8, 8), torch.rand(2, 2, 8, 8)) is None
+    assert draw_picture(torch.rand(2, 5), torch.rand(2, 5)) is None
 
 
 def test_pictures_and_logging_change_no_number(tmp_path):

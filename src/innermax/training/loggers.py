@@ -1,7 +1,7 @@
 """What a training writes beside its run folder: TensorBoard, Weights & Biases, MLflow, or any logger of Lightning's.
 
-metrics.jsonl is always written, by `runs`. Here the same rows go through the loggers of Lightning Fabric and PyTorch
-Lightning, with the distribution of FOSC and a picture of attacked examples where the logger takes such.
+The rows of metrics.jsonl go through the loggers of Lightning Fabric and PyTorch Lightning, with the distribution of
+FOSC and a picture of attacked examples where the logger takes them.
 """
 
 import os
@@ -21,9 +21,9 @@ from innermax.utils.serialization import parse_json
 from innermax.utils.validation import summarize_error
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
-FILE = "logger.json"  # in a run folder: what the run is called where it is logged, so that a resumed one goes on there
-_PICTURE = 64  # pixels that an image is high in a picture, at least
-_PERCENTILES = "_percentiles"  # ends the name of a measure that is a list of percentiles
+FILE = "logger.json"  # in a run folder: the run's id at each logger, so that a resumed run is logged as the same one
+_PICTURE = 64  # pixels: the least height of an image in a picture
+_PERCENTILES = "_percentiles"  # the end of the name of a measure that is a list of percentiles
 
 
 @runtime_checkable
@@ -43,17 +43,22 @@ Write = Callable[[Mapping[str, Any], Picture | None], None]
 def epoch_logger(
     logger: LoggerName | Logger | None, folder: Path | None, configuration: Mapping[str, Any]
 ) -> Iterator[Write]:
-    """A function that takes an epoch's row and, where there is one, a picture (H, W, C), uint8.
+    """Context manager: yields a function that logs an epoch's row and a uint8 picture (H, W, C), or None.
 
-    logger: a name writes into the run folder, or where the environment says (WANDB_…, MLFLOW_…); configuration: what
-    identifies the run. Raises ValueError for a name without a run folder, or whose packages are not installed.
+    Args:
+        logger: a name's logger writes into the run folder, or where the environment says (WANDB_…, MLFLOW_…).
+        folder: the run folder.
+        configuration: what identifies the run.
+
+    Raises:
+        ValueError: a name was given without a run folder, or its packages are not installed.
     """
     if logger is None:
         yield lambda row, picture: None
         return
     if isinstance(logger, str) and folder is None:
         raise ValueError(f"logger {logger!r} writes into the run folder: give run_dir")
-    opened = _opened(logger, cast(Path, folder)) if isinstance(logger, str) else logger
+    opened = _open_logger(logger, cast(Path, folder)) if isinstance(logger, str) else logger
     with suppress(NotImplementedError):  # Fabric's CSVLogger takes none
         opened.log_hyperparams(dict(configuration))
     status = "failed"
@@ -63,14 +68,14 @@ def epoch_logger(
     finally:
         opened.finalize(status)
         if logger == "wandb":
-            cast(Any, opened).experiment.finish()  # else the next run of this process would go on in this one
+            cast(Any, opened).experiment.finish()  # otherwise the next run of this process would be logged as this one
 
 
-def picture(x: Tensor, x_adv: Tensor) -> Picture | None:
-    """Clean images, what was added to each (grey: nothing; black and white: its largest changes), and their sums.
+def draw_picture(x: Tensor, x_adv: Tensor) -> Picture | None:
+    """Draws a row per example: the clean image, the perturbation (grey is none), and the adversarial image.
 
     x, x_adv: float (B, C, H, W) in [0, 1]. The picture is uint8 (B·H', 3·W', C), small images enlarged; None where x
-    are no images of one or three channels.
+    are not images of one or three channels.
     """
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         return None
@@ -82,27 +87,29 @@ def picture(x: Tensor, x_adv: Tensor) -> Picture | None:
     return pixels.repeat(scale, 0).repeat(scale, 1)
 
 
-def _opened(name: LoggerName, folder: Path) -> Logger:
-    """The logger of a name, on the run that an earlier training of this folder has logged to, where there was one."""
+def _open_logger(name: LoggerName, folder: Path) -> Logger:
+    """The logger of a name, on the run to which this folder was logged before, if it was."""
     try:
         if name == "tensorboard":
             from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
             return cast(Logger, TensorBoardLogger(folder, "tensorboard", "", default_hp_metric=False))
-        logger = _wandb(folder, _known(folder, name)) if name == "wandb" else _mlflow(folder, _known(folder, name))
+        logger = (
+            _wandb(folder, _known_run(folder, name)) if name == "wandb" else _mlflow(folder, _known_run(folder, name))
+        )
     except ImportError as error:
         raise ValueError(f"logger {name!r} needs pip install 'innermax[loggers]': {summarize_error(error)}") from error
     write_json(folder / FILE, {name: logger.version})
     return cast(Logger, logger)
 
 
-def _known(folder: Path, name: str) -> str | None:
-    """What the folder's run is called there."""
+def _known_run(folder: Path, name: str) -> str | None:
+    """The id of the folder's run at that logger."""
     path = folder / FILE
-    told = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
-    known = told.get(name) if isinstance(told, dict) else None
+    ids = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = ids.get(name) if isinstance(ids, dict) else None
     if known is not None and not isinstance(known, str):
-        raise ValueError(f"{path} is damaged: {name}'s run has no name")
+        raise ValueError(f"{path} is damaged: the run's id at {name} is no text")
     return known
 
 
@@ -111,12 +118,12 @@ def _wandb(folder: Path, known: str | None) -> Any:
 
     project = os.environ.get("WANDB_PROJECT", "innermax")
     logger = WandbLogger(folder.name, save_dir=folder, id=known, project=project)
-    logger.experiment  # noqa: B018  opens the run, which has no version before
+    logger.experiment  # noqa: B018  opens the run, which has no id before
     return logger
 
 
 def _mlflow(folder: Path, known: str | None) -> Any:
-    import mlflow  # noqa: F401  says itself what it lacks
+    import mlflow  # noqa: F401  its own ImportError names what is missing
     from pytorch_lightning.loggers import MLFlowLogger
 
     own = folder.absolute() / "mlflow"
@@ -126,8 +133,8 @@ def _mlflow(folder: Path, known: str | None) -> Any:
     return MLFlowLogger(experiment, folder.name, run_id=known, **({"tracking_uri": uri} | place))
 
 
-def _write(logger: Logger, row: Mapping[str, Any], shown: Picture | None) -> None:
-    """Numbers to any logger; distributions and a picture to those that take them."""
+def _write(logger: Logger, row: Mapping[str, Any], picture: Picture | None) -> None:
+    """Logs numbers to any logger, distributions and the picture to those that take them."""
     step = int(row["epoch"])
     numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
     logger.log_metrics({name: value for name, value in numbers.items() if name != "epoch"}, step=step)
@@ -137,13 +144,13 @@ def _write(logger: Logger, row: Mapping[str, Any], shown: Picture | None) -> Non
         case (("torch" | "tensorboardX"), writer):
             for name, sample in samples.items():
                 writer.add_histogram(f"{name} distribution", sample, step)
-            if shown is not None:
-                writer.add_image("attacked", shown, step, dataformats="HWC")
+            if picture is not None:
+                writer.add_image("attacked", picture, step, dataformats="HWC")
         case "wandb", run:
             import wandb
 
             more: dict[str, Any] = {f"{name} distribution": wandb.Histogram(s) for name, s in samples.items()}
-            more |= {} if shown is None else {"attacked": wandb.Image(shown)}
+            more |= {} if picture is None else {"attacked": wandb.Image(picture)}
             run.log(more | {"trainer/global_step": step})
-        case "mlflow", client if shown is not None:
-            client.log_image(cast(Any, logger).run_id, shown, key="attacked", step=step)
+        case "mlflow", client if picture is not None:
+            client.log_image(cast(Any, logger).run_id, picture, key="attacked", step=step)

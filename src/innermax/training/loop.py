@@ -21,7 +21,7 @@ from innermax.distributed.process_group import Ranks
 from innermax.objectives import Objective
 from innermax.strategies import awaits_halfway_gauge
 from innermax.training.checkpoints import due_every
-from innermax.training.loggers import Picture, picture
+from innermax.training.loggers import Picture, draw_picture
 from innermax.training.metrics import measure_gauges, median_halfway_gauge, warn_of_fosc
 from innermax.training.optimizer import learning_rate
 from innermax.training.options import TrainingOptions
@@ -264,7 +264,7 @@ class Loop:
         data = self.data.head
         index = torch.arange(min(_SHOWN, len(data)), device=self.ranks.device)
         x, y = data.batch(index)
-        return picture(x, attack(state.oracle, x, y, seed=options.seed, index=index, final="none").x_adv)
+        return draw_picture(x, attack(state.oracle, x, y, seed=options.seed, index=index, final="none").x_adv)
 
     def end_epoch(self, row: dict[str, Any]) -> dict[str, Any]:
         """Adds the epoch's time to its row, and goes to the next epoch; the row of rank 0, in all processes."""

@@ -16,7 +16,7 @@ from rich.text import Text
 
 
 class TimeLeft(ProgressColumn):
-    """The time left as it was last estimated, less what has passed since."""
+    """The time left, as last estimated, minus the time since then."""
 
     def render(self, task: Task) -> Text:
         left = task.fields["left"]
@@ -50,8 +50,9 @@ class TrainingDisplay:
             self._task = self._bar.add_task("", total=self._epochs * batches, completed=completed, left=None, at=0.0)
 
     def batch(self, done: int, totals: Mapping[str, float], fosc: float | None, left: float | None) -> None:
-        """A batch is done. totals: sums over the epoch's examples so far; fosc: their mean; left: seconds of the
-        training.
+        """A batch is done.
+
+        totals: sums over the epoch's examples so far; fosc: their mean FOSC; left: seconds of the whole training.
         """
         if self._bar is None or self._task is None:
             return
@@ -69,7 +70,7 @@ class TrainingDisplay:
         self._bar.update(self._task, description="  ".join(parts), completed=completed, left=left, at=now)
 
     def epoch(self, row: Mapping[str, Any], left: float | None) -> None:
-        """An epoch has been measured; left: seconds of the training."""
+        """An epoch is done. row: its measures; left: seconds of the whole training."""
         if row.get("validation_robust") is not None:
             self._robust = f"robust {100 * row['validation_robust']:.1f}%"
         line = self._line(row)

@@ -1,7 +1,7 @@
-"""How long a training or an evaluation still takes: from what was timed of it, and what is known to come.
+"""How long a training still takes: what it has timed so far, applied to the work that is known to come.
 
-Batches differ in cost, but by a known measure: the gradients they ask for. So gradients, updates and what lies between
-two epochs are timed apart, and the gradients to come are counted from the strategy or the attacks.
+Batches differ in cost, by a known measure: the gradients they need. So gradients, updates and the time between two
+epochs are timed separately, and the gradients to come are counted from the strategy.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,31 +9,34 @@ from dataclasses import dataclass, field, replace
 from innermax.attacks.pgd import PGD
 from innermax.strategies import History, Strategy
 
-# Where nothing has been timed or measured yet. Measured on two cores, on the networks and data sets that come along:
-_GRADIENT = 0.5  # of an update's time, a gradient's
-_TAKEN = 2 / 3  # of its steps, an example's under a threshold
+# Used before anything was timed. Measured on two cores, on innermax's own networks and data sets:
+_GRADIENT = 0.5  # the time of a gradient, as a share of an update's
+_TAKEN = 2 / 3  # the steps that an example takes under a threshold, as a share of the attack's
 
 
 @dataclass
 class TrainingClock:
-    """What a training has spent, and how much of what it has still to spend.
+    """Estimates the time a training still takes.
 
-    Args:
-        strategy: asked which attack each coming epoch trains against.
+    Attributes:
+        strategy: says which attack each coming epoch trains against.
         epochs: of the training.
         examples: of an epoch.
-        validation: gradients that scoring the validation split takes, all examples together.
+        validation: the cost of scoring the validation split, in gradients of one example.
+        updating, updated: seconds spent on updates, and their examples.
+        attacking, gradients: seconds spent on attacks, and their gradients.
+        between, ended: seconds spent at the ends of epochs, and their number.
     """
 
     strategy: Strategy
     epochs: int
     examples: int
     validation: float = 0.0
-    updating: float = 0.0  # seconds, for so many examples
+    updating: float = 0.0
     updated: int = 0
-    attacking: float = 0.0  # seconds, for so many gradients
+    attacking: float = 0.0
     gradients: float = 0.0
-    between: float = 0.0  # seconds, at so many ends of epochs
+    between: float = 0.0
     ended: int = 0
     _batches: int = 0
     _in_epoch: float = 0.0
@@ -42,28 +45,30 @@ class TrainingClock:
     _coming: list[PGD | None] = field(default_factory=list)
 
     def start(self, epoch: int, history: History) -> None:
-        """An epoch begins: the strategy is asked about this one and, as far as it can tell, all later ones."""
+        """An epoch begins; asks the strategy for its attack and, as far as it can tell, those of all later epochs."""
         self._in_epoch, self._running = 0.0, True
         self._now = self.strategy.attack_at(epoch / self.epochs, history)
-        self._coming = [self._foreseen(later / self.epochs, history) for later in range(epoch + 1, self.epochs)]
+        self._coming = [self._foresee(later / self.epochs, history) for later in range(epoch + 1, self.epochs)]
 
     def batch(self, examples: int, gradients: float, attacking: float, updating: float) -> None:
-        """A batch took so many seconds for its gradients, all examples together, and for the rest."""
+        """A batch has spent `attacking` seconds on its gradients and `updating` seconds on the rest."""
         self._batches += 1
         self._in_epoch += attacking + updating
-        if self._batches == 2:  # the first one was slow with preparations that all share
+        if self._batches == 2:  # the first one was slow: it did work that is done once
             self.updating, self.updated, self.attacking, self.gradients = 0.0, 0, 0.0, 0.0
         self.updating, self.updated = self.updating + updating, self.updated + examples
         if gradients:
             self.attacking, self.gradients = self.attacking + attacking, self.gradients + gradients
 
     def end(self, seconds: float) -> None:
-        """An epoch has ended, validated and saved, after so many seconds of this process."""
+        """An epoch has ended, with validation and saving, after so many seconds of this process."""
         self.between, self.ended = self.between + max(seconds - self._in_epoch, 0.0), self.ended + 1
         self._running = False
 
     def left(self, done: int, taken: float) -> float | None:
-        """Seconds, when `done` examples of the epoch have taken `taken` gradients each; None before the first batch."""
+        """The seconds left, when `done` examples of the epoch have taken `taken` gradients each; None before the first
+        batch.
+        """
         if not self.updated:
             return None
         update = self.updating / self.updated
@@ -75,18 +80,18 @@ class TrainingClock:
         ends = self._running + len(self._coming)
         return update * updates + gradient * (to_do * taken + self.examples * later) + between * ends
 
-    def _foreseen(self, moment: float, history: History) -> PGD | None:
+    def _foresee(self, moment: float, history: History) -> PGD | None:
         try:
             return self.strategy.attack_at(moment, history)
-        except Exception:  # noqa: BLE001  it wants to see measures first, and a user's own says so in its own way
+        except Exception:  # noqa: BLE001  it needs measures first; a user's own strategy may raise anything
             attack: PGD | None = getattr(self.strategy, "attack", None)
             return attack and replace(attack, stop_at=0.0)
 
 
 def expected_gradients(attack: PGD | None, now: PGD | None, taken: float) -> float:
-    """Gradients an example of a coming epoch, when the present attack `now` takes `taken`.
+    """Gradients per example of a coming epoch with `attack`, when the present attack `now` takes `taken`.
 
-    All steps are taken at a threshold of 0; from the present threshold to there they are drawn in a straight line.
+    At a threshold of 0 all steps are taken; between that and the present threshold the number is interpolated linearly.
     """
     if attack is None:
         return 0.0

@@ -32,7 +32,7 @@ from innermax.training.spawn import train_in_processes
 
 @dataclass(frozen=True)
 class Run:
-    """A training that ended: the model as it is now, a row of measures an epoch, and the folder that holds both."""
+    """A finished training: the trained model, a row of measures per epoch, and the run folder."""
 
     model: nn.Module
     history: Sequence[Mapping[str, Any]]
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def best(self) -> Mapping[str, Any] | None:
-        """The epoch with the best accuracy on the validation split (robust, where an attack was given)."""
+        """The row of the epoch with the best accuracy on the validation split (under attack, if there was one)."""
         scored = [row for row in self.history if row.get("validation_accuracy") is not None]
         return max(scored, key=lambda row: float(row["validation_accuracy"]), default=None)
 
@@ -81,59 +81,62 @@ def train(
     progress: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Trains a model against the attacks a strategy chooses (Wang et al. 2019, Algorithm 1); it learns in place.
+    """Trains a model against the attacks that a strategy chooses (Wang et al. 2019, Algorithm 1).
 
-    A model in training mode keeps its sub-modules' modes (frozen BatchNorm stays frozen); it ends in evaluation mode.
-    Resumes where run_dir holds an unfinished run of the same configuration.
+    The model learns in place. Where it is in training mode, its modules keep their own modes (frozen BatchNorm stays
+    frozen); at the end it is in evaluation mode. If run_dir holds an unfinished run of the same configuration, that run
+    is resumed.
 
     Args:
-        model: any nn.Module with logits.
+        model: Any nn.Module that returns logits.
         train_set: (images, labels), an ImageSet, a torch Dataset, a Hugging Face Dataset, or an ImageStream.
-        strategy: which attack to train against at which moment.
-        objective: "cross_entropy", "loss_weighted" (the released code's) or a function, see innermax.objectives.
-        validation_set: examples held out of training, on which the best epoch is chosen. Never the test set.
-        validation_attack: what the validation split is attacked with; None: the strategy's own attack, if it has one.
-        epochs: passes over the training set.
-        batch_size: examples an update; batches differ by at most one example.
+        strategy: Which attack to train against at which moment.
+        objective: "cross_entropy", "loss_weighted" (of the code released with the paper) or a function, see
+            innermax.objectives.
+        validation_set: Examples held out of training, on which the best epoch is chosen. Never the test set.
+        validation_attack: The attack on the validation split. By default the strategy's own, if it has one.
+        epochs: Passes over the training set.
+        batch_size: Examples per update. Batches differ by at most one example.
         optimizer: "sgd" or "adamw".
-        lr: initial learning rate.
-        momentum: of SGD.
-        weight_decay: L2 penalty of SGD, decoupled decay of AdamW.
-        lr_schedule: "drops" divides by 10 at each of lr_drops; "cosine" falls to 0; "constant".
-        lr_drops: shares of the training in (0, 1).
-        clip: largest gradient norm of an update; None: unclipped.
-        ema: decay in (0, 1) of an exponential moving average of the weights, which is then what is evaluated and
-            saved; None: the weights themselves.
-        shift: augmentation, random shifts by up to so many pixels.
-        flip: augmentation, random horizontal flips.
-        precision: "auto" attacks and updates in bf16 where the device computes in it, else "float32".
-        seed: decides order, augmentation, random starts and the model's own draws.
+        lr: Initial learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: L2 penalty of SGD, or decoupled decay of AdamW.
+        lr_schedule: "drops" divides the learning rate by 10 at each of lr_drops, "cosine" lets it fall to 0, "constant"
+            keeps it.
+        lr_drops: Shares of the training, in (0, 1), after which the learning rate drops.
+        clip: Largest gradient norm of an update. By default gradients are not clipped.
+        ema: Decay, in (0, 1), of an exponential moving average of the weights, which is then evaluated and saved. By
+            default the weights themselves are.
+        shift: Augmentation: random shifts by up to so many pixels.
+        flip: Augmentation: random horizontal flips.
+        precision: "float32", "bf16", or "auto": bf16 where the device computes in it, else float32.
+        seed: Decides order, augmentation, random starts and the model's own random numbers.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        devices: processes on each machine that share every batch, on GPUs one a GPU; None: as many as torchrun or SLURM
-            started, else one. They start anew, so a script needs its `if __name__ == "__main__"`, and what is trained
-            must pickle. The objective must be a mean over examples.
-        nodes: machines, each of which runs the same; None: as torchrun or SLURM say, else one.
-        parallel: "ddp", the whole network in each process, or "fsdp", a part of every layer, for networks that do not
-            fit; what that cannot do is refused.
-        sync_batch_norm: BatchNorm over the whole batch instead of each process's share; on GPUs.
-        on_nan: what a loss, gradient or FOSC that is no finite number does: "stop" ends the run, "skip" leaves that
-            batch out and counts it. Either way run_dir/nonfinite.jsonl names epoch, batch and examples.
-        run_dir: folder of the run; None writes nothing.
-        overwrite: start afresh where run_dir holds a run, and remove all that innermax wrote there of the run before.
-        checkpoint_every: how often the state is saved within an epoch, too: every so many updates, or a time such as
-            "10min", "90s" or "2h". It is always saved at an epoch's end.
-        keep_checkpoints: ≥ 1 states that stay. Where the newest is damaged, a run goes on from the one before.
-        logger: where each epoch is logged beside metrics.jsonl: "tensorboard", "wandb", "mlflow", or a logger object of
-            Lightning Fabric's or PyTorch Lightning's.
-        progress: show a live display on a terminal, else a line an epoch.
-        settings: anything else that identifies the run, kept in its config.yaml.
+        devices: Processes on each machine that share every batch; on GPUs, one per GPU. By default as many as torchrun
+            or SLURM started, else one. They are spawned, so a script needs `if __name__ == "__main__"`, and model,
+            strategy and objective must pickle. The objective must be a mean over examples.
+        nodes: Machines, each of which runs the same command. By default as torchrun or SLURM say, else one.
+        parallel: "ddp" keeps the whole network in each process, "fsdp" a part of every layer, for networks that do not
+            fit on a GPU. Options that fsdp does not support are refused.
+        sync_batch_norm: BatchNorm over the whole batch instead of each process's share. On GPUs.
+        on_nan: What happens at a loss, gradient or FOSC that is not a finite number: "stop" ends the run, "skip" leaves
+            the batch out and counts it. nonfinite.jsonl in the run folder names epoch, batch and examples.
+        run_dir: Folder of the run. By default nothing is written.
+        overwrite: Start from scratch where run_dir holds a run, and remove all that innermax wrote about it there.
+        checkpoint_every: How often to write a checkpoint within an epoch: every so many updates, or after a time such
+            as "10min", "90s" or "2h". One is always written at the end of an epoch.
+        keep_checkpoints: How many checkpoints to keep, at least 1. A run goes on from the newest that is not damaged.
+        logger: Where to log each epoch, beside metrics.jsonl: "tensorboard", "wandb", "mlflow", or a logger object of
+            Lightning Fabric or PyTorch Lightning.
+        progress: Show a live display on a terminal, elsewhere a line per epoch.
+        settings: Anything else that identifies the run. config.yaml keeps it.
 
     Raises:
         ValueError, TypeError: an argument does not fit, or run_dir belongs to another configuration or process.
         FloatingPointError: a loss, gradient or FOSC is not a finite number.
         ChildProcessError: one of several processes has ended; the others are ended, too.
-        OSError: run_dir cannot be written; the states in it stay whole.
-        KeyboardInterrupt: after saving; the same call continues.
+        OSError: run_dir cannot be written; the checkpoints in it stay whole.
+        KeyboardInterrupt: after a checkpoint was written; the same call continues.
     """
     options = TrainingOptions(
         strategy=strategy, objective=objective, validation_attack=validation_attack, epochs=epochs,
