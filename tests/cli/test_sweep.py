@@ -286,7 +286,7 @@ def test_a_run_ends_with_the_sweep_of_a_scripts_background_job():
         (["digits", "--run-dir", "a", "b"], "--run-dir is the whole sweep's"),
         (["digits", "--workers", "1", "2"], "--workers is the whole sweep's"),
         (["digits", "--workers", "0"], "workers must be at least 1"),
-        (["digits", "--engine", "ray"], "engine"),
+        (["digits", "--engine", "ray"], "--engine must be local or submitit, got ray"),
         (["digits", "--overwrite"], "sweep takes no --overwrite"),
         (["digits", "--seed", "0", "0"], "give each value once"),
         (["digits", "--run-dir", "full"], "holds no sweep of innermax"),

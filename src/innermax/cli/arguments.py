@@ -100,7 +100,6 @@ class Parser(ArgumentParser):
         name = ""  # of the option that the next word is for
         for word, following in pairwise([*words, "--"]):
             if not word.startswith("--"):
-                name = "" if re.match("-[a-z]", word) else name  # a short option, such as -o
                 result.append(self._read_number(name, word))
                 continue
             name, equals, value = word.partition("=")
@@ -119,12 +118,13 @@ class Parser(ArgumentParser):
 
     def _explain(self, message: str) -> str:
         """An error of the parser in words that name the option as it is typed."""
-        if found := re.search(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: ([^\n]*)$', message, re.DOTALL):
-            option, value = found.groups()
-            kind = self.type_of(option)
+        found = re.search(r'Parser key "([\w.]+)":(?:.*?(?:Got|Given) value: ([^\n]*)$)?', message, re.DOTALL)
+        if found and (kind := self.type_of(found[1])) is not None:
+            text, value = f"{show_options('--' + found[1])} must be {describe_type(kind)}", found[2]
+            if value is None:  # not every version of jsonargparse tells it
+                return text
             close = difflib.get_close_matches(value, [str(choice) for choice in _choices(kind)], n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            return f"{show_options('--' + option)} must be {describe_type(kind)}, got {value}{hint}"
+            return f"{text}, got {value}" + (f"; did you mean {close[0]!r}?" if close else "")
         if found := re.match(r"argument (--[\w.]+): expected one argument", message):
             return f"{show_options(found[1])} needs a value"
         if found := re.match(r"unrecognized arguments: ((--?[a-z][\w.]*).*|.*)", message, re.IGNORECASE | re.DOTALL):
@@ -176,7 +176,7 @@ def describe_type(kind: Any) -> str:
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(describe_type(part) for part in get_args(kind) if part is not type(None))
     if choices := _choices(kind):
-        return ", ".join(map(str, choices)) if len(choices) < 3 else f"one of {', '.join(map(str, choices))}"
+        return " or ".join(map(str, choices)) if len(choices) < 3 else f"one of {', '.join(map(str, choices))}"
     if get_origin(kind) is not None:
         return "a list of numbers such as [0.5,0.75]" if float in _parts(kind) else "a list such as [1,2]"
     return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, "text")
