@@ -112,10 +112,7 @@ class Loop:
                 state.metrics.add(self.step(batch, attack, moment, gauge=state.batch % stride == 0))
                 state.batch += 1
                 self.whole = True
-                totals = state.metrics.totals
-                done = int(totals.get("examples", 0))
-                left = self.clock.left(done, totals.get("gradients", 0.0) / max(done, 1))
-                show.batch(state.batch, totals, state.metrics.fosc, left)
+                self._show(show)
                 if interrupted():
                     self.agreed = True
                     raise KeyboardInterrupt
@@ -124,6 +121,13 @@ class Loop:
                     self.save()
         rate = learning_rate(state.epoch / options.epochs, options)
         return state.metrics.row(state.epoch, rate, attack, state.oracle.plan, len(self.data))
+
+    def _show(self, show: TrainingDisplay) -> None:
+        """Shows the epoch so far, and the time left."""
+        metrics = self.state.metrics
+        done = int(metrics.totals.get("examples", 0))
+        left = self.clock.left(done, metrics.totals.get("gradients", 0.0) / max(done, 1))
+        show.batch(self.state.batch, metrics.totals, metrics.fosc, left)
 
     def step(self, batch: Batch, attack: PGD | None, moment: float, gauge: bool = False) -> dict[str, float]:
         """One batch of Algorithm 1: an attack, then a descent; sums over the batch's examples, of which this process
@@ -136,7 +140,7 @@ class Loop:
         began, attacking = time.perf_counter(), 0.0
         x = x_adv = self._augment(batch.x, batch.mine)
         sums: dict[str, float] = {}
-        if attack is not None:
+        if attack is not None:  # x^{k+1} ← x^k + V · α · sign ∇ℓ, with V = 1(c(x^k) > c_t), while ΣV > 0 and k < K
             start = self._warm_start(x, batch.mine)
             seed = randomness.derive_seed(self.options.seed, _ATTACK, self.state.epoch)
             asked = time.perf_counter()
@@ -150,7 +154,7 @@ class Loop:
             with self.ranks.raise_together(FloatingPointError):
                 gauges = self._measure_gauges(attack, x, x_adv, batch.y) if attack is not None and gauge else {}
             self.whole = False
-            sums |= self.descend(x, batch.y, x_adv, moment, len(batch.whole))
+            sums |= self.descend(x, batch.y, x_adv, moment, len(batch.whole))  # θ ← θ − η · g(θ)
         except FloatingPointError as error:
             self._note(error, batch.whole)
             if self.options.on_nan == "stop":
@@ -163,9 +167,9 @@ class Loop:
         return sums
 
     def descend(self, x: Tensor, y: Tensor, x_adv: Tensor, moment: float, count: int) -> dict[str, float]:
-        """θ ← θ − η·g(θ) and what follows the weights; FloatingPointError leaves them as they were.
+        """One update of the weights, and of all that follows them; a FloatingPointError leaves them as they were.
 
-        count: examples of all processes.
+        count: the batch's examples in all processes.
         """
         state, options = self.state, self.options
         # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.

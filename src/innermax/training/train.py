@@ -26,7 +26,7 @@ from innermax.training.job import Job
 from innermax.training.loggers import Logger, LoggerName, epoch_logger
 from innermax.training.loop import Loop
 from innermax.training.options import LearningRate, OnNaN, Optimizer, TrainingOptions, check_parallel
-from innermax.training.progress import show_progress
+from innermax.training.progress import TrainingDisplay, show_progress
 from innermax.training.spawn import train_in_processes
 
 
@@ -173,34 +173,46 @@ def _train(job: Job, launch: Launch, stopped: Callable[[], bool] = lambda: False
         loop.resume()
         show = stack.enter_context(show_progress(options.epochs, options.progress and ranks.first))
         logger = options.logger if ranks.first else None
-        write = stack.enter_context(epoch_logger(logger, options.folder, job.configuration))
+        log = stack.enter_context(epoch_logger(logger, options.folder, job.configuration))
         deferred = stack.enter_context(defer_interrupts())
 
         def interrupted() -> bool:
             return ranks.any(deferred() or stopped())
 
         while loop.state.epoch < options.epochs:
-            try:
-                row = loop.train_epoch(show, interrupted)
-            except KeyboardInterrupt:
-                if options.folder is not None and loop.whole and (loop.agreed or not ranks.sharded):
-                    loop.save()
-                    show.say(f"Interrupted and saved: the same command continues {options.folder} where it stopped.")
-                raise
-            row |= loop.measure()
+            row = _train_epoch(job, loop, show, interrupted)
             drawn = None if logger is None or ranks.sharded else loop.draw_picture()
-            row |= _validate(job, loop)
-            row = loop.end_epoch(row)
-            if options.folder is not None:
-                loop.state.save_models(options.folder, ranks)  # first: after the checkpoint, this epoch does not return
-            loop.save()
-            loop.clock.end(time.perf_counter() - loop.began)
+            row = _end_epoch(job, loop, row)
             show.epoch(row, loop.clock.left(len(job.train_set), row["gradients"]))
-            write(row, drawn)
+            log(row, drawn)
             if interrupted():
                 raise KeyboardInterrupt
     loop.state.network.eval()
     return Run(loop.state.evaluated.eval(), tuple(loop.state.history), options.folder)
+
+
+def _train_epoch(job: Job, loop: Loop, show: TrainingDisplay, interrupted: Callable[[], bool]) -> dict[str, Any]:
+    """Trains to the epoch's end; the epoch's row. A KeyboardInterrupt saves first where that is possible."""
+    folder = job.options.folder
+    try:
+        return loop.train_epoch(show, interrupted)
+    except KeyboardInterrupt:
+        if folder is not None and loop.whole and (loop.agreed or not loop.ranks.sharded):
+            loop.save()
+            show.say(f"Interrupted and saved: the same command continues {folder} where it stopped.")
+        raise
+
+
+def _end_epoch(job: Job, loop: Loop, row: dict[str, Any]) -> dict[str, Any]:
+    """Measures what belongs to the epoch's end, and saves models and checkpoint; the whole row."""
+    row |= loop.measure()
+    row |= _validate(job, loop)
+    row = loop.end_epoch(row)
+    if job.options.folder is not None:  # before the checkpoint, after which this epoch is not trained again
+        loop.state.save_models(job.options.folder, loop.ranks)
+    loop.save()
+    loop.clock.end(time.perf_counter() - loop.began)
+    return row
 
 
 @contextlib.contextmanager
