@@ -38,7 +38,7 @@ FLOORS = (
         Box("evaluation/", "scores, rows of examples, audit, transfer", 3, "evaluation", model="CE"),
     ),
     (Box("attacks/", "searches over a threat model, which know how converged they are", 1, "shared", "3", "D"),),
-    (Box("oracle/", "the network as the attacker sees it: folded, lowered, compiled", 1, "shared", "4", "B"),),
+    (Box("oracle/", "the network as attackers see it: BatchNorm folded, bf16, CUDA graphs", 1, "shared", "4", "B"),),
     (
         Box("data/", "images", 5, "plain", batch="1"),
         Box("threat.py", "the set X(x)", 5, "plain"),
