@@ -278,7 +278,7 @@ def test_a_run_ends_with_the_sweep_of_a_scripts_background_job():
     [
         ([], "name of a recipe"),
         (["minst"], "did you mean 'mnist'"),
-        (["digits", "0"], "sweep takes the name of a recipe first, got digits 0: for example"),
+        (["digits", "0"], "unexpected '0': sweep takes the name of a recipe, then options: for example"),
         (["digits", "--run-dir"], "--run-dir needs a value"),
         (["digits", "--seed", "--flip"], "--seed needs a value"),
         (["digits", "--sede", "0", "1"], "--sede"),
@@ -308,7 +308,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(words, expected, tmp_path,
 def test_two_sweeps_in_one_folder(tmp_path, capsys):
     with lock_file(tmp_path / "sweep" / LOCK, "it"):
         status, _, err = said(capsys, "sweep", "digits", "--run-dir", str(tmp_path / "sweep"), *FAST)
-    assert (status, f"run_dir {tmp_path / 'sweep'} is in use by process {os.getpid()}" in err) == (2, True)
+    assert (status, f"--run-dir {tmp_path / 'sweep'} is in use by process {os.getpid()}" in err) == (2, True)
 
 
 def test_submitit_is_an_extra(tmp_path, capsys, monkeypatch):

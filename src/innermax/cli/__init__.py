@@ -19,7 +19,8 @@ Train classifiers that withstand adversarial examples, and know whether a robust
   innermax export runs/digits --format onnx   write a model for ONNX Runtime, torch.export or the Hugging Face Hub
   innermax reproduce table1 --scale cpu       reproduce a table or figure of the paper
 
-innermax COMMAND --help lists the options of a command. Fractions such as 8/255 are read as numbers.
+innermax COMMAND --help lists the options of a command. Fractions such as 8/255 are read as numbers; an option that is
+true or false is true without a value.
 """
 _COMMANDS = ("train", "sweep", "evaluate", "transfer", "report", "export", "recipes", "reproduce")
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _warn  # type: ignore[assignment]  # it takes the rest, and does not look
             import_module(f"innermax.cli.{words[0]}").run(words[1:])  # that command's imports alone
     except (ValueError, TypeError, ArithmeticError, OSError) as error:
-        print(f"innermax: {_one_line(error)}", file=sys.stderr)
+        print(f"innermax: {_name_option(_one_line(error), words)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         if _one_line(stop):
@@ -58,6 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _one_line(message: BaseException | str) -> str:
     """The text of an exception or warning, and its notes."""
     return " ".join(" ".join([str(message), *getattr(message, "__notes__", [])]).split())
+
+
+def _name_option(message: str, words: Sequence[str]) -> str:
+    """A message that begins with the name of an argument, such as batch_size, with the option that was typed for it."""
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        name = option.removeprefix("--").rpartition(".")[2].replace("-", "_")
+        if option.startswith("--") and message.startswith(f"{name} "):
+            return option + message.removeprefix(name)
+    return message
 
 
 def _warn(message: Warning | str, *_: object) -> None:

@@ -40,9 +40,11 @@ def split_words(
     options = list(words[len(first) :])
     if not words or {"-h", "--help"} & set(options):
         return first, ["--help"]
-    if not least <= len(first) <= (most or len(first)):
-        command = example.split()[1]
+    command = example.split()[1]
+    if len(first) < least:
         raise ValueError(f"{command} takes {what} first, got {' '.join(first) or options[0]}: for example {example}")
+    if most is not None and len(first) > most:
+        raise ValueError(f"unexpected {first[most]!r}: {command} takes {what}, then options: for example {example}")
     return first, options
 
 
@@ -178,6 +180,8 @@ def describe_type(kind: Any) -> str:
     if choices := _choices(kind):
         return " or ".join(map(str, choices)) if len(choices) < 3 else f"one of {', '.join(map(str, choices))}"
     if get_origin(kind) is not None:
+        if get_origin(get_args(kind)[0]) is not None:
+            return "a list of lists such as [[0.5],[0.25]]"
         return "a list of numbers such as [0.5,0.75]" if float in _parts(kind) else "a list such as [1,2]"
     return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, "text")
 

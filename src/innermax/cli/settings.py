@@ -8,10 +8,11 @@ from innermax.attacks.pgd import PGD
 from innermax.attacks.search import Gauge
 from innermax.objectives import OBJECTIVES
 from innermax.oracle.oracle import Precision
+from innermax.reproduce.comparison import TABLE_ATTACKS
 from innermax.strategies import STRATEGIES, Shape, Strategy
 from innermax.threat import NORMS, Threat, build_threat
 
-TABLE = "fgsm,pgd-10,pgd-20,cw-30"  # the attacks of the paper's tables
+TABLE = ",".join(TABLE_ATTACKS)
 
 if TYPE_CHECKING:
     NormName = str
@@ -93,8 +94,8 @@ class DynamicSettings:
     """Options of the strategy dynamic.
 
     Args:
-        c_max: c_t at the start, a number or "auto". By default 0.5 on the gauge ball, 0.15 on exact, "auto" on
-            relative.
+        c_max: Threshold c_t at the start, a number or "auto". By default 0.5 on the gauge ball, 0.15 on exact and
+            "auto" on relative.
         zero_at: Share of the training after which c_t is 0.
         shape: How c_t falls.
     """

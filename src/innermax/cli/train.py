@@ -19,6 +19,7 @@ from innermax.cli.recipes import read_yaml, recipe_text
 from innermax.cli.settings import build_strategy
 from innermax.data.image_set import Data
 from innermax.distributed.launch import count_processes, find_device, is_first
+from innermax.models.registry import MODELS
 from innermax.reporting.tables import format_audit, format_table
 from innermax.training.loggers import LoggerName
 from innermax.training.options import option_names
@@ -30,6 +31,7 @@ _GROUPS = ("threat", "attack", "dynamic", "curriculum", "warm")  # of a recipe's
 _OPTIONS = option_names("on_command_line")  # go to `im.train` as they are; the recipe's settings stand for the others
 # Help that the docstring of `im.train` does not give; a group in a file of its own does no more than a recipe.
 _HELP = {
+    "model": f"Network: {', '.join(MODELS)}.",
     "run_dir": "Folder of the run. By default runs/RECIPE-STRATEGY-seedSEED.",
     "devices": "Processes on each machine that share every batch; on GPUs, one per GPU. By default as many as torchrun "
     "or SLURM started, else one.",

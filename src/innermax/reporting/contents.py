@@ -218,8 +218,9 @@ def _predicts_alike(
 
 def read_evaluation(path: Path) -> Evaluation:
     """The evaluation in a file. Raises ValueError, with the file's name, where it holds none."""
+    text = _read_text(path)
     try:
-        return Evaluation.from_json(_read_text(path))
+        return Evaluation.from_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -252,4 +253,4 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable: {error}") from error
+        raise ValueError(f"{path} is not readable: {getattr(error, 'strerror', None) or error}") from error
