@@ -473,7 +473,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         ("figure9",): "innermax: unknown table or figure 'figure9'; did you mean 'figure",
         ("--scale", "smoke"): "innermax: reproduce takes what to reproduce first, got --scale",
         ("table1", "--scale", "huge"): "innermax: unknown scale 'huge'",
-        ("table1", "--minutes", "-1"): "innermax: minutes must be ≥ 0",
+        ("table1", "--minutes", "-1"): "innermax: --minutes must be ≥ 0",
     }.items():
         assert main(["reproduce", *words]) == 2
         told = capsys.readouterr().err
