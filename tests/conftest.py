@@ -30,6 +30,7 @@ def _audits_only_where_they_are_tested(request, monkeypatch):
 @pytest.fixture
 def untyped():
     """Without runtime type checking, whose errors would come before the library's own."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -23,6 +23,7 @@ import innermax as im
 from innermax.training import run_folder
 from innermax.training.checkpoints import due_every, find_checkpoints, load_checkpoint, save_checkpoint
 from innermax.utils.files import LockHeld, load_tensors, lock_file, write_bytes
+from tests.helpers.training import timeless
 
 THREAT = im.Linf(0.1)
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -63,13 +64,12 @@ def trained(folder, **options):
     )
 
 
-def timeless(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+def metrics(folder):
+    return timeless(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
 
 
 def ends_alike(folder, whole):
-    assert timeless(folder) == timeless(whole)
+    assert metrics(folder) == metrics(whole)
     for name in SAFETENSORS:
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     (one, mine), (other, theirs) = (load_tensors(find_checkpoints(path)[0]) for path in (folder, whole))

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import innermax as im
 from innermax.training.options import TrainingOptions, describe_training, option_names
+from tests.helpers.training import ATTACK, DATA, examples, train
 
-ATTACK = im.PGD(im.Linf(0.1))
 STRATEGY = im.Standard(ATTACK)
-DATA = im.load_data("digits").train[:8]
+DIGITS = im.load_data("digits").train[:8]
 ANYTHING = (
     st.none()
     | st.booleans()
@@ -180,8 +180,8 @@ def test_options_do_not_change():
 
 
 def test_what_identifies_a_run_is_told_in_the_order_of_the_signature():
-    model = im.build_model("digits-cnn", input_shape=DATA.shape)
-    told = describe_training(made(lr=1, lr_drops=(0.5,), settings={"a": (1,)}), model, DATA, None)
+    model = im.build_model("digits-cnn", input_shape=DIGITS.shape)
+    told = describe_training(made(lr=1, lr_drops=(0.5,), settings={"a": (1,)}), model, DIGITS, None)
     assert list(told) == ["training", "model", "examples", "settings"]
     assert list(told["training"]) == [
         *("strategy", "objective", "validation_attack", "epochs", "batch_size", "optimizer", "lr", "momentum"),
@@ -190,7 +190,7 @@ def test_what_identifies_a_run_is_told_in_the_order_of_the_signature():
     assert (told["training"]["lr"], type(told["training"]["lr"])) == (1, int)
     assert (told["training"]["lr_drops"], told["settings"]) == ([0.5], {"a": [1]})
     assert yaml.safe_load(yaml.safe_dump(told)) == told
-    told = describe_training(made(sync_batch_norm=True), model, DATA, DATA)
+    told = describe_training(made(sync_batch_norm=True), model, DIGITS, DIGITS)
     assert list(told["training"])[-2:] == ["sync_batch_norm", "on_nan"]
     assert told["examples"] == {"train": 8, "validation": 8}
 
@@ -203,3 +203,55 @@ def test_what_a_run_may_go_on_with():
 def test_what_the_command_line_says_in_its_own_way():
     own = {"strategy", "objective", "validation_attack", "logger", "settings"}
     assert set(ROWS) - option_names("on_command_line") == own
+
+
+@pytest.mark.parametrize("name", ["data", "validation_set"])
+def test_labels_outside_the_classes(tmp_path, name):
+    told = {"data": "train_set", "validation_set": "validation_set"}[name]
+    with pytest.raises(ValueError, match=rf"{told} labels must be in 0…2, got values from 1 to 3"):
+        train(**{name: (DATA[0], DATA[1] + 1)}, epochs=1, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"optimizer": "sdg"}, ValueError, r"unknown optimizer 'sdg'; did you mean 'sgd'\?"),
+        ({"lr_schedule": "drop"}, ValueError, r"unknown lr_schedule 'drop'; did you mean 'drops'\?"),
+        ({"precision": "float16"}, ValueError, r"unknown precision 'float16'; did you mean 'float32'\?"),
+        ({"logger": "tensorbord"}, ValueError, r"unknown logger 'tensorbord'; did you mean 'tensorboard'\?"),
+        (
+            {"objective": "cross-entropy"},
+            ValueError,
+            r"unknown objective 'cross-entropy'; did you mean 'cross_entropy'",
+        ),
+        ({"device": "cdua"}, ValueError, r"unknown device 'cdua'; did you mean 'cuda'\?"),
+        ({"device": "meta"}, ValueError, "unknown device 'meta'"),
+        (
+            {"device": "cuda:99"},
+            ValueError,
+            "device must be cpu or one of the . CUDA devices that torch sees, got 'cuda:99'",
+        ),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"epochs": 1.5}, TypeError, r"epochs must be an integer, got 1\.5"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"lr": 0.0}, ValueError, r"lr must be a finite number > 0, got 0\.0"),
+        ({"lr": math.nan}, ValueError, "lr must be a finite number > 0, got nan"),
+        ({"momentum": -0.1}, ValueError, r"momentum must be a finite number ≥ 0, got -0\.1"),
+        ({"weight_decay": math.inf}, ValueError, "weight_decay must be a finite number ≥ 0, got inf"),
+        ({"clip": 0.0}, ValueError, r"clip must be a number > 0 or None, got 0\.0"),
+        ({"clip": math.nan}, ValueError, "clip must be a number > 0 or None, got nan"),
+        ({"ema": 1.0}, ValueError, r"ema must be a number in \(0, 1\) or None, got 1\.0"),
+        ({"lr_drops": (20, 40)}, ValueError, r"lr_drops must be a sequence of numbers in \(0, 1\), got \(20, 40\)"),
+        ({"seed": 1.5}, TypeError, r"seed must be an integer, got 1\.5"),
+        ({"shift": 6}, ValueError, "shift must be in 0…5, got 6"),
+        ({"strategy": ATTACK}, TypeError, r"strategy must have attack_at\(progress, history\), got PGD"),
+        ({"data": [1, 2]}, TypeError, "a data set must be"),
+        ({"data": examples(4, classes=2)[0]}, TypeError, "a data set must be"),
+        ({"model": "mlp"}, TypeError, r"model must be a torch\.nn\.Module, got str"),
+        ({"data": (DATA[0][..., :5], DATA[1])}, ValueError, r"the model fails on x of shape \(2, 1, 6, 5\)"),
+    ],
+)
+def test_bad_arguments(untyped, options, kind, words):
+    with pytest.raises(kind, match=words):
+        train(**{"epochs": 1} | options)

@@ -17,10 +17,13 @@ from torch import nn
 
 import innermax as im
 from innermax.losses import CappedMargin
+from innermax.objectives import cross_entropy
 from innermax.training import run_folder
 from innermax.utils.environment import _processor
 from innermax.utils.files import read_config
 from innermax.utils.serialization import describe, differences
+from tests.helpers.networks import same
+from tests.helpers.training import ATTACK, DATA, VALIDATION, contents, examples, mlp, train, weights
 
 THREATS = [
     im.Linf(8 / 255),
@@ -127,10 +130,6 @@ def testdifferences_name_the_setting_and_both_values():
 
 def configuration(**training):
     return {"training": {"seed": 3} | training, "model": "M", "examples": {"train": 5}, "settings": {}}
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_a_new_folder(tmp_path):
@@ -271,3 +270,169 @@ def test_a_damaged_configuration(tmp_path, content):
         with pytest.raises(ValueError, match=r"config\.yaml is not a (readable )?configuration") as error:
             read()
         assert "\n" not in str(error.value)
+
+
+def turning(model, x, y, x_adv, epoch):
+    """Learns for two epochs, then unlearns."""
+    loss, logits = cross_entropy(model, x, y, x_adv, epoch)
+    return (loss if epoch < 2 else -0.5 * loss), logits
+
+
+BARE = {"lr": 0.3, "momentum": 0.0, "lr_schedule": "constant"}
+
+
+@pytest.mark.filterwarnings("ignore:FOSC is")  # it turns away from a minimum: the loss has none
+def test_a_run_folder(tmp_path):
+    options = BARE | {"validation_set": VALIDATION, "validation_attack": ATTACK, "objective": turning}
+    torch.manual_seed(0)  # from other weights it may turn away as far as numbers go
+    model = im.build_model("digits-cnn", num_classes=3, input_shape=(1, 6, 6))
+    start = weights(model)
+    run = train(model, strategy=im.Standard(ATTACK), epochs=5, run_dir=str(tmp_path / "run"), **options)
+    folder = tmp_path / "run"
+    names = ("config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "best.safetensors", "config.json")
+    kept = {f"checkpoints/epoch-00000{epoch}-batch-00000000.safetensors" for epoch in (4, 5)}
+    assert set(contents(folder)) == {*names, *kept}
+    assert run.run_dir == folder
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(run.history)
+    assert [row["epoch"] for row in rows] == list(range(5))
+    numbers = {"loss", "accuracy", "lr", "attack_steps", "threshold", "gradients", "fosc", "zero_gradients"}
+    numbers |= {"fosc_percentiles", "relative_fosc_percentiles", "ball_fosc_percentiles"}
+    numbers |= {"validation_clean", "validation_robust", "validation_fosc"}
+    others = {"epoch", "attack_network", "validation_accuracy", "seconds", "images_per_second"}
+    assert all(row.keys() == numbers | others for row in rows)
+    for row in rows:
+        assert row["attack_network"].startswith("3 BatchNorm folded, channels last, ")
+        assert row["validation_accuracy"] == row["validation_robust"] <= row["validation_clean"]
+        for name in ("fosc_percentiles", "relative_fosc_percentiles", "ball_fosc_percentiles"):
+            assert len(row[name]) == 101
+            assert row[name] == sorted(row[name])
+        assert row["fosc_percentiles"][0] <= row["fosc"] <= row["fosc_percentiles"][-1]
+        assert row["relative_fosc_percentiles"][-1] <= 1
+        assert all(
+            ball >= exact * (1 - 1e-4)
+            for ball, exact in zip(row["ball_fosc_percentiles"], row["fosc_percentiles"], strict=True)
+        )
+    # The last model and the best, the first of equals.
+    assert same(weights(im.load_model(folder)), weights(run.model))
+    scores = [row["validation_robust"] for row in rows]
+    best = scores.index(max(scores))
+    assert best < 4
+    assert run.best == rows[best]
+    assert scores[4] < scores[best]
+    other = im.build_model("digits-cnn", num_classes=3, input_shape=(1, 6, 6))
+    other.load_state_dict(start)
+    short = train(other, strategy=im.Standard(ATTACK), epochs=best + 1, **options)
+    assert same(weights(im.load_model(folder / "best.safetensors")), weights(short.model))
+    evaluated = im.evaluate(run.model, VALIDATION, {"attack": ATTACK}).accuracy
+    assert (rows[4]["validation_clean"], rows[4]["validation_robust"]) == (
+        evaluated["clean"].value,
+        evaluated["attack"].value,
+    )
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["training"]["strategy"]["attack"]["threat"]["eps"] == 0.2
+    assert config["training"]["objective"] == "turning"
+    assert config["training"]["lr"] == 0.3
+    assert config["model"]["model"] == "digits-cnn"
+    assert config["examples"] == {"train": 24, "validation": 16}
+
+
+def test_a_finished_run_returns_at_once(tmp_path):
+    run = train(epochs=2, run_dir=tmp_path / "run", ema=0.5)
+    before = contents(tmp_path / "run")
+
+    again = train(mlp(9), epochs=2, run_dir=tmp_path / "run", ema=0.5)
+    assert same(weights(again.model), weights(run.model))
+    assert again.history == run.history
+    assert contents(tmp_path / "run") == before
+    assert not again.model.training
+    assert again.best is None
+    assert "best.safetensors" not in before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lr": 0.02}, r"training\.lr: 0\.01 there, 0\.02 here"),
+        ({"epochs": 3}, r"training\.epochs: 2 there, 3 here"),
+        ({"seed": 1}, r"training\.seed: 0 there, 1 here"),
+        ({"ema": 0.9}, r"training\.ema: None there, 0\.9 here"),
+        ({"strategy": im.Standard(ATTACK)}, r"training\.strategy\.name: Unsecured there, Standard here"),
+        ({"objective": "loss_weighted"}, r"training\.objective: cross_entropy there, loss_weighted here"),
+        ({"validation_set": VALIDATION}, r"examples\.validation: 0 there, 16 here"),
+        ({"data": examples(23)}, r"examples\.train: 24 there, 23 here"),
+        ({"settings": {"data": "mnist"}}, r"settings\.data: None there, mnist here"),
+        ({"model": im.build_model("digits-cnn", num_classes=3, input_shape=(1, 6, 6))}, "model: Sequential there"),
+    ],
+)
+def test_a_training_of_another_configuration_is_refused(tmp_path, change, words):
+    folder = run_folder.open_folder(tmp_path / "run", first_configuration(), False)
+    (folder / "notes.txt").write_text("dear")
+    before = contents(folder)
+    with pytest.raises(ValueError, match=rf"run_dir .*run belongs to another configuration \(.*{words}"):
+        train(**{"epochs": 2, "run_dir": folder} | change)
+    assert contents(folder) == before
+
+
+@functools.cache
+def first_configuration():
+    """The configuration of `train(epochs=2)`."""
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as name:
+        train(epochs=2, run_dir=Path(name) / "run")
+        return read_config(Path(name) / "run")
+
+
+def test_a_foreign_folder_is_refused_and_overwrite_keeps_what_is_not_the_runs(tmp_path):
+    (tmp_path / "thesis.tex").write_text("dear")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="exists and holds no run of innermax"):
+            train(epochs=1, run_dir=tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == {"thesis.tex": b"dear"}
+    folder = tmp_path / "run"
+    train(epochs=2, run_dir=folder, validation_set=VALIDATION)
+    (folder / "thesis.tex").write_text("dear")
+    (folder / "evaluation.json").write_text("{}")
+    run = train(epochs=1, run_dir=folder, overwrite=True)
+    assert len(run.history) == 1
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (folder / "thesis.tex").read_text() == "dear"
+    assert not any((folder / name).exists() for name in ("best.safetensors", "evaluation.json"))
+    assert same(weights(run.model), weights(train(epochs=1).model))
+
+
+def test_bad_arguments_never_cost_the_old_run(tmp_path):
+    train(epochs=1, run_dir=tmp_path / "run")
+    before = contents(tmp_path / "run")
+    bad = [
+        {"data": (DATA[0], DATA[1] + 1)},
+        {"validation_set": (DATA[0], DATA[1] + 1)},
+        {"validation_set": (DATA[0][..., :5], DATA[1])},
+        {"shift": 6},
+        {"device": "cuda:99"},
+        {"lr": -1.0},
+    ]
+    for options in bad:
+        for folder in (tmp_path / "run", tmp_path / "new"):
+            with pytest.raises(ValueError):
+                train(**{"epochs": 2, "run_dir": folder, "overwrite": True} | options)
+    assert contents(tmp_path / "run") == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_tensorboard_in_the_run_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(epochs=2, run_dir=tmp_path / "run", logger="tensorboard", validation_set=VALIDATION)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {"loss", "accuracy", "lr", "gradients", "validation_clean"} <= set(events.Tags()["scalars"])
+    for name in ("loss", "validation_clean"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(row["epoch"], pytest.approx(row[name])) for row in run.history]
+    train(epochs=1, run_dir=tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    with pytest.raises(ValueError, match="logger 'tensorboard' writes into the run folder: give run_dir"):
+        train(epochs=1, logger="tensorboard")
