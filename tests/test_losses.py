@@ -16,8 +16,8 @@ from innermax.losses import (
     dlr,
     find_loss,
     likeliest_others,
+    make_reaching,
     margin,
-    reaching,
     targeted_dlr,
 )
 
@@ -72,7 +72,7 @@ def test_capped_margin(answer, confidence):
 def test_the_margin_is_positive_exactly_where_the_label_is_not_predicted(answer):
     logits, label = answer
     assert torch.equal(margin(logits, label) > 0, logits.argmax(1) != label)
-    assert torch.equal(reaching(margin)(logits, label) > 0, logits.argmax(1) == label)
+    assert torch.equal(make_reaching(margin)(logits, label) > 0, logits.argmax(1) == label)
 
 
 @given(answers(min_classes=3), st.floats(0.01, 100), st.floats(-100, 100))
@@ -129,11 +129,11 @@ def test_a_capped_margin_has_no_gradient_beyond_its_cap():
 
 def test_reaching_a_label_negates_the_loss_or_takes_its_own_way():
     logits, label = torch.tensor([[0.0, 1.0, 3.0]]), torch.tensor([0])
-    assert reaching(cross_entropy)(logits, label) == -cross_entropy(logits, label)
-    assert reaching(margin)(logits, label) == -3
+    assert make_reaching(cross_entropy)(logits, label) == -cross_entropy(logits, label)
+    assert make_reaching(margin)(logits, label) == -3
     # The negative of the capped loss would be −min(3, 1), constant until the label is nearly reached.
-    assert reaching(CappedMargin(1.0))(logits, label) == -3
-    assert reaching(CappedMargin(1.0))(logits, torch.tensor([2])) == 1
+    assert make_reaching(CappedMargin(1.0))(logits, label) == -3
+    assert make_reaching(CappedMargin(1.0))(logits, torch.tensor([2])) == 1
 
 
 def test_losses_by_name():

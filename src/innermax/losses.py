@@ -24,7 +24,7 @@ def cross_entropy(logits: Logits, label: Labels) -> Float[Tensor, " b"]:
 def margin(logits: Logits, label: Labels) -> Float[Tensor, " b"]:
     """Best other logit − the label's: positive exactly when the example is misclassified (Carlini & Wagner 2017)."""
     own = logits.gather(1, label[:, None])[:, 0]
-    return _others(logits, label).amax(1) - own
+    return _without_label(logits, label).amax(1) - own
 
 
 def dlr(logits: Logits, label: Labels) -> Float[Tensor, " b"]:
@@ -50,7 +50,7 @@ def targeted_dlr(logits: Logits, label: Labels, target: Labels) -> Float[Tensor,
 
 @dataclass(frozen=True)
 class Paired:
-    """A loss of (logits, label, target) as one of (logits, pair), so that one number an example says both classes."""
+    """A loss of (logits, label, target) as one of (logits, pair), where pair is one number for both classes."""
 
     loss: TargetedLoss
 
@@ -73,7 +73,7 @@ class TowardsLikeliest:
 
 def likeliest_others(logits: Logits, label: Labels, count: int = 1) -> Int[Tensor, "b k"]:
     """The classes other than the label with the `count` largest logits, largest first."""
-    return _others(logits, label).topk(count, dim=1).indices
+    return _without_label(logits, label).topk(count, dim=1).indices
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,23 @@ def find_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
-def reaching(loss: Loss) -> Loss:
+def make_reaching(loss: Loss) -> Loss:
     """What to maximise in order to reach a label instead of leaving it: the loss's own `reach`, or its negative."""
     own: Loss | None = getattr(loss, "reach", None)
     return own if own is not None else _Negative(loss)
 
 
-def targeted(loss: Loss) -> TargetedLoss:
+def make_targeted(loss: Loss) -> TargetedLoss:
     """A loss as a function of (logits, label, target) that leaves the label for the target."""
-    known: dict[Loss, TargetedLoss] = {margin: difference, dlr: targeted_dlr}
-    return known[loss] if loss in known else _Reaching(reaching(loss))
+    if loss is margin:
+        return difference
+    return targeted_dlr if loss is dlr else _Reaching(make_reaching(loss))
 
 
 @dataclass(frozen=True)
 class _Reaching:
+    """A loss that reaches the target, whatever the label."""
+
     loss: Loss
 
     def __call__(self, logits: Logits, label: Labels, target: Labels) -> Float[Tensor, " b"]:
@@ -133,6 +136,6 @@ class _Negative:
         return -self.loss(logits, label)
 
 
-def _others(logits: Tensor, label: Tensor) -> Tensor:
+def _without_label(logits: Tensor, label: Tensor) -> Tensor:
     """The logits with the label's replaced by −∞."""
     return logits.scatter(1, label[:, None], -inf)

@@ -242,7 +242,7 @@ class FeasibleSet:
         """FOSC of each x_adv ∈ X(x); relative: over the width of the linear model on X(x)."""
         gradient = self._flat(gradient, "gradient")
         if relative:  # free of the gradient's scale, so take the scale away before it can underflow
-            gradient = _scaled(gradient)
+            gradient = _rescale(gradient)
         gap = self.threat._gap(gradient, self._perturbation(x_adv), self.floor, self.ceiling)
         if not relative:
             return gap
@@ -330,17 +330,17 @@ class L2(Threat):
         return (self._scale(u, floor, ceiling).clamp(max=1.0) * u).clamp(floor, ceiling)
 
     def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
-        direction = _scaled(gradient)
+        direction = _rescale(gradient)
         return self._along(direction, self._scale(direction, floor, ceiling), floor, ceiling)
 
     def _ascend(self, u: Flat, gradient: Flat, step_size: float, floor: Flat, ceiling: Flat) -> Flat:
-        direction = _scaled(gradient)
+        direction = _rescale(gradient)
         unit = direction / self.norm(direction)[:, None].clamp(min=1e-12)
         return self._nearest(u + step_size * unit, floor, ceiling)
 
     def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
         size = gradient.abs().amax(1)
-        direction = _scaled(gradient)
+        direction = _rescale(gradient)
         scale = self._scale(direction, floor, ceiling)
         best = self._along(direction, scale, floor, ceiling)
         multiplier = 1 / scale  # 0 where the ball does not bind
@@ -366,7 +366,7 @@ class L2(Threat):
             free = scale * size < room
             left = (self.eps**2 - torch.where(free, 0.0, room).square().sum(1, keepdim=True)).clamp(min=0)
             moving = torch.where(free, size, 0.0)
-            further = left.sqrt() / moving.amax(1, keepdim=True) / self.norm(_scaled(moving))[:, None]
+            further = left.sqrt() / moving.amax(1, keepdim=True) / self.norm(_rescale(moving))[:, None]
             further = torch.where(moving.any(1, keepdim=True), further, math.inf)
             if not bool((further > scale * (1 + 4 * torch.finfo(scale.dtype).eps)).any()):
                 return scale
@@ -455,9 +455,8 @@ def fill(worth: Flat, room: Flat, amount: float | Column) -> Flat:
     return torch.zeros_like(taken).scatter(1, order, taken)
 
 
-def _scaled(values: Flat) -> Flat:
-    """Each row over its largest magnitude, so that sums neither under- nor overflow; zeros stay, and what is too small
-    beside the largest to count becomes zero."""
+def _rescale(values: Flat) -> Flat:
+    """Each row over its largest magnitude, so that sums neither under- nor overflow; what is below 1e-30 becomes 0."""
     scaled = values / values.abs().amax(1, keepdim=True)
     return torch.where(scaled.abs() > 1e-30, scaled, 0.0)
 

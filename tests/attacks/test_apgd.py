@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from innermax.attacks.apgd import APGD, _checkpoints, _direction
-from innermax.losses import cross_entropy
+from innermax.losses import cross_entropy, margin
 from innermax.threat import L1, Linf
 from innermax.utils import randomness
 from tests.helpers.attacks import NORMS, Linear, crowd, gradient_of, logits_of
@@ -140,6 +140,16 @@ def test_a_label_to_reach():
     nowhere = APGD(Linf(1e-4, bounds=None), steps=5)(problem.model, x, y, target=torch.ones_like(y))
     assert not (logits_of(problem.model, nowhere.x_adv).argmax(1) == 1).all()
     assert torch.equal(nowhere.misclassified, logits_of(problem.model, nowhere.x_adv).argmax(1) != y)
+
+
+def test_a_loss_without_a_hash():
+    """Such as a value that can be changed; with targets and without."""
+    loss = type("Loss", (), {"__hash__": None, "__call__": lambda self, *given: margin(*given)})()
+    x, y = images(4)
+    for options in ({}, {"targets": 2}):
+        attacks = (APGD(Linf(0.1), steps=5, loss=one, **options) for one in (loss, lambda *given: margin(*given)))
+        one, other = (attack(convnet(), x, y) for attack in attacks)
+        assert torch.equal(one.x_adv, other.x_adv)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -10,10 +10,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import innermax as im
 from innermax.attacks.apgd import APGD
 from innermax.attacks.autoattack import AutoAttack
-from innermax.attacks.base import looks_like_probabilities
+from innermax.attacks.base import VerdictAttack, build_result, looks_like_probabilities
+from innermax.attacks.cost import search_cost
 from innermax.attacks.fab import FAB
+from innermax.attacks.guided_pgd import GuidedPGD
 from innermax.attacks.search import AttackResult
 from innermax.attacks.square import Square
 from innermax.losses import cross_entropy, likeliest_others, margin, targeted_dlr
@@ -226,6 +229,37 @@ def test_bad_arguments(untyped, make, options, error, message):
 def test_labels_to_reach_are_not_for_all(make):
     with pytest.raises(ValueError, match=f"target is not supported by {make.__name__}"):
         make(Linf(0.1))(convnet(), X, Y, target=Y)
+
+
+@pytest.mark.parametrize("make", [APGD, FAB, Square, AutoAttack, GuidedPGD])
+def test_a_start_is_not_for_all(make):
+    with pytest.raises(ValueError, match=f"start is not supported by {make.__name__}: it chooses where searches begin"):
+        make(Linf(0.1))(convnet(), X, Y, start=X)
+
+
+class OneGradient(VerdictAttack):
+    """An attack in four lines, as extend.md has them: one step of ε on the margin."""
+
+    def search(self, problem, clean):
+        answer = problem.gradient(problem.feasible.x, margin)
+        point = problem.feasible.step(problem.feasible.x, answer.gradient, self.threat.eps)
+        logits = problem.logits(point)
+        return build_result(problem, point, margin(logits, problem.y), logits, 1, gradients=1, forwards=1)
+
+
+def test_an_own_verdict_attack(untyped):
+    attack = OneGradient(Linf(0.1))
+    result = attack(convnet(), X, Y)
+    fgsm = im.FGSM(Linf(0.1), loss="margin")(convnet(), X, Y)
+    torch.testing.assert_close(result.x_adv, fgsm.x_adv)
+    torch.testing.assert_close(result.fosc, fgsm.fosc, rtol=1e-4, atol=1e-6)
+    assert (result.gradient_calls == 2).all()
+    assert (result.forward_calls == 2).all()
+    assert search_cost(attack) == 20.0
+    with pytest.raises(ValueError, match="target is not supported by OneGradient"):
+        attack(convnet(), X, Y, target=Y)
+    with pytest.raises(TypeError, match="threat must be a threat model"):
+        OneGradient(None)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -1,5 +1,7 @@
 """What attacks cost is about what they report."""
 
+import math
+
 import pytest
 import torch
 
@@ -44,3 +46,24 @@ def test_the_cost_of_pgd_is_exact(half_robust):
     assert search_cost(im.PGD(THREAT, steps=7, restarts=2)) == pytest.approx(
         float(result.gradient_calls.float().mean()), abs=1.5
     )
+
+
+class Own:
+    """A user's own attack, as far as its cost is concerned."""
+
+    threat = THREAT
+
+
+@pytest.mark.parametrize(
+    ("told", "cost"),
+    [(7, 7.0), (0.5, 0.5), (0, 0.0), (-1.0, 20.0), (math.nan, 20.0), (math.inf, 20.0), ("many", 20.0), (None, 20.0)],
+)
+def test_an_own_attack_may_tell_its_cost(told, cost):
+    attack = Own()
+    attack.cost = told
+    assert search_cost(attack) == cost
+    assert search_cost(Own()) == 20.0
+
+
+def test_autoattack_costs_what_its_attacks_cost():
+    assert search_cost(im.AutoAttack(THREAT)) == sum(map(search_cost, im.AutoAttack(THREAT).attacks()))

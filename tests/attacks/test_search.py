@@ -326,6 +326,36 @@ def test_only_survivors_start_again():
 # A given start
 
 
+@pytest.mark.parametrize("final", ["gradient", "loss", "none"])
+def test_who_observes_a_search_sees_what_it_asks(final):
+    """The iterates of those that are still searching, and what the network said there; nothing changes by it."""
+    model, (x, y) = Logged(mlp()), images(8, shape=(6,), dtype=torch.float64)
+    around, seen = Linf(0.3).around(x), []
+
+    def observe(feasible, x_adv, answer):
+        assert feasible.x.shape == x_adv.shape == answer.gradient.shape
+        seen.append((feasible.x, x_adv, answer))
+
+    options = {"stop_on_success": True, "final": final}
+    found = search(Oracle(model), around, x, y, cross_entropy, [0.05] * 6, observe=observe, **options)
+    assert len(seen) == 6 + (final == "gradient")
+    assert all(torch.equal(point, asked) for (_, point, _), asked in zip(seen, model.log.inputs, strict=False))
+    left = [len(point) for _, point, _ in seen]
+    assert left == sorted(left, reverse=True)
+    assert left[0] == 8 > left[-1] > 0
+    for clean, point, answer in seen:
+        assert Linf(0.3).contains(point, clean).all()
+        torch.testing.assert_close(answer.gradient, gradient_of(model.model, point, y[matching(x, clean)]))
+    plain = search(Oracle(model), around, x, y, cross_entropy, [0.05] * 6, **options)
+    assert torch.equal(plain.x_adv, found.x_adv)
+    assert torch.equal(plain.gradient_calls, found.gradient_calls)
+
+
+def matching(x, some):
+    """Which rows of x they are."""
+    return torch.tensor([int((x == row).flatten(1).all(1).nonzero()) for row in some])
+
+
 def test_a_search_in_two_halves_is_the_search():
     x, y = images(12, shape=(6,), dtype=torch.float64)
     model, threat = mlp(), Linf(0.2)
@@ -371,6 +401,20 @@ def test_a_start_without_gradient_moves_on():
     flat = nn.Sequential(nn.Linear(6, 3), nn.Hardtanh(9.0, 9.5)).double()
     found = PGD(Linf(0.2), steps=2, stop_at=0.1)(flat, x, y, start=x, final="none")
     assert found.steps.tolist() == [2] * 6
+
+
+def test_threads_share_a_given_start():
+    x, y = images(20, shape=(6,))
+    start, before = Linf(0.3).sample(x, seed=9), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        oracle = Oracle.fast(mlp(torch.float32), x, "float32")
+        shared = PGD(Linf(0.3), steps=1)(oracle, x, y, start=start)
+        assert oracle._workers is not None
+    finally:
+        torch.set_num_threads(before)
+    alone = PGD(Linf(0.3), steps=1)(mlp(torch.float32), x, y, start=start)
+    torch.testing.assert_close(shared.x_adv, alone.x_adv)
 
 
 def test_further_restarts_start_at_random():

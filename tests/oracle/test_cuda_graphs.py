@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from innermax import PGD, Linf
-from innermax.losses import CappedMargin, cross_entropy, margin, reaching
+from innermax.losses import CappedMargin, cross_entropy, make_reaching, margin
 from innermax.oracle import cuda_graphs
 from innermax.oracle.cuda_graphs import Replayed, bucket
 from innermax.oracle.oracle import Oracle
@@ -74,7 +74,7 @@ def test_replays_answer_what_the_computation_answers():
 def test_each_loss_and_shape_has_its_recordings():
     exact, tape = oracle(), Tape()
     replayed = Replayed(exact.gradient, tape)
-    for loss in (margin, cross_entropy, margin, CappedMargin(0.5), CappedMargin(0.5), reaching(margin)):
+    for loss in (margin, cross_entropy, margin, CappedMargin(0.5), CappedMargin(0.5), make_reaching(margin)):
         x, y = batch(4)
         torch.testing.assert_close(vars(replayed(x, y, loss)), vars(exact.gradient(x, y, loss)))
     assert tape.recorded == [4] * 4
@@ -103,6 +103,8 @@ def test_what_cannot_be_recorded_is_computed(caplog):
     assert [record.message for record in caplog.records] == ["attack network: not recorded (operation not permitted)"]
     unhashable = type("Loss", (), {"__hash__": None, "__call__": lambda self, *given: margin(*given)})()
     torch.testing.assert_close(vars(replayed(x, y, unhashable)), vars(exact.gradient(x, y, margin)))
+    backwards = make_reaching(unhashable)  # a value around it, as attacks make
+    torch.testing.assert_close(vars(replayed(x, y, backwards)), vars(exact.gradient(x, y, make_reaching(margin))))
 
 
 @pytest.mark.parametrize("target", [None, torch.arange(24) % 3])

@@ -13,7 +13,7 @@ from innermax.attacks.base import VerdictAttack, build_result, search_survivors
 from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
 from innermax.attacks.search import AttackResult, reassemble
-from innermax.losses import Loss, Paired, TowardsLikeliest, dlr, find_loss, margin, reaching, targeted
+from innermax.losses import Loss, Paired, TowardsLikeliest, dlr, find_loss, make_reaching, make_targeted, margin
 from innermax.oracle.oracle import Answer
 from innermax.threat import L1, L2, FeasibleSet, Linf
 from innermax.utils import randomness
@@ -96,8 +96,8 @@ class APGD(VerdictAttack):
         """The loss that is maximised; with targets that for the wrong class with the largest logit."""
         loss = self._loss(classes)
         if self.targets is not None:
-            return TowardsLikeliest(targeted(loss))
-        return reaching(loss) if reach else loss
+            return TowardsLikeliest(make_targeted(loss))
+        return make_reaching(loss) if reach else loss
 
     def _loss(self, classes: int) -> Loss:
         loss = find_loss(self.loss)

@@ -1,8 +1,7 @@
 """A model with the same answers whose gradient passes through what stops or hides it.
 
-What an attacker who knows the defence would do by hand (BPDA, Athalye et al. 2018) is done to every call a network
-makes: rounding, detaching, comparing, clamping and saturating functions compute what they compute, and their derivative
-is replaced by 1.
+BPDA (Athalye et al. 2018), without knowledge of the defence: in every call that a network makes, rounding, detaching,
+comparing, clamping and saturating functions keep their values, and their derivative is replaced by 1.
 """
 
 from collections.abc import Callable
@@ -43,7 +42,7 @@ class StraightThrough(nn.Module):
 
 
 class _Passing(TorchFunctionMode):
-    """Inside, calls on tensors that depend on x get the derivative 1 where theirs is 0 or vanishes."""
+    """Context manager: calls on tensors that depend on x get the derivative 1 where theirs is 0 or vanishes."""
 
     def __init__(self, x: Tensor, note: Callable[[str], object]) -> None:
         super().__init__()
@@ -59,13 +58,13 @@ class _Passing(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in _LEAVING and first.requires_grad:
             return func(first.detach(), *args[1:], **kwargs)
-        if name in _LAYERS and self._estranged(first):
+        if name in _LAYERS and self._is_cut_off(first):
             self.note("what autograd does not see")
-            return func(_through(first, self.x), *args[1:], **kwargs)
-        return self._passed(name, func, first, args, kwargs)
+            return func(_with_gradient_of(first, self.x), *args[1:], **kwargs)
+        return self._pass_through(name, func, first, args, kwargs)
 
-    def _passed(self, name: str, func: Any, first: Tensor, args: Any, kwargs: Any) -> Any:
-        """The call's result, with the derivative 1 where it is one of those that need it."""
+    def _pass_through(self, name: str, func: Any, first: Tensor, args: Any, kwargs: Any) -> Any:
+        """The result of a call, with the derivative 1 if the function is one whose own stops or dampens gradients."""
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
             return result
@@ -73,23 +72,23 @@ class _Passing(TorchFunctionMode):
             result.distance = _COMPARED[name] * (first - args[1])  # type: ignore[attr-defined]
         elif name in _AS_NUMBERS and hasattr(first, "distance") and result.is_floating_point():
             self.note("comparison")
-            return _through(result, first.distance)
+            return _with_gradient_of(result, first.distance)
         elif first.requires_grad and result.shape == first.shape and result.is_floating_point():
             rounded = name in ("div", "divide") and kwargs.get("rounding_mode")
             data = name == "__get__" and not result.requires_grad
             if rounded or name in ("__floordiv__", "floor_divide"):
                 self.note("floor division")
-                return _through(result, first / args[1])
+                return _with_gradient_of(result, first / args[1])
             if (name in _REPLACED and (name not in _DETACHED or not result.requires_grad)) or data:
                 self.note("detach" if data else name)
-                return _through(result, first)
+                return _with_gradient_of(result, first)
         return result
 
-    def _estranged(self, value: Tensor) -> bool:
-        """Whether x came here by a way that autograd did not see."""
+    def _is_cut_off(self, value: Tensor) -> bool:
+        """Whether a value seems to be x, changed in ways that autograd did not see."""
         return value.is_floating_point() and not value.requires_grad and value.shape == self.x.shape
 
 
-def _through(value: Tensor, proxy: Tensor) -> Tensor:
+def _with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:
     """The value, with the proxy's gradient."""
     return value.detach() + (proxy - proxy.detach())

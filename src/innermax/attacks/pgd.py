@@ -12,7 +12,7 @@ from innermax.attacks.base import BaseAttack
 from innermax.attacks.cost import FORWARD
 from innermax.attacks.problem import Problem
 from innermax.attacks.search import AttackResult, Final, Gauge, Observer, choose_better, concatenate, search
-from innermax.losses import CappedMargin, Loss, find_loss, reaching
+from innermax.losses import CappedMargin, Loss, find_loss, make_reaching
 from innermax.threat import Threat
 from innermax.utils.validation import check_count, check_labels, unknown
 
@@ -140,7 +140,7 @@ class PGD(BaseAttack):
     def checked_objective(self, problem: Problem) -> Loss:
         """What a search of the problem maximises; labels the model has no class for raise ValueError."""
         loss, reach = self.objective(), problem.reach
-        return _Checked(reaching(loss) if reach else loss, "target" if reach else "y", int(problem.label.max()))
+        return _Checked(make_reaching(loss) if reach else loss, "target" if reach else "y", int(problem.label.max()))
 
 
 def FGSM(threat: Threat, loss: str | Loss = "cross_entropy") -> PGD:

@@ -1,6 +1,6 @@
-"""Did the search fail? What was measured on an evaluation becomes a verdict, its causes and an advice.
+"""Did the search fail? From what was measured on an evaluation to a verdict, its causes and advice.
 
-Gauges screen, they do not prove: whatever they say, an evaluation has failed only where something stronger gains, or
+Gauges screen, they do not prove: whatever they say, an evaluation has failed only where a stronger search gains, or
 where the model draws random numbers that no attack averaged over.
 """
 
@@ -16,11 +16,11 @@ from innermax.utils.intervals import wilson
 from innermax.utils.serialization import convert
 
 Verdict = Literal["no failure found", "not converged", "gradients masked", "randomised"]
-TOLERANCE = 0.005  # a robust accuracy that is wrong by more has failed
+TOLERANCE = 0.005  # of robust accuracy; an evaluation that is wrong by more has failed
 UNCONVERGED = 0.02  # relative FOSC above which a search is not at a stationary point
 SURROGATE = "surrogate "  # begins the name of a search on another model, whose own name follows
 _PROXIES = ("straight-through", "smoothed", "score-based")
-_DIFFERENT = 1e-3  # of the spread of an example's logits: more than rounding makes of the same image
+_DIFFERENT = 1e-3  # change of a logit, over the spread of the example's logits, beyond what rounding does
 _NO_GRADIENT = 0.5  # share of examples
 _VANISHING = 0.25  # share of examples
 _FORETOLD = 0.5  # share of examples whose gradient tells the sign and size of a small step's effect
@@ -30,7 +30,7 @@ _ACROSS = 2.0  # ε: the way from one end of the ball to the other
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Quantiles of what is known, NaN where nothing is."""
+    """Quantiles of the known values; NaN where none is known."""
 
     p10: float
     median: float
@@ -45,7 +45,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class SearchEvidence:
-    """How far one attack got on its survivors, the examples it left correct; NaN where an attack does not tell.
+    """How far one attack got on its survivors, the examples it left correct; NaN where it does not report.
 
     Attributes:
         fosc, relative_fosc: at the final iterates whose gradient is not zero.
@@ -200,15 +200,15 @@ def judge(evidence: Evidence) -> Audit:
         return Audit("randomised", (cause,), advice, evidence)
     if evidence.total_gain <= TOLERANCE:
         return Audit("no failure found", (), "", evidence)
-    masks = _masks(evidence)
+    masks = _find_masks(evidence)
     if masks:
         return Audit("gradients masked", tuple(masks), masks[next(iter(masks))], evidence)
-    causes = _shortcomings(evidence)
+    causes = _find_shortcomings(evidence)
     return Audit("not converged", tuple(causes), causes[next(iter(causes))], evidence)
 
 
-def _masks(found: Evidence) -> dict[str, str]:
-    """How the model's gradients mislead a search, each with what to do about it; the surest first."""
+def _find_masks(found: Evidence) -> dict[str, str]:
+    """How the model's gradients mislead a search, each with advice; the most certain first."""
     masks = {}
     stopped = f" (stopped by {', '.join(found.passed)})" if found.passed else ""
     if found.probabilities:
@@ -235,8 +235,8 @@ def _masks(found: Evidence) -> dict[str, str]:
     return masks
 
 
-def _shortcomings(found: Evidence) -> dict[str, str]:
-    """Why the search fell short of what a stronger one finds, each with what to do about it; the surest first."""
+def _find_shortcomings(found: Evidence) -> dict[str, str]:
+    """Why the search fell short of what a stronger one finds, each with advice; the most certain first."""
     search, causes = found.searches[found.strongest], {}
     name, stronger = found.strongest, "innermax evaluate RUN --attacks apgd-100,autoattack"
     if search.loss_gain < 0:
