@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as Pictures
 
-from innermax.data.decoding import Row, pixels
+from innermax.data.decoding import Row, read_pixels
 
 SIDE, IMAGES, ROUNDS = 224, 100, 5
 
@@ -41,7 +41,7 @@ def main() -> None:
         stream = load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", streaming=True).decode(False)
         for _ in range(ROUNDS):
             began = time.process_time()
-            pixels(rows, (SIDE, SIDE), "RGB")
+            read_pixels(rows, (SIDE, SIDE), "RGB")
             decoding.append(IMAGES / (time.process_time() - began))
             began = time.process_time()
             read = sum(1 for _ in stream.shuffle(seed=0, buffer_size=500))

@@ -41,7 +41,7 @@ def test_bombs_are_refused_before_they_are_decoded(folder, monkeypatch):
 
 
 def held(place):
-    """The sizes in bytes of the nameless files in a folder that this process maps."""
+    """The sizes in bytes of the temporary files in a folder that this process maps."""
     sizes = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if str(place) in line:
@@ -117,7 +117,7 @@ def test_nothing_is_left_of_a_file_that_was_not_finished(small_memory, items):
 
 
 def test_a_disk_without_room_is_said_before_anything_is_decoded(small_memory, monkeypatch):
-    monkeypatch.setattr(decoding, "pixels", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(decoding, "read_pixels", lambda *_, **__: pytest.fail("decoded"))
     usage = shutil.disk_usage(small_memory)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1799))
     with pytest.raises(ValueError, match=r"take 0\.0 GiB as numbers, and .*temporary has room for .*with TMPDIR"):
@@ -133,7 +133,7 @@ def test_no_more_than_so_many_batches_are_under_way():
             yield [decoding.Row(str(number), None, number)]
 
     with ThreadPoolExecutor(2) as pool:
-        for result in decoding.ahead(pool, lambda rows: rows[0].label, batches(), 4):
+        for result in decoding.map_ahead(pool, lambda rows: rows[0].label, batches(), 4):
             ended.append(result)
             assert len(begun) <= len(ended) + 4
     assert ended == list(range(20))

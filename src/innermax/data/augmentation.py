@@ -1,4 +1,4 @@
-"""Random shifts and flips, drawn from a key an example."""
+"""Random shifts and flips, drawn from one key per example."""
 
 import torch
 from jaxtyping import Float, Int
@@ -16,10 +16,10 @@ def augment(
     flip: bool = False,
     back: bool = False,
 ) -> Float[Tensor, "b c h w"]:
-    """x, each example mirrored left to right (flip: half of them) and moved by up to ±shift pixels, zeros moving in.
+    """x with half of the examples mirrored (flip) and each moved by up to ±shift pixels; zeros move in.
 
     key: int64 (B,) from `randomness.hash_keys`, the only thing an example's draws depend on; shift: 0…min(H, W) − 1;
-    back: undoes it, but for what had moved out. Raises ValueError for other shapes and shifts.
+    back: undoes it, except for pixels that were moved out. Raises ValueError for other shapes and shifts.
     """
     if x.ndim != 4 or key.shape != x.shape[:1]:
         raise ValueError(f"augment takes x (B, C, H, W) and key (B,), got {tuple(x.shape)} and {tuple(key.shape)}")
@@ -33,7 +33,7 @@ def augment(
     if shift:
         offsets = (draws[:, :2] * (2 * shift + 1)).to(torch.int64)  # into the padded image
         rows, columns = (2 * shift - offsets if back else offsets).unbind(1)
-        windows = functional.pad(x, (shift,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view: no copy a window
+        windows = functional.pad(x, (shift,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view, no copies
         x = windows[torch.arange(len(x), device=x.device), :, rows, columns]
     if flip and back:
         x = torch.where(mirrored, x.flip(-1), x)

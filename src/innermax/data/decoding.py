@@ -1,4 +1,4 @@
-"""Images become one tensor: in memory, or in a file where memory should not hold them all.
+"""Decodes images into one tensor: in memory, or in a temporary file when they are many.
 
 PIL is imported where it is used: training on tensors does not need it.
 """
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
 from innermax.utils.files import IN_MEMORY
 
-_PART = 4 * 2**20  # bytes of images made at a time
-_MOST_ROWS = 256  # images made at a time
+_PART = 4 * 2**20  # bytes of images decoded at a time
+_MOST_ROWS = 256  # images decoded at a time
 _GREY_MODES = ("1", "L", "LA", "La")
 _COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -39,94 +39,93 @@ Made = TypeVar("Made")
 
 
 class Row(NamedTuple):
-    """An image, still encoded (bytes or a file), PIL's or a tensor; what to call it in an error; and its label."""
+    """An image (encoded bytes, a file, a PIL image or a tensor), its name in errors, and its label."""
 
     name: str
     image: Any
     label: int
 
 
-def decoded(rows: Callable[[], Iterator[Row]], count: int) -> tuple[Tensor, Tensor]:
+def decode(rows: Callable[[], Iterator[Row]], count: int) -> tuple[Tensor, Tensor]:
     """The images as uint8 (count, C, H, W), grey if all are, else RGB, and their labels.
 
-    Alpha is dropped. Never more images are in memory than a few parts, where the tensor itself is not.
+    Alpha is dropped. Where the tensor is in a file, only a few parts of it are in memory at a time.
 
     Args:
-        rows: begins to read `count` ≥ 1 rows, whenever it is called.
+        rows: each call starts reading the `count` ≥ 1 rows anew.
 
     Raises:
-        ValueError: an image cannot be read, or has not the first one's size; there is no room for a file of them.
+        ValueError: an image cannot be read or differs in size from the first; the disk has no room for the file.
     """
     reading = rows()
     first = next(reading)
-    with _opened(first) as image:
+    with _open_image(first) as image:
         size, grey = image.size, image.mode in _GREY_MODES
         if math.prod(size) > _MOST_PIXELS:
             raise ValueError(f"{size[0]}×{size[1]} pixels are more than the {_MOST_PIXELS:,} allowed")
     reading = chain([first], reading)
     if grey:
-        found = _decoded(reading, count, size, "L")
+        found = _decode(reading, count, size, "L")
         if found is not None:
             return found
         reading = rows()
-    return cast(tuple[Tensor, Tensor], _decoded(reading, count, size, "RGB"))
+    return cast(tuple[Tensor, Tensor], _decode(reading, count, size, "RGB"))
 
 
-def stacked(rows: Iterator[Row], count: int) -> tuple[Tensor, Tensor]:
-    """Images that are tensors as one, floats as float32, and their labels.
+def stack(rows: Iterator[Row], count: int) -> tuple[Tensor, Tensor]:
+    """Images that are tensors as one tensor, floats as float32, and their labels.
 
     Raises:
-        ValueError: an image has not the first one's shape and type; there is no room for a file of them.
+        ValueError: an image differs in shape or type from the first; the disk has no room for the file.
     """
     first = next(rows)
-    kind = _kind(first.image)
+    kind = _shape_and_type(first.image)
     labels: list[int] = []
     dtype = torch.float32 if first.image.is_floating_point() else first.image.dtype
     sample = torch.empty(0, dtype=dtype).numpy()
 
     def parts() -> Iterator[Array]:
         reading = chain([first], rows)
-        while part := list(islice(reading, _fitting(first.image.numel() * sample.itemsize))):
-            others = [other for other in (_kind(row.image) for row in part) if other != kind]
+        while part := list(islice(reading, _images_per_part(first.image.numel() * sample.itemsize))):
+            others = [other for other in (_shape_and_type(row.image) for row in part) if other != kind]
             if others:
                 raise ValueError(f"the data set's images must have one shape and type, got {kind} and {others[0]}")
             labels.extend(row.label for row in part)
             yield torch.stack([row.image for row in part]).detach().to("cpu", dtype).numpy()
 
-    images = gathered(parts(), (count, *first.image.shape), sample.dtype)
+    images = gather(parts(), (count, *first.image.shape), sample.dtype)
     return cast(Tensor, images), torch.tensor(labels)
 
 
-def taken(images: Tensor, index: Tensor) -> Tensor:
-    """images[index]."""
+def select(images: Tensor, index: Tensor) -> Tensor:
+    """images[index], in a file where it is too large for memory."""
     size = images.shape[1:].numel() * images.element_size()
     if images.device.type != "cpu" or index.numel() * size <= IN_MEMORY:
         return images[index]
     positions = torch.arange(len(images))[index.cpu()]
-    parts = (images[part].numpy() for part in torch.split(positions, _fitting(size)))
-    return cast(Tensor, gathered(parts, (len(positions), *images.shape[1:]), images[:0].numpy().dtype))
+    parts = (images[part].numpy() for part in torch.split(positions, _images_per_part(size)))
+    return cast(Tensor, gather(parts, (len(positions), *images.shape[1:]), images[:0].numpy().dtype))
 
 
-def coloured(images: Tensor) -> Tensor:
-    """Grey images (N, 1, H, W) with three channels, all the same."""
+def to_rgb(images: Tensor) -> Tensor:
+    """Grey images (N, 1, H, W) as RGB: three equal channels."""
     count, _, height, width = images.shape
-    parts = (part.expand(-1, 3, -1, -1).numpy() for part in torch.split(images, _fitting(3 * height * width)))
-    return cast(Tensor, gathered(parts, (count, 3, height, width), images[:0].numpy().dtype))
+    parts = (part.expand(-1, 3, -1, -1).numpy() for part in torch.split(images, _images_per_part(3 * height * width)))
+    return cast(Tensor, gather(parts, (count, 3, height, width), images[:0].numpy().dtype))
 
 
-def gathered(parts: Iterable[Array | None], shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Tensor | None:
+def gather(parts: Iterable[Array | None], shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Tensor | None:
     """The parts, one after the other, as one tensor of this shape; None as soon as one part is.
 
-    More than IN_MEMORY bytes go into a file in the folder for temporary files (TMPDIR): of the tensor only what is read
-    is in memory, as long as nothing else needs the room. The file has no name, so that it goes with the tensor or with
-    the process, whatever ends that.
+    More than IN_MEMORY bytes go into a temporary file (in TMPDIR) that is mapped into memory. The file is unlinked, so
+    that it disappears with the tensor or the process.
 
     Raises:
-        ValueError: the folder has no room for it.
+        ValueError: the disk has no room for the file.
     """
     size = math.prod(shape) * dtype.itemsize
     if size > IN_MEMORY:
-        return _filed(parts, shape, dtype, size)
+        return _fill_file(parts, shape, dtype, size)
     whole, place = np.empty(shape, dtype), 0
     for part in parts:
         if part is None:
@@ -136,7 +135,9 @@ def gathered(parts: Iterable[Array | None], shape: tuple[int, ...], dtype: "np.d
     return torch.from_numpy(whole)
 
 
-def _filed(parts: Iterable[Array | None], shape: tuple[int, ...], dtype: "np.dtype[Any]", size: int) -> Tensor | None:
+def _fill_file(
+    parts: Iterable[Array | None], shape: tuple[int, ...], dtype: "np.dtype[Any]", size: int
+) -> Tensor | None:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -148,43 +149,45 @@ def _filed(parts: Iterable[Array | None], shape: tuple[int, ...], dtype: "np.dty
         for part in parts:
             if part is None:
                 return None
-            # Not through the map: where the disk is full, that kills a process.
+            # Not through the memory map: on a full disk that would kill the process.
             file.write(np.ascontiguousarray(part).data)
         file.flush()
         return torch.from_numpy(np.memmap(file, dtype, "r+", shape=shape))
 
 
-def _fitting(size: int) -> int:
-    """How many images of so many bytes are made at a time."""
+def _images_per_part(size: int) -> int:
+    """How many images of `size` bytes are decoded at a time."""
     return max(1, min(_MOST_ROWS, _PART // max(size, 1)))
 
 
-def _kind(image: object) -> str:
-    """What images of one set share."""
+def _shape_and_type(image: object) -> str:
+    """What all images of a set must share, in words."""
     return f"{tuple(image.shape)} {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
 
 
-def _decoded(reading: Iterator[Row], count: int, size: tuple[int, int], mode: str) -> tuple[Tensor, Tensor] | None:
+def _decode(reading: Iterator[Row], count: int, size: tuple[int, int], mode: str) -> tuple[Tensor, Tensor] | None:
     """The images (count, C, H, W), C = 1 for mode "L" and 3 for "RGB", and labels; None where mode is "L" and one has
     colour."""
     width, height = size
     labels: list[int] = []
 
     def batches() -> Iterator[list[Row]]:
-        while batch := list(islice(reading, _fitting(width * height * len(mode)))):
+        while batch := list(islice(reading, _images_per_part(width * height * len(mode)))):
             labels.extend(row.label for row in batch)
             yield batch
 
-    work = partial(pixels, size=size, mode=mode)
+    work = partial(read_pixels, size=size, mode=mode)
     threads = min(os.cpu_count() or 1, 8) if width * height >= _THREADED_PIXELS else 1
     with ThreadPoolExecutor(threads) as pool:
-        parts = map(work, batches()) if threads == 1 else ahead(pool, work, batches(), 2 * threads)
-        images = gathered(parts, (count, len(mode), height, width), np.dtype(np.uint8))
+        parts = map(work, batches()) if threads == 1 else map_ahead(pool, work, batches(), 2 * threads)
+        images = gather(parts, (count, len(mode), height, width), np.dtype(np.uint8))
     return None if images is None else (images, torch.tensor(labels))
 
 
-def ahead(pool: ThreadPoolExecutor, work: Callable[[Task], Made], batches: Iterator[Task], most: int) -> Iterator[Made]:
-    """What `work` makes of the batches, in their order, with at most so many of them under way."""
+def map_ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Task], Made], batches: Iterator[Task], most: int
+) -> Iterator[Made]:
+    """work(batch) for each batch, in order, with at most `most` of them in progress in the pool."""
     pending: deque[Future[Made]] = deque()
     for batch in batches:
         pending.append(pool.submit(work, batch))
@@ -194,12 +197,12 @@ def ahead(pool: ThreadPoolExecutor, work: Callable[[Task], Made], batches: Itera
         yield pending.popleft().result()
 
 
-def pixels(rows: list[Row], size: tuple[int, int], mode: str) -> Array | None:
+def read_pixels(rows: list[Row], size: tuple[int, int], mode: str) -> Array | None:
     """The rows' pixels (n, C, H, W); None where mode is "L" and one has colour."""
     width, height = size
     pixels = np.empty((len(rows), height, width, len(mode)), np.uint8)
     for place, row in enumerate(rows):
-        with _opened(row) as image:
+        with _open_image(row) as image:
             if image.size != size:  # from the header: an image's pixels are not touched before its size is known
                 raise ValueError(f"{image.size[0]}×{image.size[1]} pixels, but the first image has {width}×{height}")
             if image.mode not in _GREY_MODES + _COLOUR_MODES:
@@ -212,8 +215,8 @@ def pixels(rows: list[Row], size: tuple[int, int], mode: str) -> Array | None:
 
 
 @contextmanager
-def _opened(row: Row) -> "Iterator[Image.Image]":
-    """The image, its header read; whatever goes wrong with it becomes a ValueError that begins with its name."""
+def _open_image(row: Row) -> "Iterator[Image.Image]":
+    """Context manager: the image, of which only the header is read; failures become a ValueError with its name."""
     from PIL import Image, UnidentifiedImageError
 
     source: bytes | Path | Image.Image | None = row.image

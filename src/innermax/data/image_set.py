@@ -6,16 +6,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from innermax.data.decoding import taken
+from innermax.data.decoding import select
 from innermax.utils.validation import check_inputs, check_labels
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images and labels, checked once.
+    """Images and their labels, checked when it is made.
 
     images: uint8 (N, C, H, W), or float32 (N, *features) in [0, 1]; labels: int64 (N,), ≥ 0; N ≥ 1. Images that
-    innermax reads, more than 2 GiB of them, lie in a nameless file in the folder for temporary files (TMPDIR).
+    innermax reads are in a temporary file (in TMPDIR) where they take more than 2 GiB.
     Raises TypeError for another type, ValueError for another shape or range.
     """
 
@@ -43,7 +43,7 @@ class ImageSet:
 
     def __getitem__(self, index: Tensor | slice) -> "ImageSet":
         """The chosen examples, at least one."""
-        images = self.images[index] if isinstance(index, slice) else taken(self.images, index)
+        images = self.images[index] if isinstance(index, slice) else select(self.images, index)
         return ImageSet(images, self.labels[index])
 
     @property
@@ -53,7 +53,7 @@ class ImageSet:
 
     @property
     def head(self) -> "ImageSet":
-        """The examples that can be looked at in any order: all."""
+        """The examples that can be read in any order: all of them. A stream has only its first ones."""
         return self
 
     def batch(self, index: Int[Tensor, " b"]) -> tuple[Float[Tensor, " b *features"], Int[Tensor, " b"]]:

@@ -1,4 +1,4 @@
-"""Labelled images: from names, folders, parquet files and data set objects; and their augmentation.
+"""Data sets by name or from a folder, with their splits.
 
 pyarrow, PIL, scikit-learn and datasets are imported where they are used: training on tensors needs none of them.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from innermax.data.decoding import coloured
+from innermax.data.decoding import to_rgb
 from innermax.data.image_set import Data, ImageSet
 from innermax.data.readers import (
     from_class_folders,
@@ -87,7 +87,7 @@ class _Splits(NamedTuple):
 
 
 def _hold_out(train: ImageSet, validation: float | int | None) -> tuple[ImageSet, ImageSet | None]:
-    """What is left of train and what is held out of it, both in their old order."""
+    """The training set without the held-out examples, and those; both keep their order."""
     total = len(train)
     if validation is None:
         count = min(total // 10, 5000)
@@ -119,7 +119,7 @@ def _digits() -> _Splits:
 
 
 def _root(root: Path | None) -> Path | None:
-    """The folder of local data sets: the one told, or the environment's; none is an answer, a wrong one is not."""
+    """The folder of local data sets: `root`, else INNERMAX_DATA; None where neither is given."""
     told = os.environ.get("INNERMAX_DATA") if root is None else str(root)
     if told and not Path(told).is_dir():
         raise ValueError(f"{'INNERMAX_DATA' if root is None else 'root'} must name a folder, got {told!r}")
@@ -175,4 +175,4 @@ def _folder(path: Path) -> _Splits:
 
 def _in_colour(images: ImageSet) -> ImageSet:
     """Three channels, a grey image's the same."""
-    return images if images.shape[0] == 3 else ImageSet(coloured(images.images), images.labels)
+    return images if images.shape[0] == 3 else ImageSet(to_rgb(images.images), images.labels)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from innermax.data.decoding import Row, decoded, stacked
+from innermax.data.decoding import Row, decode, stack
 from innermax.data.image_set import ImageSet
 from innermax.utils.serialization import parse_json
 from innermax.utils.validation import unknown
@@ -20,7 +20,7 @@ from innermax.utils.validation import unknown
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "fine_label")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_ROWS = 256  # of a table, read at a time
+_ROWS = 256  # rows of a table that are read at a time
 
 
 def subfolders(path: Path) -> tuple[str, ...]:
@@ -38,16 +38,16 @@ def from_class_folders(path: Path, class_names: tuple[str, ...]) -> ImageSet:
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         images = [file for file in files if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")]
         if not all(file.is_file() for file in images):  # a pipe would be waited for
-            raise ValueError(f"{folder} holds something called as an image that is no file")
+            raise ValueError(f"{folder} holds an entry with the name of an image that is no file")
         rows.extend(Row(str(file), file, label) for file in images)
     if not rows:
         raise ValueError(f"{path} holds no images (folders of {', '.join(sorted(_SUFFIXES))} files, one a class)")
-    return ImageSet(*decoded(lambda: iter(rows), len(rows)))
+    return ImageSet(*decode(lambda: iter(rows), len(rows)))
 
 
 @contextmanager
 def open_parquet(file: Path) -> Iterator[Any]:
-    """A parquet file, opened; what is wrong with it becomes a ValueError that begins with its name."""
+    """Context manager: an open parquet file. Any failure becomes a ValueError that begins with its name."""
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -62,8 +62,8 @@ def open_parquet(file: Path) -> Iterator[Any]:
 
 def from_parquet(files: Sequence[Path]) -> ImageSet:
     """The rows of several shards, in order."""
-    count = sum(map(_length, files))
-    return ImageSet(*decoded(lambda: chain.from_iterable(map(_shard, files)), count))
+    count = sum(map(_count_rows, files))
+    return ImageSet(*decode(lambda: chain.from_iterable(map(_parquet_rows, files)), count))
 
 
 def from_hugging_face(dataset: Any, count: int, where: str, *, follow_paths: bool) -> ImageSet:
@@ -76,11 +76,11 @@ def from_hugging_face(dataset: Any, count: int, where: str, *, follow_paths: boo
         for start in range(0, count, _ROWS):
             yield from _rows(tables[start : min(start + _ROWS, count)], where, start, follow_paths=follow_paths)
 
-    return ImageSet(*decoded(rows, count))
+    return ImageSet(*decode(rows, count))
 
 
 def read_class_names(schema: Any) -> tuple[str, ...] | None:
-    """The label column's class names, as Hugging Face writes them into an Arrow schema, where they are there."""
+    """The class names that Hugging Face writes into an Arrow schema; None where there are none."""
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[find_columns(list(features), "")[1]]["names"]
@@ -90,7 +90,7 @@ def read_class_names(schema: Any) -> tuple[str, ...] | None:
 
 
 def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
-    """Any of these as an ImageSet, its first `limit` examples where told.
+    """A data set as an ImageSet, or its first `limit` examples.
 
     dataset: an ImageSet; (images, labels) tensors; a torch Dataset of (x, y) with x a uint8 or float tensor in [0, 1]
     or a PIL image; a Hugging Face Dataset with columns image or img, label or fine_label. Raises TypeError for other
@@ -114,7 +114,7 @@ def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
     )
 
 
-def _length(file: Path) -> int:
+def _count_rows(file: Path) -> int:
     """How many rows a parquet file holds."""
     with open_parquet(file) as opened:
         count = int(opened.metadata.num_rows)
@@ -123,8 +123,8 @@ def _length(file: Path) -> int:
     return count
 
 
-def _shard(file: Path) -> Iterator[Row]:
-    """The rows of a parquet file; no more of them are in memory than one of its row groups."""
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    """The rows of a parquet file, with one of its row groups in memory at a time."""
     start = 0
     with open_parquet(file) as opened:
         columns = find_columns(opened.schema_arrow.names, str(file))
@@ -173,13 +173,13 @@ def _from_items(dataset: Any, count: int) -> ImageSet:
     """The first count (x, y) of a torch Dataset."""
     if count == 0:
         raise ValueError("the data set holds no examples")
-    rows = partial(_items, dataset, count)
+    rows = partial(_item_rows, dataset, count)
     if isinstance(next(rows()).image, Tensor):
-        return ImageSet(*stacked(rows(), count))
-    return ImageSet(*decoded(rows, count))
+        return ImageSet(*stack(rows(), count))
+    return ImageSet(*decode(rows, count))
 
 
-def _items(dataset: Any, count: int) -> Iterator[Row]:
+def _item_rows(dataset: Any, count: int) -> Iterator[Row]:
     from PIL import Image
 
     for number in range(count):

@@ -1,6 +1,6 @@
-"""Images that are read anew in every epoch, because no memory and no disk holds them all.
+"""Streams: images that fit neither into memory nor on the disk, read anew in every epoch.
 
-datasets is imported by whoever makes the stream; here its objects are only used.
+The package datasets is imported by whoever makes the stream, not here.
 """
 
 import copy
@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from innermax.data.decoding import Row, ahead, decoded, pixels
+from innermax.data.decoding import Row, decode, map_ahead, read_pixels
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set, find_columns
 from innermax.utils import randomness
 from innermax.utils.validation import check_count
 
-_HEAD = 256  # examples that are looked at before the training and kept
+_HEAD = 256  # first examples, which are read before the training and kept
 _THREADS = 8  # that decode, at most
 ORDER = 0  # the stream of random numbers that an epoch's order is drawn from
 
@@ -32,7 +32,7 @@ _Part = tuple[Int[Tensor, " b"], Int[Tensor, " k"], list[Row]]
 
 
 class Batch(NamedTuple):
-    """Examples of one update, and the share of them that this process has: their numbers, images and labels."""
+    """The numbers of an update's examples (`whole`), and this process's share: numbers (`mine`), images and labels."""
 
     whole: Int[Tensor, " b"]
     mine: Int[Tensor, " k"]
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageStream:
-    """A split of a data set that is never held: read, shuffled within a buffer and decoded while it is trained on.
+    """A split that is never held as a whole: it is read, shuffled within a buffer and decoded during training.
 
     Every process reads the whole stream and decodes its share. An example's number, which decides its random start and
     its augmentation, is its place in the epoch's order; that depends on seed and epoch alone.
@@ -76,7 +76,7 @@ class ImageStream:
         rows = list(islice(_rows(self.source.decode(False)), min(_HEAD, self.examples)))
         if not rows:
             raise ValueError("the stream holds no examples")
-        images, labels = decoded(lambda: iter(rows), len(rows))
+        images, labels = decode(lambda: iter(rows), len(rows))
         object.__setattr__(self, "head", ImageSet(images, labels))
 
     def __len__(self) -> int:
@@ -92,8 +92,8 @@ class ImageStream:
         """The same stream, whose batches go to another device."""
         return self._with(head=self.head.to(device))
 
-    def bounded(self, classes: int) -> "ImageStream":
-        """The same stream, which raises ValueError at a label that is no class."""
+    def with_classes(self, classes: int) -> "ImageStream":
+        """The same stream, which raises ValueError at a label ≥ classes."""
         return self._with(classes=classes)
 
     def _with(self, **changes: Any) -> "ImageStream":
@@ -104,14 +104,14 @@ class ImageStream:
     def batches(self, size: int, seed: int, epoch: int, first: int, share: Share) -> Generator[Batch]:
         """The epoch's batches from number `first` on, read and decoded ahead of their use.
 
-        What comes before the first is read, but not decoded, so that a resumed epoch goes on with the same examples.
+        The examples before are read but not decoded, so that a resumed epoch goes on with the same ones.
         """
         count = batch_count(self, size)
         sizes = [self.examples // count + (number < self.examples % count) for number in range(count)]
         threads = min(os.cpu_count() or 1, _THREADS)
         with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as reader:
             parts = self._parts(sizes[first:], sum(sizes[:first]), seed, epoch, share)
-            made = ahead(pool, self._made, parts, threads + 1)
+            made = map_ahead(pool, self._decode_part, parts, threads + 1)
             following = reader.submit(next, made, None)
             while (batch := following.result()) is not None:
                 following = reader.submit(next, made, None)
@@ -119,10 +119,10 @@ class ImageStream:
                 yield Batch(whole, mine, images.to(torch.float32).div_(255), labels)
 
     def _parts(self, sizes: list[int], place: int, seed: int, epoch: int, share: Share) -> Iterator[_Part]:
-        """The rows of each batch, of a size each, from a place in the epoch's order on; of all only the share's."""
+        """For each size, from position `place` of the epoch on: the batch's numbers, this process's and its rows."""
         shuffled = self.source.decode(False).shuffle(seed=randomness.derive_seed(seed) % 2**32, buffer_size=self.buffer)
-        shuffled.set_epoch(epoch)  # last: what is made of a stream begins again at epoch 0
-        # Not with the stream's own skip, behind which the order of shards does not change with the epoch.
+        shuffled.set_epoch(epoch)  # last: a stream made from another begins at epoch 0
+        # Not with the stream's own skip: behind it the order of shards is the same in every epoch.
         rows = islice(_rows(shuffled), place, None)
         for size in sizes:
             part = list(islice(rows, size))
@@ -133,11 +133,11 @@ class ImageStream:
             yield index, mine, [part[number] for number in (mine - place).tolist()]
             place += size
 
-    def _made(self, part: _Part) -> tuple[Tensor, ...]:
-        """The batch, its images as bytes."""
+    def _decode_part(self, part: _Part) -> tuple[Tensor, ...]:
+        """The batch with its images as uint8."""
         index, mine, rows = part
         channels, height, width = self.shape
-        images = pixels(rows, (width, height), "L" if channels == 1 else "RGB")
+        images = read_pixels(rows, (width, height), "L" if channels == 1 else "RGB")
         if images is None:
             raise ValueError(
                 f"{rows[0].name} or one of the next {len(rows) - 1} has colour, the stream's first {len(self.head)} "
@@ -150,7 +150,7 @@ class ImageStream:
 
 
 def as_training_set(dataset: Any) -> ImageSet | ImageStream:
-    """What `data.as_image_set` takes, and streams."""
+    """A training set as an ImageSet, or the ImageStream as it is."""
     return dataset if isinstance(dataset, ImageStream) else as_image_set(dataset)
 
 
@@ -173,7 +173,7 @@ def batches(
 
 
 def _rows(source: Any) -> Iterator[Row]:
-    """The rows of a stream that does not decode."""
+    """The rows of a stream of encoded images."""
     columns = None
     for number, row in enumerate(source):
         if columns is None:

@@ -50,7 +50,7 @@ class Job:
         validation = None if validation_set is None else as_image_set(validation_set)
         classes = _check_sets(model, data, validation, options)
         if isinstance(data, ImageStream):
-            data = data.bounded(classes)
+            data = data.with_classes(classes)
         configuration = describe_training(options, model, data, validation)
         return cls(model, data, validation, options, find_objective(options.objective), configuration)
 
