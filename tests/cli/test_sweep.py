@@ -183,7 +183,7 @@ def test_a_sweep_with_runs_that_fail(tmp_path, capsys):
     words = ["sweep", "digits", "--run-dir", str(folder), *FAST, "--lr", "0.05", "-1", "--seed", "0", "1"]
     status, out, err = said(capsys, *words, "--workers", "2")
     assert status == 2
-    assert "innermax: 2 of 4 runs failed: lr=-1,seed=0: lr must be" in err
+    assert "innermax: 2 of 4 runs failed: lr=-1,seed=0: --lr must be" in err
     assert out.splitlines()[-1] == str(folder / "table.md")
     runs = [folder / f"lr=0.05,seed={seed}" for seed in (0, 1)]
     assert digest(runs[0]) != digest(runs[1])
