@@ -108,9 +108,9 @@ def describe_training(
     options: TrainingOptions, model: nn.Module, data: ImageSet | ImageStream, validation: ImageSet | None
 ) -> dict[str, Any]:
     """What identifies a run, as plain YAML: only a call with the same configuration resumes its folder."""
-    told = [option.name for option in described_fields(options) if option.name in option_names("identifies")]
+    names = [option.name for option in described_fields(options) if option.name in option_names("identifies")]
     return {
-        "training": {name: describe(getattr(options, name)) for name in told},
+        "training": {name: describe(getattr(options, name)) for name in names},
         "model": describe(getattr(unwrapped(model), "config", type(unwrapped(model)).__qualname__)),
         "examples": {"train": len(data), "validation": 0 if validation is None else len(validation)},
         "settings": describe(dict(options.settings or {})),
