@@ -7,8 +7,9 @@ import pytest
 
 import innermax as im
 from innermax.oracle.oracle import Oracle
+from innermax.strategies import awaits_halfway_gauge
 from innermax.training import loop
-from innermax.training.metrics import warn_of_fosc
+from innermax.training.metrics import EpochMetrics, warn_of_fosc
 from tests.helpers.networks import same
 from tests.helpers.training import ATTACK, LINF, VALIDATION, examples, mlp, train, weights
 
@@ -99,3 +100,30 @@ def test_an_exploding_fosc_is_warned_of():
 def test_a_learning_rate_that_diverges(strategy):
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) in epoch 1, batch [23]; lower lr"):
         train(strategy=strategy, lr=1e30, epochs=2)
+
+
+def test_an_epochs_row_by_hand():
+    metrics = EpochMetrics()
+    metrics.add({"gradients": 12.0, "examples": 4.0, "loss": 6.0, "correct": 1.0})
+    metrics.add({"gradients": 8.0, "examples": 4.0, "loss": 2.0, "correct": 3.0})
+    metrics.add({"gradients": 4.0, "skipped": 1.0})
+    assert metrics.fosc is None
+    row = {"epoch": 2, "lr": 0.1, "loss": 1.0, "accuracy": 0.5, "attack_steps": 4, "threshold": 0.2}
+    row |= {"gradients": 2.0, "attack_network": "float32", "skipped_batches": 1}
+    told = metrics.row(2, 0.1, replace(ATTACK, stop_at=0.2), "float32", 12)
+    assert (told, list(told)) == (row, list(row))
+    own = {"fosc": [0.0, 1.0], "relative_fosc": [0.5, 0.5], "ball_fosc": [1.0, 3.0], "zero_gradient": [1.0, 0.0]}
+    metrics.add_gauges([own, {"fosc": [2.0], "relative_fosc": [0.5], "ball_fosc": [5.0], "zero_gradient": [0.0]}])
+    told = metrics.row(2, 0.1, None, "float32", 12)
+    assert (told["attack_steps"], told["threshold"]) == (0, None)
+    assert (told["fosc"], told["zero_gradients"]) == (1.0, pytest.approx(1 / 3))
+    assert told["fosc_percentiles"] == pytest.approx([share / 50 for share in range(101)])
+    assert told["ball_fosc_percentiles"][::50] == [1.0, 3.0, 5.0]
+    assert told["relative_fosc_percentiles"] == [0.5] * 101
+
+
+@pytest.mark.parametrize("epochs_before", [0, 1])
+def test_only_a_strategy_that_asks_is_told_the_halfway_gauge_and_only_once(epochs_before):
+    history = [{"halfway_gauge": 0.1}] * epochs_before
+    assert awaits_halfway_gauge(im.Dynamic(ATTACK, "auto"), history) == (epochs_before == 0)
+    assert not awaits_halfway_gauge(im.Dynamic(ATTACK, 0.5), history)

@@ -115,7 +115,7 @@ def test_plain_values(value, described):
     assert through_yaml(describe({"value": value})) == {"value": described}
 
 
-def testdifferences_name_the_setting_and_both_values():
+def test_differences_name_the_setting_and_both_values():
     before = {"training": {"lr": 0.01, "clip": None, "lr_drops": [0.4, 0.8]}, "model": {"name": "a"}, "gone": 1}
     now = {"training": {"lr": 0.1, "lr_drops": [0.4, 0.9]}, "model": "b"}
     assert differences(before, now) == [
