@@ -15,6 +15,7 @@ from torch import nn
 
 import innermax as im
 from innermax.attacks.search import AttackResult
+from innermax.evaluation import progress
 from innermax.evaluation.result import Evaluation
 from innermax.evaluation.scoring import quantized
 from innermax.evaluation.store import AttackRows
@@ -357,6 +358,35 @@ def test_progress():
     told = []
     im.evaluate(network(), examples(), {"pgd": PGD}, batch_size=25, progress=lambda *step: told.append(step))
     assert told == [("clean", 25, 40), ("clean", 40, 40), ("pgd", 25, 40), ("pgd", 40, 40)]
+
+
+MEASURES = {
+    "evaluate": lambda **options: im.evaluate(network(), examples(), {"pgd": PGD}, **options),
+    "transfer": lambda **options: im.transfer(network(), {"b": network(1)}, examples(), {"pgd": PGD}, **options),
+    "gallery": lambda **options: im.gallery(
+        network(), examples(), {"pgd": PGD}, im.evaluate(network(), examples(), {"pgd": PGD}), **options
+    ),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_what_progress_may_be(measure, capsys, monkeypatch, untyped):
+    monkeypatch.setattr(progress, "_SPARSE", 0.0)
+    measure(progress=True)
+    shown = capsys.readouterr()
+    assert "40/40" in shown.err
+    assert "pgd" in shown.err
+    assert shown.out == ""
+    for silent in (False, None):
+        measure(progress=silent)
+    measure()
+    assert capsys.readouterr() == ("", "")
+    told = []
+    measure(progress=lambda *step: told.append(step))
+    assert any(name.endswith("pgd") and done == total == 40 for name, done, total in told)
+    for wrong in (1, "yes", []):
+        with pytest.raises(TypeError, match=r"progress must be True, False or a function \(name, done, in all\), got"):
+            measure(progress=wrong)
 
 
 def test_the_table_of_examples():

@@ -23,7 +23,7 @@ from torch import nn
 import innermax as im
 from innermax.distributed import spawn
 from innermax.distributed.spawn import run_processes
-from innermax.evaluation.store import AttackRows, Part, Parts
+from innermax.evaluation.store import ATTACK_KINDS, CLEAN_KINDS, AttackRows, Part, Parts
 
 THREAT = im.Linf(0.01)
 ATTACKS = {"fgsm": im.FGSM(THREAT), "pgd/20": im.PGD(THREAT, 20), "PGD/20": im.PGD(THREAT, 20, restarts=2)}
@@ -222,7 +222,7 @@ def test_processes_map_what_is_too_large_for_memory(tmp_path, monkeypatch):
     folder, place = tmp_path / "files", tmp_path / "temporary"
     for path in (folder, place):
         path.mkdir()
-    pickled = spawn._pickled((images, images[50:], labels), folder, 2)
+    pickled = spawn._pickle((images, images[50:], labels), folder, 2)
     assert len(pickled) < images.numel() / 4
     for found, expected in zip(pickle.loads(pickled), (images, images[50:], labels), strict=True):
         assert torch.equal(found, expected)
@@ -328,11 +328,11 @@ def test_a_part_of_other_rows_is_not_taken(whole):
 @pytest.mark.parametrize("order", [(0, 2, 4), (4, 0, 2)])
 def test_parts_of_several_types_are_one_column(order):
     """As of an attack that gauges itself on some batches only."""
-    parts = Parts(("clean", "a"), 5, 2, None)
+    parts = Parts({"clean": CLEAN_KINDS, "a": ATTACK_KINDS}, 5, 2, None)
     values = {0: np.array([True, False]), 2: np.array([math.nan, math.nan]), 4: np.array([True])}
     for start in order:
         parts.add("a", start, Part({"zero_gradient": values[start]}, 1.5))
-    joined = parts.joined("a")
+    joined = parts.whole("a")
     np.testing.assert_array_equal(joined.columns["zero_gradient"], [1, 0, math.nan, math.nan, 1])
     assert joined.seconds == 4.5
     assert parts.missing("a") == []
@@ -340,12 +340,12 @@ def test_parts_of_several_types_are_one_column(order):
 
 
 def test_a_turned_bit_never_turns_a_row(whole):
-    names = ("clean", *ATTACKS)
+    kinds = {"clean": CLEAN_KINDS} | dict.fromkeys(ATTACKS, ATTACK_KINDS)
     path = files(whole)[-1]
     content = path.read_bytes()
 
     def read():
-        parts = Parts(names, COUNT, SIZE, whole)
+        parts = Parts(kinds, COUNT, SIZE, whole)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             parts.read()

@@ -3,10 +3,12 @@
 import io
 import json
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -277,6 +279,94 @@ def test_progress():
     assert told == [(name, done, 40) for name in ("clean", "surrogate: pgd") for done in (25, 40)]
 
 
+def evaluated(**changed):
+    arguments = {
+        "surrogates": {"a": network(0), "b": nn.Sequential(network(1), Noise())},
+        "targets": {"index": network(2), "noisy": nn.Sequential(network(3), Noise())},
+        "test_set": examples(),
+        "attacks": ATTACKS,
+        "batch_size": 15,
+        "seed": 3,
+    }
+    return im.transfer(**arguments | changed)
+
+
+TITLES = [f"{surrogate}: {attack}" for surrogate in "ab" for attack in ATTACKS]
+
+
+def test_rows_are_kept_and_a_stopped_transfer_goes_on(tmp_path, monkeypatch):
+    expected, folder = evaluated(), tmp_path / "rows"
+
+    def stop(name, done, total):
+        if (name, done) == ("b: fgsm", 30):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        evaluated(rows_dir=folder, progress=stop)
+    assert str(folder) in caught.value.__notes__[0]
+    kept = {path: path.stat().st_mtime_ns for path in folder.rglob("parts/*/*.parquet")}
+    assert len(kept) == 3 * 3 + 2  # clean, and of surrogate a, three parts each; and two more
+    assert not (folder / "rows.parquet").exists()
+    told = []
+    result = evaluated(rows_dir=folder, progress=lambda *step: told.append(step))
+    assert result.to_json() == expected.to_json()
+    assert kept.items() <= {path: path.stat().st_mtime_ns for path in folder.rglob("parts/*/*.parquet")}.items()
+    assert told == [(name, done, 40) for name in ("clean", *TITLES) for done in (15, 30, 40)]
+    monkeypatch.setattr(im.PGD, "__call__", lambda *_, **__: pytest.fail("attacked again"))
+    assert evaluated(rows_dir=folder).to_json() == expected.to_json()
+    table = pq.read_table(folder / "rows.parquet").to_pandas()
+    assert list(table) == ["surrogate", "target", "attack", "index", "clean_correct", "correct"]
+    assert len(table) == 2 * 2 * 2 * 40
+    for (surrogate, target, attack), rows in table.groupby(["surrogate", "target", "attack"]):
+        assert rows["index"].tolist() == list(range(40))
+        assert np.array_equal(rows.correct, expected.correct(surrogate, target, attack))
+        assert np.array_equal(rows.clean_correct, expected.clean_correct[target])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"seed": 4}, "seed: 3 there, 4 here"),
+        ({"targets": {"index": network(2), "noisy": network(7)}}, "model.target noisy: Sequential there"),
+        ({"targets": {"index": network(2)}}, "model.target noisy: Sequential there, None here"),
+        ({"surrogates": {"a": network(0)}}, "model.surrogate b: Sequential there, None here"),
+        ({"attacks": {"fgsm": PGD, "pgd": PGD}}, "attacks.fgsm.steps: 1 there, 4 here"),
+    ],
+)
+def test_the_rows_of_another_transfer_are_refused(tmp_path_factory, changed, words):
+    folder = tmp_path_factory.getbasetemp() / "another"
+    evaluated(rows_dir=folder)
+    with pytest.raises(ValueError, match=f"belongs to another evaluation .*{words}|weights.target noisy"):
+        evaluated(rows_dir=folder, **changed)
+
+
+def test_a_part_of_other_targets_is_not_taken(tmp_path):
+    folder = tmp_path / "rows"
+    expected = evaluated(rows_dir=folder)
+    one, other = sorted((folder / "parts").rglob("*.parquet"))[:2]
+    one.write_bytes(other.read_bytes())
+    with pytest.warns(UserWarning, match="is damaged .*its rows are computed again"):
+        assert evaluated(rows_dir=folder).to_json() == expected.to_json()
+
+
+def test_two_processes_find_the_same(tmp_path):
+    told = []
+    found = evaluated(devices=2, rows_dir=tmp_path / "rows", progress=lambda *step: told.append(step))
+    assert found.to_json() == evaluated().to_json()
+    assert {step for step in told if step[1] == 40} == {(name, 40, 40) for name in ("clean", *TITLES)}
+    model = network(0)
+    once, twice = (evaluated(surrogates={"a": model}, targets={"a": model}, devices=n) for n in (1, 2))
+    assert once.to_json() == twice.to_json()
+    with pytest.raises(ValueError, match="surrogate 'a': target 'b': the model returns NaN logits for"):
+        evaluated(surrogates={"a": network()}, targets={"b": Broken()}, devices=2)
+
+
+def test_names_that_cannot_be_told_apart_are_refused():
+    surrogates = {"a": network(0), "a: b": network(1)}
+    with pytest.raises(ValueError, match="must have names that tell them apart, got 'a: b: c' twice"):
+        evaluated(surrogates=surrogates, attacks={"b: c": PGD, "c": PGD})
+
+
 def test_probabilities_are_warned_of_once():
     model = nn.Sequential(network(0), nn.Softmax(1))
     with pytest.warns(UserWarning, match="surrogate 'a' seems to return probabilities") as caught:
@@ -355,6 +445,9 @@ IDLE = Scripted(im.Linf(0.1), never)
         ({"precision": "half"}, (ValueError, TypeError), None),
         ({"seed": 1.5}, TypeError, None),
         ({"test_set": 3}, TypeError, None),
+        ({"devices": 0}, ValueError, "devices must be at least 1"),
+        ({"devices": 1.5}, TypeError, None),
+        ({"progress": "yes"}, TypeError, None),
     ],
 )
 def test_wrong_arguments(changed, error, words):
@@ -431,6 +524,11 @@ def test_the_command(runs, capsys, monkeypatch):
     assert result.accuracy["run"][str(runs / "run")] == {name: evaluation.accuracy[name] for name in attacks}
     expected = im.transfer(model, {"bare": im.load_model("bare")}, test, attacks, batch_size=30, precision="auto")
     assert result.accuracy["run"]["bare"] == expected.accuracy["surrogate"]["bare"]
+    again = ("--rows-dir", "rows", "--devices", "2")
+    assert said(capsys, "transfer", "run", "bare", str(runs / "run"), *words, *again) == (status, out, "")
+    assert im.Transfer.from_json(Path("t.json").read_text()).to_json() == result.to_json()
+    assert Path("rows/rows.parquet").is_file()
+    shutil.rmtree("rows")
 
 
 def test_the_command_asks_where_runs_differ(runs, capsys, monkeypatch):
@@ -449,7 +547,7 @@ def test_the_command_asks_where_runs_differ(runs, capsys, monkeypatch):
         (["run"], "transfer takes a surrogate and then its targets"),
         (["--attacks", "fgsm"], "transfer takes a surrogate and then its targets"),
         (["run", "nowhere"], "nowhere"),
-        (["bare", "few"], "their data set is not known: give --data"),
+        (["bare", "few"], "the data set is not known: give --data"),
         (["bare", "few", "--data", "digits"], "is not known: give --threat.eps"),
         (["run", "few"], "must have the same classes: surrogate 'run' has 10, target 'few' has 4"),
         (["run", "large"], "target 'large': the model fails on x of shape (32, 1, 8, 8)"),

@@ -28,7 +28,7 @@ from torch import nn
 
 import innermax as im
 from innermax import cli
-from innermax.evaluation.store import CLEAN, AttackRows, Part, Parts
+from innermax.evaluation.store import ATTACK_KINDS, CLEAN, CLEAN_KINDS, AttackRows, Part, Parts
 from innermax.training.checkpoints import _digest, find_checkpoints
 
 ALLOWED = (ValueError, TypeError, OSError)
@@ -461,8 +461,8 @@ def _read(folder: Path) -> None:
 
 
 def _rows(folder: Path) -> dict[str, Kind]:
-    names, count = (CLEAN, "fgsm"), 12
-    parts = Parts(names, count, 6, folder)
+    kinds, count = {CLEAN: CLEAN_KINDS, "fgsm": ATTACK_KINDS}, 12
+    parts = Parts(kinds, count, 6, folder)
     columns = {name: np.zeros(6) for name in AttackRows.__dataclass_fields__}
     columns |= {"correct": np.ones(6, bool), "prediction": np.arange(6), "overturned": np.zeros(6, bool)}
     for start in (0, 6):
@@ -472,12 +472,12 @@ def _rows(folder: Path) -> dict[str, Kind]:
     target = next(name for name in files if "fgsm" in name)
 
     def read(place: Path) -> None:
-        kept = Parts(names, count, 6, place)
+        kept = Parts(kinds, count, 6, place)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             kept.read()
         if kept.missing("fgsm") == []:
-            part = kept.joined("fgsm")
+            part = kept.whole("fgsm")
             assert set(part.columns) == set(columns)
             assert all(len(column) == count for column in part.columns.values())
             assert all(column.dtype.kind in "biuf" for column in part.columns.values())

@@ -3,7 +3,7 @@
 import pytest
 
 import innermax as im
-from innermax.training.progress import clock_time
+from innermax.utils.console import clock_time
 from tests.helpers.training import ATTACK, VALIDATION, train
 
 

@@ -12,9 +12,8 @@ from torch import nn
 import innermax as im
 from innermax.cli.arguments import SOURCES, check_file, split_words
 from innermax.cli.evaluation import choose_attacks, choose_data, choose_options, evaluation_parser, is_run_folder
-from innermax.cli.progress import show_evaluation
 from innermax.data.image_set import Data
-from innermax.distributed.launch import count_processes, find_device, is_first
+from innermax.distributed.launch import find_device, is_first
 from innermax.models.wrappers import IMAGENET_STATISTICS
 from innermax.reporting.tables import format_audit, format_table
 from innermax.utils.files import hash_tensors
@@ -43,17 +42,15 @@ def _evaluate(source: str, chosen: Any) -> None:
     rows_dir = chosen.rows_dir
     if rows_dir is None and is_run_folder(source) and os.access(source, os.W_OK):
         rows_dir = _own_rows(Path(source), model, data_name, attacks, options | {"limit": chosen.limit})
-    options["devices"] = count_processes() if chosen.devices is None else chosen.devices
-    with show_evaluation(attacks, audit=True, speak=is_first()) as show:
-        evaluation = im.evaluate(
-            model,
-            data.test[: chosen.limit],
-            attacks,
-            rows_dir=rows_dir,
-            surrogates=surrogates,
-            progress=show,
-            **options,
-        )
+    evaluation = im.evaluate(
+        model,
+        data.test[: chosen.limit],
+        attacks,
+        rows_dir=rows_dir,
+        surrogates=surrogates,
+        progress=is_first(),
+        **options,
+    )
     if is_first():
         _write_results(source, chosen, model, data, attacks, evaluation)
         if rows_dir is not None:

@@ -8,7 +8,7 @@ from innermax.attacks.base import Attack
 from innermax.attacks.named import list_names, parse_attacks
 from innermax.cli.arguments import Parser, build_parser, check_count, check_file
 from innermax.cli.settings import TABLE, EvaluateSettings, NormName, ThreatSettings
-from innermax.distributed.launch import find_device
+from innermax.distributed.launch import count_processes, find_device
 from innermax.threat import NORMS
 from innermax.training.run_folder import read_settings
 
@@ -55,7 +55,9 @@ def choose_options(chosen: Any) -> dict[str, Any]:
     """The options that `im.evaluate` and `im.transfer` take alike, checked before anything is loaded."""
     check_count("--limit", chosen.limit)
     check_file("--json", chosen.json)
-    return {name: getattr(chosen, name) for name in _PASSED_ON} | {"device": find_device(chosen.device)}
+    devices = count_processes() if chosen.devices is None else chosen.devices
+    passed_on = {name: getattr(chosen, name) for name in _PASSED_ON}
+    return passed_on | {"device": find_device(chosen.device), "devices": devices}
 
 
 def find_setting(sources: Sequence[str], setting: str, option: str) -> Any:

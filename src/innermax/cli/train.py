@@ -14,7 +14,6 @@ import innermax as im
 from innermax.attacks.named import parse_attacks
 from innermax.cli import settings
 from innermax.cli.arguments import Parser, build_parser, read_fractions, split_words
-from innermax.cli.progress import show_evaluation
 from innermax.cli.recipes import read_yaml, recipe_text
 from innermax.cli.settings import build_strategy
 from innermax.data.image_set import Data
@@ -129,10 +128,10 @@ def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> No
         im.load_model(folder / "best.safetensors", model)
         which = f"epoch {run.best['epoch'] + 1}, the best on the validation split"
     devices = processes if processes > 1 else chosen.devices or 1
-    with show_evaluation(attacks, audit=True, speak=chosen.progress and is_first()) as show:
-        evaluation = im.evaluate(
-            model, data.test, attacks, seed=chosen.seed, device=device, devices=devices, progress=show
-        )
+    shown = chosen.progress and is_first()
+    evaluation = im.evaluate(
+        model, data.test, attacks, seed=chosen.seed, device=device, devices=devices, progress=shown
+    )
     if is_first():
         _write_results(folder, run, model, data, attacks, evaluation, device)
         where = f"Model of {which}. Run folder: {folder}. Report: {folder / 'report.html'}"

@@ -10,10 +10,10 @@ from torch import nn
 import innermax as im
 from innermax.cli.arguments import SOURCES, split_words
 from innermax.cli.evaluation import choose_attacks, choose_data, choose_options, evaluation_parser
-from innermax.cli.progress import show_evaluation
+from innermax.distributed.launch import is_first
 from innermax.reporting.tables import format_transfer
 
-_OF_EVALUATE_ALONE: set[str | int] = {"best", "html", "normalize", "devices", "rows_dir", "surrogate"}
+_OF_EVALUATE_ALONE: set[str | int] = {"best", "html", "normalize", "surrogate"}
 
 
 def run(words: list[str]) -> None:
@@ -34,15 +34,17 @@ def _transfer(sources: Sequence[str], chosen: Any) -> None:
     models = _load_models(sources, chosen.allow_code)
     surrogate, *targets = sources
     test = im.load_data(data, validation=0).test[: chosen.limit]
-    with show_evaluation({f"{surrogate}: {name}": attack for name, attack in attacks.items()}) as show:
-        transfer = im.transfer(
-            {surrogate: models[surrogate]},
-            {target: models[target] for target in targets},
-            test,
-            attacks,
-            progress=show,
-            **options,
-        )
+    transfer = im.transfer(
+        {surrogate: models[surrogate]},
+        {target: models[target] for target in targets},
+        test,
+        attacks,
+        rows_dir=chosen.rows_dir,
+        progress=is_first(),
+        **options,
+    )
+    if not is_first():
+        return
     if chosen.json is not None:
         transfer.to_json(chosen.json)
     Console().print(format_transfer(transfer))

@@ -2,43 +2,27 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from innermax.attacks.base import Attack
+from innermax.attacks.base import Attack, looks_like_probabilities
 from innermax.data.readers import as_image_set
-from innermax.distributed.launch import check_devices
-from innermax.distributed.process_group import find_members
+from innermax.evaluation.arguments import check_arguments, check_models, find_ranks, name_errors, on_device
 from innermax.evaluation.audit import Audit
 from innermax.evaluation.audit_probes import Subject, run_audit
+from innermax.evaluation.measure import Measurement, Search, describe_measurement, identify
 from innermax.evaluation.model_checks import misgivings
-from innermax.evaluation.parallel import Task, attack_together, exchanged
+from innermax.evaluation.progress import ProgressCallback, show_evaluation
 from innermax.evaluation.result import Evaluation
-from innermax.evaluation.scoring import (
-    PROBABLE,
-    Bench,
-    Progress,
-    Settings,
-    about,
-    attack_and_score,
-    check_arguments,
-    check_models,
-    on_device,
-    score_clean,
-)
-from innermax.evaluation.store import CLEAN, AttackRows, Parts, kept_rows, open_rows, write_table
-from innermax.losses import cross_entropy
+from innermax.evaluation.scoring import PROBABLE, Attacked, Bench, Settings, attack_rows, scoring_logits
+from innermax.evaluation.store import ATTACK_KINDS, CLEAN, CLEAN_KINDS, AttackRows, CleanRows, Column, Parts, kept_rows
 from innermax.models.files import hash_weights
 from innermax.oracle.oracle import Oracle, Precision
-from innermax.utils.files import hash_tensors
-from innermax.utils.serialization import describe
-from innermax.utils.validation import check_count
-from innermax.utils.version import __version__
 
 
 def evaluate(
@@ -53,7 +37,7 @@ def evaluate(
     device: torch.device | str | None = None,
     devices: int = 1,
     rows_dir: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: bool | ProgressCallback | None = None,
     audit: bool = True,
     surrogates: Mapping[str, nn.Module] | None = None,
 ) -> Evaluation:
@@ -79,8 +63,8 @@ def evaluate(
             call, these share the batches, and all return the same. The rows are the same, to the bit.
         rows_dir: folder that keeps each batch's rows as soon as they are there, and rows.parquet, the table of
             `Evaluation.examples`, in the end. The same call goes on from what the folder holds, to the same table.
-        progress: called as progress(name, examples done, examples in all) after each batch, "clean" first; now and
-            then, from another thread, where there are several devices.
+        progress: True shows a display on stderr. A function is called as progress(name, examples done, examples in all)
+            after each batch, "clean" first; now and then, from another thread, where there are several devices.
         audit: whether stronger searches on a sample of the survivors check the result, for at most a tenth of what
             AutoAttack costs.
         surrogates: other models by name, left exactly as found: the audit also shows the model images made on them, for
@@ -98,51 +82,75 @@ def evaluate(
             raise ValueError("surrogates are what the audit tries: they need audit=True and at least one attack")
     images = as_image_set(test_set)
     model, device = on_device(model, images, device)
-    check_count(devices, "devices")
-    ranks = find_members(devices, device)
-    if ranks.count == 1:
-        check_devices(devices, device)
+    ranks = find_ranks(devices, device)
     model, device = on_device(model, images, ranks.device)
-    bench = Bench(images, device, batch_size, seed, quantize, progress if ranks.first else None)
-    exact = Oracle(model)
-    folder = None if rows_dir is None else Path(rows_dir)
-    parts = Parts((CLEAN, *attacks), len(images), batch_size, folder)
-    with bench.in_float32(exact), ranks.explain_lost_connection(), ranks.mute_others():
-        oracle = bench.attack_oracle(model, exact, precision) if attacks else exact
-        others = _surrogate_oracles(bench, exact, surrogates or {})
-        settings = ranks.broadcast(bench.settings(attacks, precision, oracle.plan))
-        if folder is not None:
-            configuration = _configuration(bench, model, exact, attacks, settings)
-            ranks.run_first(lambda: open_rows(folder, configuration))
-            parts.read()
-            ranks.gather(None)  # nobody writes before all have read
-        with kept_rows(folder), warnings.catch_warnings():
-            with exchanged(parts, ranks):
-                score_clean(bench, exact, attacks, parts, ranks.rank, ranks.count)
-            for sentence in misgivings(model, exact, images, device, batch_size):
-                warnings.warn(sentence, stacklevel=2)
-            if parts.joined(CLEAN).columns["probable"].all():
-                message = f"{PROBABLE}; attacks and gauges need logits (leave the softmax out)"
-                warnings.warn(message, stacklevel=2)
-                warnings.filterwarnings("ignore", message=PROBABLE)  # each attack would say so on each batch
-            if devices == ranks.count:
-                with exchanged(parts, ranks):
-                    attack_and_score(bench, attacks, oracle, exact, parts, ranks.rank, ranks.count)
-            else:
-                attack_together(Task(bench, model, attacks, precision, parts), devices)
-            found = {name: parts.joined(name) for name in attacks}
-            evaluation = Evaluation(
-                settings=settings,
-                label=images.labels.cpu().numpy().copy(),
-                clean_prediction=parts.joined(CLEAN).columns["prediction"],
-                rows={name: AttackRows(**part.columns) for name, part in found.items()},
-                seconds={name: part.seconds for name, part in found.items()},
-                weights=hash_weights(model.state_dict()),
-            )
-            if folder is not None:
-                ranks.run_first(lambda: write_table(folder, evaluation.columns()))
-            if audit and attacks:
-                evaluation = replace(evaluation, audit=_audit(bench, model, exact, oracle, others, attacks, evaluation))
+    kinds = {CLEAN: CLEAN_KINDS} | dict.fromkeys(attacks, ATTACK_KINDS)
+    parts = Parts(kinds, len(images), batch_size, None if rows_dir is None else Path(rows_dir))
+    with show_evaluation(ranks.first and progress, attacks, audit) as tell:
+        bench = Bench(images, device, batch_size, seed, quantize, tell)
+        build = partial(_Scorer.build, attacks=attacks, precision=precision)
+        measurement = Measurement(bench, {"model": model}, build, attacks, parts, ranks, devices)
+        with bench.isolated(model), ranks.explain_lost_connection(), ranks.mute_others():
+            return _evaluate(measurement, model, precision, audit, surrogates or {})
+
+
+@dataclass(frozen=True, eq=False)
+class _Scorer:
+    """Keeps the rows of one model: `exact` is its oracle as it is, which decides, `fast` what searches ask."""
+
+    exact: Oracle
+    fast: Oracle
+    attacks: Mapping[str, Attack]
+
+    @classmethod
+    def build(
+        cls, bench: Bench, models: Mapping[str, nn.Module], attacks: Mapping[str, Attack], precision: Precision
+    ) -> "_Scorer":
+        exact = Oracle(models["model"])
+        return cls(exact, bench.attack_oracle(models["model"], precision) if attacks else exact, attacks)
+
+    def clean_rows(self, x: Tensor, y: Tensor) -> dict[str, Column]:
+        logits = scoring_logits(self.exact, x, y)
+        probable = torch.full(y.shape, looks_like_probabilities(logits))
+        return vars(CleanRows(logits.argmax(1).cpu().numpy(), probable.numpy()))
+
+    def searches(self) -> list[Search]:
+        return [Search(name, name, attack, self.fast, self._attack_rows) for name, attack in self.attacks.items()]
+
+    def _attack_rows(self, batch: Attacked) -> dict[str, Column]:
+        logits = scoring_logits(self.exact, batch.image, batch.label)
+        return vars(attack_rows(batch.result, logits, batch.label))
+
+
+def _evaluate(
+    measurement: Measurement, model: nn.Module, precision: Precision, audit: bool, surrogates: Mapping[str, nn.Module]
+) -> Evaluation:
+    """Takes the measurement, and audits what it found."""
+    bench, attacks, parts = measurement.bench, measurement.attacks, measurement.parts
+    scorer = _Scorer.build(bench, measurement.models, attacks, precision)
+    others = _surrogate_oracles(bench, scorer.exact, surrogates)
+    settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.fast.plan))
+    measurement.open_folder(partial(_configuration, bench, model, attacks, settings))
+    with kept_rows(parts.folder), warnings.catch_warnings():
+        measurement.score_clean(scorer)
+        for sentence in misgivings(model, scorer.exact, bench.images, bench.device, bench.batch_size):
+            warnings.warn(sentence, stacklevel=3)
+        if parts.whole(CLEAN).columns["probable"].all():
+            warnings.warn(f"{PROBABLE}; attacks and gauges need logits (leave the softmax out)", stacklevel=3)
+            warnings.filterwarnings("ignore", message=PROBABLE)  # each attack would say so on each batch
+        measurement.attack(scorer)
+        found = {name: parts.whole(name) for name in attacks}
+        evaluation = Evaluation(
+            settings=settings,
+            label=bench.images.labels.cpu().numpy().copy(),
+            clean_prediction=parts.whole(CLEAN).columns["prediction"],
+            rows={name: AttackRows(**part.columns) for name, part in found.items()},
+            seconds={name: part.seconds for name, part in found.items()},
+            weights=hash_weights(model.state_dict()),
+        )
+        measurement.write_table(evaluation.columns)
+        if audit and attacks:
+            evaluation = replace(evaluation, audit=_audit(bench, model, scorer, others, attacks, evaluation))
     return evaluation
 
 
@@ -150,43 +158,24 @@ def _surrogate_oracles(bench: Bench, exact: Oracle, surrogates: Mapping[str, nn.
     """The compiled oracles of models that take the same images and have the same classes. ValueError for others."""
     found = {}
     for name, model in surrogates.items():
-        with about("surrogate", name):
+        with name_errors("surrogate", name):
             own, _ = on_device(model, bench.images, bench.device)
-            found[name] = bench.attack_oracle(own, Oracle(own), "float32")
+            found[name] = bench.attack_oracle(own, "float32")
             theirs, ours = (oracle.logits(bench.example()).shape[1] for oracle in (found[name], exact))
             if theirs != ours:
                 raise ValueError(f"it has {theirs} classes, the model {ours}")
     return found
 
 
-def _configuration(
-    bench: Bench, model: nn.Module, exact: Oracle, attacks: Mapping[str, Attack], settings: Settings
-) -> dict[str, Any]:
-    """What identifies an evaluation, as plain YAML: the rows of a folder are one configuration's alone.
-
-    A model's code may change while its weights do not, so its answers to the first examples are told, too.
-    """
-    _, x, y = next(bench.batches(CLEAN))
-    with exact.private_randomness(bench.seed):
-        answer = exact.gradient(x[:8], y[:8], cross_entropy)
-    tensors = {"images": bench.images.images, "labels": bench.images.labels}
-    return {
-        "model": type(model).__qualname__,
-        "weights": hash_tensors((*model.named_parameters(), *model.named_buffers())),
-        "answers": [*answer.loss.tolist(), *answer.gradient.flatten(1).norm(dim=1).tolist()],
-        "test_set": hash_tensors(tensors.items()),
-        **describe(asdict(settings)),
-        "attacks": describe(attacks),
-        "device": bench.device.type,
-        "innermax": __version__,
-    }
+def _configuration(bench: Bench, model: nn.Module, attacks: Mapping[str, Attack], settings: Settings) -> dict[str, Any]:
+    """What identifies an evaluation, as plain YAML: the rows of a folder are one configuration's alone."""
+    return identify(bench, {"model": model})["model"] | describe_measurement(bench, attacks, settings)
 
 
 def _audit(
     bench: Bench,
     model: nn.Module,
-    exact: Oracle,
-    oracle: Oracle,
+    scorer: _Scorer,
     surrogates: Mapping[str, Oracle],
     attacks: Mapping[str, Attack],
     evaluation: Evaluation,
@@ -194,8 +183,8 @@ def _audit(
     """Whether an evaluation can be believed."""
     subject = Subject(
         model=model,
-        exact=exact,
-        oracle=oracle.precise,
+        exact=scorer.exact,
+        oracle=scorer.fast.precise,
         images=bench.images,
         attacks=attacks,
         rows=evaluation.rows,

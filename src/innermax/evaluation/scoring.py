@@ -6,38 +6,27 @@ and scored by the model itself.
 
 import math
 import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import get_args
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from innermax.attacks.base import Attack, looks_like_probabilities
+from innermax.attacks.base import Attack
 from innermax.attacks.search import AttackResult
 from innermax.data.image_set import ImageSet
-from innermax.evaluation.store import (
-    CLEAN,
-    AttackRows,
-    CleanRows,
-    Part,
-    Parts,
-)
+from innermax.evaluation.arguments import TOLERANCE
+from innermax.evaluation.progress import ProgressCallback
+from innermax.evaluation.store import AttackRows
 from innermax.losses import cross_entropy
-from innermax.models.wrappers import unwrapped
-from innermax.oracle.frozen import check_weights
 from innermax.oracle.oracle import Oracle, Precision
-from innermax.threat import FeasibleSet, Threat
-from innermax.utils import randomness
-from innermax.utils.copying import copy_model
-from innermax.utils.validation import check_labels, unknown
+from innermax.threat import FeasibleSet
+from innermax.utils.randomness import cuda_devices, derive_seed, private_randomness
+from innermax.utils.validation import check_labels
 
 PROBABLE = "the model seems to return probabilities"
-Progress = Callable[[str, int, int], None]
-_RESERVED = (CLEAN, "worst_case")
-_TOLERANCE = 1e-6  # of a pixel: what `contains` allows
 
 
 @dataclass(frozen=True)
@@ -68,7 +57,7 @@ def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -
     u = point.flatten(1).double() * levels - clean
     inwards = u.trunc()
     outwards = inwards + u.sign()
-    room = (outwards <= (feasible.ceiling + _TOLERANCE) * levels) & (outwards >= (feasible.floor - _TOLERANCE) * levels)
+    room = (outwards <= (feasible.ceiling + TOLERANCE) * levels) & (outwards >= (feasible.floor - TOLERANCE) * levels)
     share = torch.where(room, (u - inwards).abs(), 0.0)
 
     def rounded(threshold: Tensor) -> Tensor:
@@ -76,10 +65,10 @@ def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -
         return grid.to(point.dtype).reshape(point.shape)
 
     low = torch.full_like(share[:, 0], 0.5)
-    high = torch.where(feasible.contains(rounded(low), _TOLERANCE), low, 1.0)  # shares are below 1: all towards x
+    high = torch.where(feasible.contains(rounded(low), TOLERANCE), low, 1.0)  # shares are below 1: all towards x
     for _ in range(10 if bool((high > low).any()) else 0):
         middle = (low + high) / 2
-        inside = feasible.contains(rounded(middle), _TOLERANCE)
+        inside = feasible.contains(rounded(middle), TOLERANCE)
         low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
     return rounded(high)
 
@@ -107,13 +96,14 @@ class Bench:
     batch_size: int
     seed: int
     quantize: int | None
-    progress: Progress | None
+    progress: ProgressCallback | None
 
     @contextmanager
-    def in_float32(self, oracle: Oracle) -> Iterator[None]:
-        """Inside, a caller's autocast or inference mode changes nothing, and random numbers are drawn from the seed."""
+    def isolated(self, *models: nn.Module) -> Iterator[None]:
+        """Context manager: a caller's autocast or inference mode changes nothing; models draw from the seed."""
         autocast = torch.autocast(self.device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), autocast, oracle.private_randomness(self.seed):
+        private = private_randomness(self.seed, *map(cuda_devices, models))
+        with torch.inference_mode(False), torch.no_grad(), autocast, private:
             yield
 
     def example(self) -> Float[Tensor, "b ..."]:
@@ -121,29 +111,33 @@ class Bench:
         index = torch.arange(min(32, len(self.images)), device=self.device)
         return self.images[:32].to(self.device).batch(index)[0]
 
-    def attack_oracle(self, model: nn.Module, exact: Oracle, precision: Precision) -> Oracle:
+    def attack_oracle(self, model: nn.Module, precision: Precision) -> Oracle:
         """The oracle that attacks search with."""
-        with exact.private_randomness(self.seed):  # what a model draws here must not depend on what came before
+        # What a model draws here must not depend on what came before.
+        with private_randomness(self.seed, cuda_devices(model)):
             return Oracle.fast(model, self.example(), precision)
 
-    def batches(self, name: str, only: Container[int] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Index, images and labels of each batch, on the device; only: of those whose first example is among them."""
+    def batches(self, title: str, only: Container[int] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Index, images and labels of each batch, on the device.
+
+        title: of the progress; only: the first examples of the batches that are wanted.
+        """
         for start in range(0, len(self.images), self.batch_size):
             stop = min(start + self.batch_size, len(self.images))
             if only is None or start in only:
                 index = torch.arange(start, stop)
                 x, y = self.images.batch(index.to(self.images.images.device))
                 # For models that draw; the caller's random state is put aside.
-                torch.manual_seed(randomness.derive_seed(self.seed, start))
+                torch.manual_seed(derive_seed(self.seed, start))
                 yield index.to(self.device), x.to(self.device), y.to(self.device)
             if self.progress is not None:
-                self.progress(name, stop, len(self.images))
+                self.progress(title, stop, len(self.images))
 
     def attacked(
-        self, name: str, attack: Attack, oracle: Oracle, only: Container[int] | None = None
+        self, title: str, name: str, attack: Attack, oracle: Oracle, only: Container[int] | None = None
     ) -> Iterator[Attacked]:
-        """Each batch after an attack; only: as for `batches`."""
-        for index, x, y in self.batches(name, only):
+        """Each batch after an attack of this name; title: of the progress; only: as for `batches`."""
+        for index, x, y in self.batches(title, only):
             feasible = attack.threat.around(x)
             began = time.perf_counter()
             # Copies: an attack that works in place must not move what it is measured against.
@@ -175,10 +169,10 @@ class Bench:
             raise ValueError(f"attack {name!r} must return finite x_adv of shape {tuple(x.shape)}, got {wrong}")
         x_adv = x_adv.detach().to(x)
         # Points of X(x) stay as they are, bit for bit: a rounding can turn the verdict on one that just fell.
-        inside = feasible.contains(x_adv, _TOLERANCE).reshape(-1, *[1] * (x.ndim - 1))
+        inside = feasible.contains(x_adv, TOLERANCE).reshape(-1, *[1] * (x.ndim - 1))
         x_adv = torch.where(inside, x_adv, feasible.project(x_adv))
         x_adv = x_adv if self.quantize is None else quantized(x_adv, feasible, self.quantize)
-        if not bool(feasible.contains(x_adv, 10 * _TOLERANCE).all()):
+        if not bool(feasible.contains(x_adv, 10 * TOLERANCE).all()):
             raise RuntimeError(f"attack {name!r}: {feasible.threat!r} projects points that it does not contain")
         return x_adv
 
@@ -193,120 +187,7 @@ def scoring_logits(exact: Oracle, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"
     return logits
 
 
-def check_arguments(
-    attacks: Mapping[str, Attack], batch_size: int, seed: int, quantize: int | None, precision: Precision
-) -> None:
-    """Raises for any argument that is wrong by itself."""
-    if not isinstance(attacks, Mapping):
-        raise TypeError(f"attacks must map names to attacks, got {type(attacks).__name__}")
-    taken = dict.fromkeys(("index", "label", "clean_prediction", "clean_correct", "seed"), "")
-    for name, attack in attacks.items():
-        if not isinstance(name, str) or name == "" or name in _RESERVED:
-            raise ValueError(f"an attack's name must be a text other than {', '.join(_RESERVED)}, got {name!r}")
-        if not callable(attack) or not isinstance(getattr(attack, "threat", None), Threat):
-            raise TypeError(f"attacks[{name!r}] must be an attack such as PGD(Linf(8 / 255)), got {attack!r}")
-        for field in ("success", *(field.name for field in fields(AttackRows))):
-            column = f"{name}_{field}"
-            if column in taken:
-                raise ValueError(f"attacks {taken[column]!r} and {name!r} would share the column {column}: rename one")
-            taken[column] = name
-    for argument, value in {
-        "batch_size": batch_size,
-        "quantize": 1 if quantize is None else quantize,
-        "seed": seed,
-    }.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{argument} must be an integer, got {value!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if quantize is not None and not 1 <= quantize <= 16:
-        raise ValueError(f"quantize must be in 1…16 or None, got {quantize}")
-    if precision not in get_args(Precision):
-        raise unknown("precision", precision, get_args(Precision))
-
-
-def check_models(argument: str, models: Mapping[str, nn.Module]) -> None:
-    """Raises unless models maps at least one name to a model."""
-    if not isinstance(models, Mapping):
-        raise TypeError(f"{argument} must map names to models, got {type(models).__name__}")
-    if not models:
-        raise ValueError(f"{argument} must hold at least one model, got none")
-    for name, model in models.items():
-        if not isinstance(name, str) or name == "":
-            raise ValueError(f"a model's name must be a text, got {name!r} in {argument}")
-        with about(argument.removesuffix("s"), name):
-            unwrapped(model)
-
-
-@contextmanager
-def about(role: str, name: str) -> Iterator[None]:
-    """Errors inside say which model they are about."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{role} {name!r}: {error}") from error
-
-
-def check_images(x: Tensor, attacks: Mapping[str, Attack], quantize: int | None) -> None:
-    """Raises where clean images are outside an attack's bounds or off the grid."""
-    for name, attack in attacks.items():
-        try:
-            attack.threat.around(x)
-        except ValueError as error:
-            raise ValueError(f"attack {name!r} does not fit the images of test_set (x): {error}") from error
-    if quantize is not None:
-        levels = 2**quantize - 1
-        if bool(((x * levels).round() / levels - x).abs().max() > _TOLERANCE):
-            raise ValueError(f"quantize={quantize} needs images of test_set whose values are multiples of 1/{levels}")
-
-
-def on_device(model: nn.Module, images: ImageSet, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
-    """The model where it is to compute, a copy where it has to move; and that device."""
-    model = unwrapped(model)
-    here = next((p.device for p in (*model.parameters(), *model.buffers())), None)
-    if device is None:
-        return model, here if here is not None else images.images.device
-    device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
-    if here in (None, device):
-        return model, device
-    check_weights(model)
-    return copy_model(model).to(device), device
-
-
-def score_clean(
-    bench: Bench, exact: Oracle, attacks: Mapping[str, Attack], parts: Parts, rank: int = 0, processes: int = 1
-) -> None:
-    """Adds the clean images' missing parts, or one's share of them.
-
-    Labels, bounds and grid are known to fit before the first long search.
-    """
-    for index, x, y in bench.batches(CLEAN, parts.missing(CLEAN)[rank::processes]):
-        check_images(x, attacks, bench.quantize)
-        began = time.perf_counter()
-        logits = scoring_logits(exact, x, y)
-        probable = torch.full(y.shape, looks_like_probabilities(logits))
-        rows = CleanRows(logits.argmax(1).cpu().numpy(), probable.numpy())
-        parts.add(CLEAN, int(index[0]), Part(vars(rows), time.perf_counter() - began))
-
-
-def attack_and_score(
-    bench: Bench,
-    attacks: Mapping[str, Attack],
-    oracle: Oracle,
-    exact: Oracle,
-    parts: Parts,
-    rank: int = 0,
-    processes: int = 1,
-) -> None:
-    """Adds the attacks' missing parts, or of several processes one's share of them."""
-    for name, attack in attacks.items():
-        for batch in bench.attacked(name, attack, oracle, parts.missing(name)[rank::processes]):
-            rows = _rows(batch.result, scoring_logits(exact, batch.image, batch.label), batch.label)
-            parts.add(name, batch.start, Part(vars(rows), batch.seconds))
-
-
-def _rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:
+def attack_rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:
     """One batch's rows: the attack's own report, and the verdict on the scored image."""
     prediction = logits.argmax(1)
     correct = prediction == y

@@ -53,6 +53,12 @@ class CleanRows:
     probable: Column
 
 
+# The columns of a part, by name, each with NumPy's letters for what it may hold.
+Kinds = Mapping[str, str]
+CLEAN_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(CleanRows)}
+ATTACK_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(AttackRows)}
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Columns of some examples by name, and the seconds they took."""
@@ -63,10 +69,10 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The parts of "clean" and of each attack, by the number of their first example; in memory, and in a folder if any.
+    """The parts of "clean" and of each search, by the number of their first example; in memory, and in a folder if any.
 
     Attributes:
-        names: "clean" and the attacks.
+        kinds: the columns of "clean" and of each search, such as an attack.
         count: examples in all.
         size: examples a part, fewer in the last.
         folder: where each part is written as a file of its own, whole or not at all.
@@ -75,7 +81,7 @@ class Parts:
             in a search, would leave memory in pieces that the next batch does not fit into.
     """
 
-    names: tuple[str, ...]
+    kinds: Mapping[str, Kinds]
     count: int
     size: int
     folder: Path | None
@@ -83,7 +89,7 @@ class Parts:
     columns: dict[str, dict[str, Column]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in self.names:
+        for name in self.kinds:
             self.held.setdefault(name, {})
             self.columns.setdefault(name, {})
 
@@ -109,7 +115,7 @@ class Parts:
         """Takes over what the folder holds; a damaged file is named in a warning, and its part is missing."""
         if self.folder is None:
             return
-        for name in self.names:
+        for name in self.kinds:
             for start in self.missing(name):
                 path = self._path(self.folder, name, start)
                 if not path.exists():
@@ -119,12 +125,12 @@ class Parts:
                 except ValueError as error:
                     warnings.warn(f"{path} is damaged ({error}): its rows are computed again", stacklevel=4)
 
-    def written(self, folder: Path, name: str) -> int:
+    def count_written(self, folder: Path, name: str) -> int:
         """How many examples the folder has files of."""
         return sum(self._length(start) for start in self.starts if self._path(folder, name, start).exists())
 
-    def joined(self, name: str) -> Part:
-        """All parts as one."""
+    def whole(self, name: str) -> Part:
+        """All parts as one, once none is missing."""
         return Part(self.columns[name], sum(self.held[name][start] for start in self.starts))
 
     def part(self, name: str, start: int) -> Part:
@@ -149,7 +155,7 @@ class Parts:
     def _path(self, folder: Path, name: str, start: int) -> Path:
         """A part's file; the number keeps names apart that a file system takes for one."""
         readable = re.sub(r"[^A-Za-z0-9.-]", "_", name)[:60]
-        return folder / "parts" / f"{sorted(self.names).index(name)}-{readable}" / f"{start:09d}.parquet"
+        return folder / "parts" / f"{sorted(self.kinds).index(name)}-{readable}" / f"{start:09d}.parquet"
 
     def _read(self, content: bytes, name: str, start: int) -> Part:
         """A part from its file's bytes. Raises ValueError where they are not what `add` wrote."""
@@ -161,25 +167,26 @@ class Parts:
             told = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
             columns = {key: table[key].to_numpy() for key in table.column_names}
             seconds, attack = float(told["seconds"]), told["attack"]
+            index = columns.pop("index", np.empty(0))
+            if attack != name or columns.keys() != self.kinds[name].keys():
+                raise ValueError(f"it holds {', '.join(columns)} of {attack!r}")
             for key, column in columns.items():
-                check_column(column, key, self._length(start))
+                check_column(column, key, self._length(start), self.kinds[name][key])
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise ValueError(" ".join(str(error).split())[:120]) from error
         if not is_number(seconds):
             raise ValueError(f"it took {seconds} seconds")
-        index = columns.pop("index", np.empty(0))
-        if attack != name or columns.keys() != {
-            entry.name for entry in fields(CleanRows if name == CLEAN else AttackRows)
-        }:
-            raise ValueError(f"it holds {', '.join(columns)} of {attack!r}")
         if not np.array_equal(index, np.arange(start, start + self._length(start))):
             raise ValueError(f"it does not hold the examples {start}…{start + self._length(start) - 1}")
         return Part(columns, seconds)
 
 
-def check_column(column: Column, name: str, count: int) -> None:
-    """Raises ValueError unless the column of that name holds what it should, for so many examples."""
-    if column.shape != (count,) or column.dtype.kind not in _KINDS.get(name, _NUMBERS):
+def check_column(column: Column, name: str, count: int, kinds: str | None = None) -> None:
+    """Raises ValueError unless a column holds what one of that name should, for so many examples.
+
+    kinds: NumPy's letters for what it may hold, where that does not follow from the name.
+    """
+    if column.shape != (count,) or column.dtype.kind not in (kinds or _KINDS.get(name, _NUMBERS)):
         raise ValueError(f"column {name[:60]} must hold {count} numbers of its kind, got {column.dtype} {column.shape}")
     if name in ("prediction", "label") and column.size and int(column.min()) < 0:
         raise ValueError(f"column {name} holds a class below 0")

@@ -5,9 +5,9 @@ Images are made once on each surrogate, batch by batch, and scored on every targ
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,22 +17,16 @@ from torch import Tensor, nn
 
 from innermax.attacks.base import Attack, looks_like_probabilities
 from innermax.data.readers import as_image_set
-from innermax.evaluation.scoring import (
-    Bench,
-    Progress,
-    Settings,
-    about,
-    check_arguments,
-    check_images,
-    check_models,
-    on_device,
-    scoring_logits,
-)
-from innermax.evaluation.store import Column, check_column
+from innermax.evaluation.arguments import check_arguments, check_models, find_ranks, name_errors, on_device
+from innermax.evaluation.measure import Measurement, Search, describe_measurement, identify
+from innermax.evaluation.progress import ProgressCallback, show_evaluation
+from innermax.evaluation.scoring import PROBABLE, Attacked, Bench, Settings, scoring_logits
+from innermax.evaluation.store import CLEAN, Column, Parts, check_column, kept_rows
 from innermax.models.wrappers import unwrapped
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.utils.files import write_bytes
 from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
+from innermax.utils.randomness import restore_randomness
 from innermax.utils.serialization import convert, parse_json
 from innermax.utils.validation import unknown
 
@@ -83,6 +77,25 @@ class Transfer:
         """
         first, second = self.correct(*one), self.correct(*other)
         return paired_difference(int((first & ~second).sum()), int((second & ~first).sum()), len(first))
+
+    def columns(self) -> dict[str, Column]:
+        """A table by column, a row for each surrogate, target, attack and example: surrogate, target, attack, index,
+        clean_correct and correct.
+        """
+        cells = [
+            (surrogate, target, attack, self.clean_correct[target], column)
+            for surrogate, targets in self.transferred_correct.items()
+            for target, columns in targets.items()
+            for attack, column in columns.items()
+        ]
+        surrogates, targets, attacks, clean, correct = zip(*cells, strict=True)
+        count = self.settings.count
+        names = {"surrogate": surrogates, "target": targets, "attack": attacks}
+        return {key: np.repeat(np.array(values), count) for key, values in names.items()} | {
+            "index": np.tile(np.arange(count), len(cells)),
+            "clean_correct": np.concatenate(clean),
+            "correct": np.concatenate(correct),
+        }
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The evaluation as JSON, written to path where told, whole or not at all."""
@@ -139,7 +152,9 @@ def transfer(
     quantize: int | None = None,
     precision: Precision = "float32",
     device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    devices: int = 1,
+    rows_dir: str | Path | None = None,
+    progress: bool | ProgressCallback | None = None,
 ) -> Transfer:
     """Accuracy of each target on images that attacks make on each surrogate (Wang et al. 2019, §5.1: black-box).
 
@@ -157,13 +172,16 @@ def transfer(
         precision: what attacks search in, on the compiled model: "float32", "bf16" or "auto". Scores are float32, the
             model's own.
         device: where to compute; where the first surrogate is unless told. Models elsewhere are copied there.
-        progress: called as progress(name, examples done, examples in all) after each batch, "clean" first, then
-            "<surrogate>: <attack>".
+        devices: processes that share the batches, as for `evaluate`.
+        rows_dir: folder that keeps who is right in each batch as soon as that is known, and rows.parquet in the end, a
+            row for each example, surrogate, target and attack. The same call goes on from what the folder holds.
+        progress: True shows a display on stderr. A function is called as progress(name, examples done, examples in all)
+            after each batch, "clean" first, then "<surrogate>: <attack>".
 
     Raises:
         ValueError, TypeError: an argument is outside what is said above; there is no surrogate, target or attack;
             models differ in their number of classes, do not take the images or return NaN; labels are not among the
-            classes, or an image lies outside an attack's bounds.
+            classes, an image lies outside an attack's bounds, or rows_dir belongs to another transfer.
     """
     check_arguments(attacks, batch_size, seed, quantize, precision)
     surrogates = {"surrogate": surrogates} if isinstance(surrogates, nn.Module) else surrogates
@@ -172,92 +190,142 @@ def transfer(
     if not attacks:
         raise ValueError("attacks must hold at least one attack, got none")
     white_box = _white_box(surrogates, targets)
+    titles = _titles(surrogates, attacks)
     images = as_image_set(test_set)
     _, place = on_device(next(iter(surrogates.values())), images, device)
-    sources, scored = (
-        {name: on_device(model, images, place)[0] for name, model in models.items()} for models in (surrogates, targets)
-    )
-    exact_sources, exact = _oracles("surrogate", sources), _oracles("target", scored)
-    bench = Bench(images, place, batch_size, seed, quantize, progress)
-    plans, correct = {}, {}
-    with bench.in_float32(next(iter(exact_sources.values()))), warnings.catch_warnings():
-        _check_answers(bench.example(), exact_sources, exact)
-        clean = score_clean(bench, attacks, exact)
-        for name, model in sources.items():
-            with about("surrogate", name):
-                oracle = bench.attack_oracle(model, exact_sources[name], precision)
-                correct[name] = _transferred(_titled(bench, name), oracle, attacks, exact)
-            plans[name] = oracle.plan
-    return Transfer(
-        settings=bench.settings(attacks, precision, "; ".join(f"{name}: {plan}" for name, plan in plans.items())),
-        clean_correct=clean,
-        transferred_correct=correct,
-        white_box=white_box,
-    )
-
-
-def score_clean(bench: Bench, attacks: Mapping[str, Attack], exact: Mapping[str, Oracle]) -> dict[str, Column]:
-    """Target → who is right on the clean images; labels, bounds and grid are known to fit before the first search."""
-
-    def parts() -> Iterator[dict[str, Column]]:
-        for _, x, y in bench.batches("clean"):
-            check_images(x, attacks, bench.quantize)
-            yield _verdicts(exact, x, y)
-
-    return _joined(parts(), len(bench.images))
-
-
-def _transferred(
-    bench: Bench, oracle: Oracle, attacks: Mapping[str, Attack], exact: Mapping[str, Oracle]
-) -> dict[str, dict[str, Column]]:
-    """Target → attack → who is right on the images made on one surrogate."""
-    by_attack = {
-        name: _joined(
-            (_verdicts(exact, batch.image, batch.label) for batch in bench.attacked(name, attack, oracle)),
-            len(bench.images),
+    ranks = find_ranks(devices, place)
+    named = {("surrogate", name): model for name, model in surrogates.items()}
+    named |= {("target", name): model for name, model in targets.items()}
+    models = {f"{role} {name}": on_device(model, images, ranks.device)[0] for (role, name), model in named.items()}
+    kinds = dict.fromkeys((CLEAN, *titles), dict.fromkeys(map(_column, targets), "b"))
+    parts = Parts(kinds, len(images), batch_size, None if rows_dir is None else Path(rows_dir))
+    with show_evaluation(ranks.first and progress, titles) as tell:
+        bench = Bench(images, ranks.device, batch_size, seed, quantize, tell)
+        build = partial(
+            _Scorer.build,
+            surrogates=tuple(surrogates),
+            targets=tuple(targets),
+            attacks=attacks,
+            precision=precision,
         )
-        for name, attack in attacks.items()
-    }
-    return {target: {attack: columns[target] for attack, columns in by_attack.items()} for target in exact}
+        measurement = Measurement(bench, models, build, attacks, parts, ranks, devices)
+        with bench.isolated(*models.values()), ranks.explain_lost_connection(), ranks.mute_others():
+            return _measure(measurement, precision, white_box)
 
 
-def _verdicts(exact: Mapping[str, Oracle], image: Tensor, label: Tensor) -> dict[str, Column]:
-    """Target → who is right on a batch."""
-    found = {}
-    for name, oracle in exact.items():
-        # A target that draws random numbers draws the same ones whatever other targets there are.
-        with about("target", name), torch.random.fork_rng(devices=[image.device] if image.is_cuda else []):
-            found[name] = (scoring_logits(oracle, image, label).argmax(1) == label).cpu().numpy()
-    return found
+@dataclass(frozen=True, eq=False)
+class _Scorer:
+    """Keeps who is right: searches ask `fast`, the surrogates' oracles, and `exact`, the targets', decide."""
+
+    fast: Mapping[str, Oracle]
+    exact: Mapping[str, Oracle]
+    attacks: Mapping[str, Attack]
+
+    @classmethod
+    def build(
+        cls,
+        bench: Bench,
+        models: Mapping[str, nn.Module],
+        surrogates: Sequence[str],
+        targets: Sequence[str],
+        attacks: Mapping[str, Attack],
+        precision: Precision,
+    ) -> "_Scorer":
+        fast, exact = {}, {}
+        for name in surrogates:
+            with name_errors("surrogate", name):
+                fast[name] = bench.attack_oracle(models[f"surrogate {name}"], precision)
+        for name in targets:
+            with name_errors("target", name):
+                exact[name] = Oracle(models[f"target {name}"])
+        return cls(fast, exact, attacks)
+
+    @property
+    def plan(self) -> str:
+        """How each surrogate's oracle computes."""
+        return "; ".join(f"{name}: {oracle.plan}" for name, oracle in self.fast.items())
+
+    def clean_rows(self, x: Tensor, y: Tensor) -> dict[str, Column]:
+        return self._verdicts(x, y)
+
+    def searches(self) -> list[Search]:
+        found = []
+        for surrogate, oracle in self.fast.items():
+            explain = partial(name_errors, "surrogate", surrogate)
+            for name, attack in self.attacks.items():
+                found.append(Search(_title(surrogate, name), name, attack, oracle, self._attack_rows, explain))
+        return found
+
+    def _attack_rows(self, batch: Attacked) -> dict[str, Column]:
+        return self._verdicts(batch.image, batch.label)
+
+    def _verdicts(self, image: Tensor, label: Tensor) -> dict[str, Column]:
+        found = {}
+        for name, oracle in self.exact.items():
+            # A target that draws random numbers draws the same ones whatever other targets there are.
+            with name_errors("target", name), restore_randomness([image.device.index] if image.is_cuda else []):
+                found[_column(name)] = (scoring_logits(oracle, image, label).argmax(1) == label).cpu().numpy()
+        return found
 
 
-def _joined(parts: Iterable[Mapping[str, Column]], count: int) -> dict[str, Column]:
-    """The parts as one, of so many examples; none is kept, which would leave memory in pieces."""
-    whole: dict[str, Column] = {}
-    start = 0
-    for part in parts:
-        whole = whole or {name: np.empty(count, column.dtype) for name, column in part.items()}
-        for name, column in part.items():
-            whole[name][start : start + len(column)] = column
-        start += len(column)
-    return whole
+def _measure(measurement: Measurement, precision: Precision, white_box: tuple[tuple[str, str], ...]) -> Transfer:
+    """Takes the measurement."""
+    bench, attacks, parts = measurement.bench, measurement.attacks, measurement.parts
+    scorer = measurement.build(bench, measurement.models)
+    with warnings.catch_warnings():
+        _check_answers(bench.example(), measurement.models)
+        settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.plan))
+        measurement.open_folder(partial(_configuration, bench, measurement.models, attacks, settings))
+        with kept_rows(parts.folder):
+            measurement.score_clean(scorer)
+            measurement.attack(scorer)
+            columns = {
+                name: {target: columns[_column(target)] for target in scorer.exact}
+                for name, columns in parts.columns.items()
+            }
+            transfer = Transfer(
+                settings=settings,
+                clean_correct=columns[CLEAN],
+                transferred_correct={
+                    surrogate: {t: {a: columns[_title(surrogate, a)][t] for a in attacks} for t in scorer.exact}
+                    for surrogate in scorer.fast
+                },
+                white_box=white_box,
+            )
+            measurement.write_table(transfer.columns)
+    return transfer
 
 
-def _titled(bench: Bench, surrogate: str) -> Bench:
-    """A bench whose progress is told with the surrogate's name."""
-    tell = bench.progress
-    if tell is None:
-        return bench
-    return replace(bench, progress=lambda name, done, total: tell(f"{surrogate}: {name}", done, total))
+def _configuration(
+    bench: Bench, models: Mapping[str, nn.Module], attacks: Mapping[str, Attack], settings: Settings
+) -> dict[str, Any]:
+    """What identifies a transfer, as plain YAML: the rows of a folder are one configuration's alone."""
+    found = identify(bench, models)
+    told: dict[str, Any] = {key: {name: own[key] for name, own in found.items()} for key in ("model", "weights")}
+    told["answers"] = [answer for own in found.values() for answer in own["answers"]]
+    return told | describe_measurement(bench, attacks, settings)
 
 
-def _oracles(role: str, models: Mapping[str, nn.Module]) -> dict[str, Oracle]:
-    """The exact oracle of each model."""
-    found = {}
-    for name, model in models.items():
-        with about(role, name):
-            found[name] = Oracle(model)
-    return found
+def _title(surrogate: str, attack: str) -> str:
+    """The name of an attack's images on a surrogate."""
+    return f"{surrogate}: {attack}"
+
+
+def _column(target: str) -> str:
+    """The name of the column that says who is right on a target; no name of a target makes it another column's."""
+    return f"correct on {target}"
+
+
+def _titles(surrogates: Iterable[str], attacks: Mapping[str, Attack]) -> dict[str, Attack]:
+    """All attacks on all surrogates by title. Raises ValueError where two would share theirs."""
+    titles: dict[str, Attack] = {}
+    for surrogate in surrogates:
+        for name, attack in attacks.items():
+            title = _title(surrogate, name)
+            if title in titles:
+                raise ValueError(f"surrogates and attacks must have names that tell them apart, got {title!r} twice")
+            titles[title] = attack
+    return titles
 
 
 def _white_box(surrogates: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> tuple[tuple[str, str], ...]:
@@ -270,22 +338,25 @@ def _white_box(surrogates: Mapping[str, nn.Module], targets: Mapping[str, nn.Mod
     return same
 
 
-def _check_answers(example: Tensor, surrogates: Mapping[str, Oracle], targets: Mapping[str, Oracle]) -> None:
-    """Raises where a model does not take the images or has other classes; warns of a surrogate's probabilities."""
+def _check_answers(example: Tensor, models: Mapping[str, nn.Module]) -> None:
+    """Raises where a model does not take the images or has other classes; warns of a surrogate's probabilities.
+
+    models: by role and name, "surrogate" or "target" first.
+    """
     classes = {}
-    for role, oracles in (("surrogate", surrogates), ("target", targets)):
-        for name, oracle in oracles.items():
-            with about(role, name):
-                logits = oracle.logits(example)
-            classes[f"{role} {name!r}"] = logits.shape[1]
-            if role == "surrogate" and looks_like_probabilities(logits):
-                reason = "seems to return probabilities; attacks need logits (leave the softmax out)"
-                warnings.warn(f"surrogate {name!r} {reason}", stacklevel=3)
-                warnings.filterwarnings("ignore", message="the model seems to return probabilities")
+    for title, model in models.items():
+        role, _, name = title.partition(" ")
+        with name_errors(role, name):
+            logits = Oracle(model).logits(example)
+        classes[f"{role} {name!r}"] = logits.shape[1]
+        if role == "surrogate" and looks_like_probabilities(logits):
+            reason = "seems to return probabilities; attacks need logits (leave the softmax out)"
+            warnings.warn(f"surrogate {name!r} {reason}", stacklevel=4)
+            warnings.filterwarnings("ignore", message=PROBABLE)
     (first, count), *others = classes.items()
-    for model, other in others:
+    for model_name, other in others:
         if other != count:
-            raise ValueError(f"models must have the same classes: {first} has {count}, {model} has {other}")
+            raise ValueError(f"models must have the same classes: {first} has {count}, {model_name} has {other}")
 
 
 def _accuracy(column: Column) -> Accuracy:

@@ -23,6 +23,7 @@ from innermax.oracle.folding import Folded, Unfoldable, fold_checked
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.threads import Workers
 from innermax.utils.copying import copy_model
+from innermax.utils.randomness import cuda_devices, private_randomness
 from innermax.utils.validation import summarize_error, unknown
 
 Precision = Literal["auto", "float32", "bf16"]
@@ -136,12 +137,8 @@ class Oracle:
 
     @contextmanager
     def private_randomness(self, seed: int) -> Iterator[None]:
-        """Inside, a model that draws random numbers draws them from `seed`; the global random state is left alone."""
-        devices = {p.device.index for p in self._network.parameters() if p.device.type == "cuda"}
-        generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
-        with torch.random.fork_rng(devices=list(devices)):
-            for generator in generators:  # torch.manual_seed would seed devices that were not put aside, too
-                generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+        """Context manager: a model that draws random numbers draws them from `seed`, see `utils.randomness`."""
+        with private_randomness(seed, cuda_devices(self._network)):
             yield
 
     def _in_parts(self, ask: Callable[[slice], T], count: int) -> list[T]:

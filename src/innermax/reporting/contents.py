@@ -13,8 +13,8 @@ from torch import nn
 from innermax.attacks.named import build_attack
 from innermax.data.image_set import ImageSet
 from innermax.data.load import load_data
+from innermax.evaluation.arguments import on_device
 from innermax.evaluation.result import Evaluation
-from innermax.evaluation.scoring import on_device
 from innermax.models.files import hash_weights
 from innermax.models.load import load_model
 from innermax.oracle.oracle import Oracle

@@ -17,10 +17,12 @@ from innermax.attacks.pgd import PGD
 from innermax.attacks.trace import trace_search
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
+from innermax.evaluation.arguments import check_images, on_device
 from innermax.evaluation.audit import UNCONVERGED
 from innermax.evaluation.evaluate import evaluate
+from innermax.evaluation.progress import ProgressCallback, show_evaluation
 from innermax.evaluation.result import Evaluation
-from innermax.evaluation.scoring import Bench, check_images, on_device, scoring_logits
+from innermax.evaluation.scoring import Bench, scoring_logits
 from innermax.oracle.oracle import Oracle
 from innermax.threat import Threat
 from innermax.utils.intervals import Accuracy
@@ -110,6 +112,7 @@ def gallery(
     pictures: int = 200,
     class_names: Sequence[str] | None = None,
     device: torch.device | str | None = None,
+    progress: bool | ProgressCallback | None = None,
 ) -> Gallery:
     """Pictures for a report: images of every class that fell and that survived, each under every attack.
 
@@ -123,6 +126,8 @@ def gallery(
         pictures: ≥ 1, the largest number of pictures: pairs of an image and an attack.
         class_names: one per class.
         device: where to compute. None: where the model is.
+        progress: True shows a display on standard error. A function is called as progress(name, images done, images in
+            all) after each batch, with the attack's name, or that of a size of ε.
 
     Raises:
         ValueError, TypeError: pictures is no number ≥ 1; test_set, attacks or model are not the evaluation's.
@@ -132,19 +137,20 @@ def gallery(
     _check_evaluated(images, attacks, evaluation)
     model, device = on_device(model, images, device)
     settings = evaluation.settings
-    bench = Bench(images, device, _CHUNK, settings.seed, settings.quantize, None)
-    exact = Oracle(model)
     names = None if class_names is None else tuple(map(str, class_names))
     if not attacks:
         return Gallery((), None, names)
     chosen = torch.from_numpy(select_images(evaluation, max(1, pictures // len(attacks))))
     shown: tuple[Picture, ...] = ()
-    with bench.in_float32(exact), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the evaluation has given its warnings about this model
-        oracle = bench.attack_oracle(model, exact, "float32")
-        if len(images.shape) == 3 and images.shape[0] in (1, 3):
-            shown = tuple(_limit_bytes(_make_pictures(bench, attacks, oracle, exact, chosen), _BYTES))
-        swept = _measure_sweep(model, images, next(iter(attacks.values())).threat, settings.seed, device)
+    sizes = _attacks_by_size(images, next(iter(attacks.values())).threat)
+    with show_evaluation(progress, {**attacks, **sizes}) as tell:
+        bench = Bench(images, device, _CHUNK, settings.seed, settings.quantize, tell)
+        with bench.isolated(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the evaluation has given its warnings about this model
+            oracle, exact = bench.attack_oracle(model, "float32"), Oracle(model)
+            if len(images.shape) == 3 and images.shape[0] in (1, 3):
+                shown = tuple(_limit_bytes(_make_pictures(bench, attacks, oracle, exact, chosen), _BYTES))
+            swept = _measure_sweep(bench, model, sizes)
     return Gallery(shown[:pictures], swept, names)
 
 
@@ -191,6 +197,9 @@ def _make_pictures(
         columns = [
             _attack_batch(bench, name, attack, oracle, exact, (x, y, index, before)) for name, attack in attacks.items()
         ]
+        if bench.progress is not None:
+            for name in attacks:
+                bench.progress(name, start + len(index), len(chosen))
         for row in zip(*columns, strict=True):
             yield from row
 
@@ -243,10 +252,9 @@ def _limit_bytes(pictures: Iterator[Picture], limit: int) -> Iterator[Picture]:
         yield picture
 
 
-def _measure_sweep(model: nn.Module, images: ImageSet, threat: Threat, seed: int, device: torch.device) -> Sweep:
-    """Accuracy by size of the perturbation, for the sizes that fit between the bounds."""
-    few = images[:_SWEPT]
-    x, _ = few.batch(torch.arange(1, device=few.images.device))
+def _attacks_by_size(images: ImageSet, threat: Threat) -> dict[str, PGD]:
+    """PGD-10 with a shrinking step for each size of the perturbation that fits between the bounds."""
+    x, _ = images.batch(torch.arange(1, device=images.images.device))
     attacks = {}
     for size in _SIZES:
         try:
@@ -254,8 +262,14 @@ def _measure_sweep(model: nn.Module, images: ImageSet, threat: Threat, seed: int
             wider.around(x)
         except ValueError:
             continue  # as large as the bounds
-        attacks[repr(wider.eps)] = PGD(wider, _STEPS, "annealed")
-    found = evaluate(model, few, attacks, seed=seed, device=device, audit=False)
+        attacks[f"ε = {wider.eps!r}"] = PGD(wider, _STEPS, "annealed")
+    return attacks
+
+
+def _measure_sweep(bench: Bench, model: nn.Module, attacks: Mapping[str, PGD]) -> Sweep:
+    """Accuracy by size of the perturbation."""
+    few, tell = bench.images[:_SWEPT], bench.progress
+    found = evaluate(model, few, attacks, seed=bench.seed, device=bench.device, audit=False, progress=tell)
     eps = (0.0, *(attack.threat.eps for attack in attacks.values()))
     return Sweep(eps, tuple(found.accuracy.values()), len(few))
 

@@ -7,26 +7,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-
-class TimeLeft(ProgressColumn):
-    """The time left, as last estimated, minus the time since then."""
-
-    def render(self, task: Task) -> Text:
-        left = task.fields["left"]
-        passed = time.perf_counter() - task.fields["at"]
-        return Text("" if left is None else f"left {clock_time(left - passed)}")
-
-
-def clock_time(seconds: float) -> str:
-    """A time in seconds as hours, minutes and seconds: 0:02:35."""
-    return str(timedelta(seconds=round(max(seconds, 0.0))))
+from innermax.utils.console import TimeLeft, clock_time, is_live
 
 
 class TrainingDisplay:
@@ -106,8 +92,3 @@ def show_progress(epochs: int, shown: bool) -> Iterator[TrainingDisplay]:
         return
     with Progress(TextColumn("{task.description}"), BarColumn(bar_width=16), TimeLeft(), console=console) as bar:
         yield TrainingDisplay(epochs, console, bar)
-
-
-def is_live(console: Console) -> bool:
-    """Whether a line can be redrawn."""
-    return console.is_terminal and not console.is_dumb_terminal

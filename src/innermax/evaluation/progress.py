@@ -1,4 +1,7 @@
-"""The live display of an evaluation, and the time it has left."""
+"""How far an evaluation is: what is called after each batch, and a display with the time left.
+
+Colours are rich's, which leaves them out where NO_COLOR is set.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +15,10 @@ from rich.text import Text
 
 from innermax.attacks.base import Attack
 from innermax.attacks.cost import FORWARD, SURVIVING, UNKNOWN, search_cost
-from innermax.training.progress import TimeLeft, clock_time, is_live
+from innermax.utils.console import TimeLeft, clock_time, is_live
+from innermax.utils.validation import shorten
 
+ProgressCallback = Callable[[str, int, int], None]  # (name, examples done, examples in all)
 _AUDITED = 350.0  # gradients per example of an audit's sample
 _KEPT = 1e-3  # seconds; a batch that took less was read from a folder
 _SPARSE = 30.0  # seconds between two lines, at least: a shorter evaluation prints none
@@ -110,17 +115,23 @@ class _EvaluationDisplay:
 
 @contextmanager
 def show_evaluation(
-    attacks: Mapping[str, Attack], audit: bool = False, speak: bool = True
-) -> Iterator[Callable[[str, int, int], None]]:
-    """Context manager: a function for `evaluate` to call after each batch. It shows live bars, or now and then a line.
+    progress: bool | ProgressCallback | None, attacks: Mapping[str, Attack], audit: bool = False
+) -> Iterator[ProgressCallback | None]:
+    """Context manager: a function for an evaluation to call after each batch; None where it is to be silent.
 
     Args:
+        progress: True for a display on standard error, live bars on a terminal, else now and then a line; or a function
+            of the user's.
         attacks: by the names that are shown.
         audit: whether the evaluation ends with one.
-        speak: False shows nothing.
     """
-    console = Console(stderr=True, quiet=not speak)
-    if not (speak and is_live(console)):
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be True, False or a function (name, done, in all), got {shorten(progress)}")
+    if progress is None or progress is False or callable(progress):
+        yield progress or None
+        return
+    console = Console(stderr=True)
+    if not is_live(console):
         yield _EvaluationDisplay(attacks, audit, console, None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), _Count(), TimeLeft())

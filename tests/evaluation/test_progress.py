@@ -9,7 +9,7 @@ import pytest
 
 import innermax as im
 from innermax.attacks.cost import search_cost
-from innermax.cli.progress import EvaluationClock, audit_cost, show_evaluation
+from innermax.evaluation.progress import EvaluationClock, audit_cost, show_evaluation
 from tests.helpers.clocks import Time, worst
 
 
@@ -72,8 +72,8 @@ def test_the_cost_of_an_audit():
 
 def test_an_evaluation_says_little_where_nothing_is_live(monkeypatch, capsys):
     time = Time()
-    monkeypatch.setattr("innermax.cli.progress.time", time)
-    with show_evaluation(ATTACKS, audit=True) as show:
+    monkeypatch.setattr("innermax.evaluation.progress.time", time)
+    with show_evaluation(True, ATTACKS, audit=True) as show:
         for name, seconds in {"clean": 0.1, "fgsm": 0.1, "pgd-20": 2.0, "autoattack": 300.0}.items():
             for batch in range(1, 5):
                 time.now += seconds / 4
@@ -84,20 +84,22 @@ def test_an_evaluation_says_little_where_nothing_is_live(monkeypatch, capsys):
     ]
     assert lines[0].endswith(lines[0][-7:])
     assert "left 0:0" in lines[0]
-    with show_evaluation(ATTACKS, speak=False) as show:
-        time.now += 100
-        show("clean", 1, 1)
+    for silent in (False, None):
+        with show_evaluation(silent, ATTACKS) as show:
+            assert show is None
+    with show_evaluation(print, ATTACKS) as show:
+        assert show is print
     assert capsys.readouterr().err == ""
 
 
 PROGRAM = """
-from innermax.cli.progress import show_evaluation
+from innermax.evaluation.progress import show_evaluation
 from innermax.training.progress import show_progress
 import innermax as im
 with show_progress(2, True) as show:
     show.start(0, 2, 0.1)
     show.batch(1, {"loss": 2.0, "examples": 2.0}, 0.5, 100.0)
-with show_evaluation({"fgsm": im.FGSM(im.Linf(0.1))}, audit=True) as show:
+with show_evaluation(True, {"fgsm": im.FGSM(im.Linf(0.1))}, audit=True) as show:
     show("clean", 10, 10)
     show("fgsm", 10, 10)
 """
