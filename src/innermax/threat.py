@@ -96,7 +96,7 @@ class Threat(ABC):
         Args:
             x: (B, *features) clean inputs.
             seed: any integer.
-            index: (B,) int64 example numbers; 0…B − 1 unless told.
+            index: (B,) int64 example numbers; 0…B − 1 by default.
         """
         feasible = self.around(x)
         index = torch.arange(len(x), device=x.device) if index is None else index

@@ -12,7 +12,7 @@ from torch import Tensor
 from innermax.attacks.base import VerdictAttack, build_result, search_survivors
 from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
-from innermax.attacks.search import AttackResult, reassemble
+from innermax.attacks.search import AttackResult, choose_rows, reassemble
 from innermax.losses import Loss, Paired, TowardsLikeliest, dlr, find_loss, make_reaching, make_targeted, margin
 from innermax.oracle.oracle import Answer
 from innermax.threat import L1, L2, FeasibleSet, Linf
@@ -35,7 +35,7 @@ class APGD(VerdictAttack):
     Returned is the point where an example fell, or else the point of the highest loss.
 
     Args:
-        threat: any threat model; what is not L1 is searched as L∞ and L2 are, by the threat's own steps.
+        threat: any threat model. A norm other than L∞, L2 and L1 is searched like L∞ and L2, by the threat's own steps.
         steps: ≥ 1 in each search, at most.
         restarts: ≥ 1 searches from different random starts, of survivors only.
         loss: "cross_entropy", "margin", "dlr" or a function (logits, label) → (B,). With too few classes for "dlr" (2;
@@ -45,7 +45,7 @@ class APGD(VerdictAttack):
         eot: ≥ 1 gradients that are averaged in each step, for models that draw random numbers.
 
     Raises:
-        ValueError, TypeError: an argument is outside what is said above.
+        ValueError, TypeError: an argument is not as described above.
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"target"})
@@ -179,8 +179,8 @@ class _Climb:
             point=point,
             previous=self.point,
             answer=answer,
-            best=_either(higher, point, self.best),
-            best_answer=_either_answer(higher, answer, self.best_answer),
+            best=choose_rows(higher, point, self.best),
+            best_answer=_choose_answers(higher, answer, self.best_answer),
             best_step=torch.where(higher, step, self.best_step),
             rises=self.rises + (answer.loss > self.answer.loss),
         )
@@ -200,8 +200,8 @@ class _Climb:
 
     def _restart(self, again: Bool[Tensor, " b"]) -> "_Climb":
         """The searches, some of them back at their best point."""
-        answer = _either_answer(again, self.best_answer, self.answer)
-        return replace(self, point=_either(again, self.best, self.point), answer=answer)
+        answer = _choose_answers(again, self.best_answer, self.answer)
+        return replace(self, point=choose_rows(again, self.best, self.point), answer=answer)
 
 
 def _climb(problem: Problem, loss: Loss, start: Float[Tensor, "b ..."], steps: int, stop: bool = True) -> AttackResult:
@@ -290,10 +290,6 @@ def _nonzeros(difference: Float[Tensor, "b ..."]) -> Int[Tensor, " b"]:
     return difference.flatten(1).count_nonzero(dim=1)
 
 
-def _either(take: Bool[Tensor, " b"], one: Tensor, other: Tensor) -> Tensor:
-    """The rows of `one` where `take` is true, else those of `other`."""
-    return torch.where(take.reshape(-1, *[1] * (one.ndim - 1)), one, other)
-
-
-def _either_answer(take: Bool[Tensor, " b"], one: Answer, other: Answer) -> Answer:
-    return Answer(*(_either(take, getattr(one, name), getattr(other, name)) for name in vars(one)))
+def _choose_answers(take: Bool[Tensor, " b"], one: Answer, other: Answer) -> Answer:
+    """The answers of `one` where `take` is true, else those of `other`."""
+    return Answer(*(choose_rows(take, getattr(one, name), getattr(other, name)) for name in vars(one)))

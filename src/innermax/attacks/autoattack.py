@@ -35,7 +35,7 @@ class AutoAttack(VerdictAttack):
             the cross-entropy and on DLR, each gradient the mean of 20.
 
     Raises:
-        ValueError, TypeError: an argument is outside what is said above; when called with "standard", x is not of shape
+        ValueError, TypeError: an argument is not as described above; when called with "standard", x is not of shape
             (B, C, H, W).
     """
 

@@ -104,7 +104,7 @@ class BaseAttack(ABC):
             y: (B,) int64 true labels.
             target: (B,) int64 labels to reach instead of y to leave, where the attack accepts them.
             seed: any integer; with `index` it alone decides all random draws.
-            index: (B,) int64 example numbers; 0…B − 1 unless told.
+            index: (B,) int64 example numbers; 0…B − 1 by default.
             start: (B, *features) where the first search begins, projected onto X(x), where the attack accepts it: where
                 an earlier one ended. An example whose gauge is ≤ stop_at there takes no step. None: the attack chooses.
             final: what is computed where the search ends: "gradient" (loss, logits, FOSC), "loss" (loss, logits) or

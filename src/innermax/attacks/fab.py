@@ -38,7 +38,7 @@ class FAB(VerdictAttack):
             is left out.
 
     Raises:
-        ValueError, TypeError: an argument is outside what is said above.
+        ValueError, TypeError: an argument is not as described above.
     """
 
     norms: ClassVar[tuple[type[Threat], ...]] = (Linf, L2, L1)

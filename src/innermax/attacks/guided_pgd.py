@@ -12,7 +12,7 @@ from torch import Tensor
 from innermax.attacks.base import VerdictAttack, build_result, search_survivors
 from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
-from innermax.attacks.search import AttackResult, choose_better, reassemble
+from innermax.attacks.search import AttackResult, choose_better, choose_rows, reassemble
 from innermax.losses import Paired, difference, margin
 from innermax.oracle.oracle import Answer
 from innermax.threat import FeasibleSet
@@ -43,7 +43,7 @@ class GuidedPGD(VerdictAttack):
         budget: ≥ 1 gradients an example, at most.
 
     Raises:
-        ValueError, TypeError: an argument is outside what is said above.
+        ValueError, TypeError: an argument is not as described above.
     """
 
     budget: int = 1100
@@ -132,11 +132,14 @@ class _Hunt:
         higher = answer.loss > self.best_loss
         stalled = torch.where(gauge <= _PROGRESS * self.gauge, 0, self.stalled + 1)
         halved = stalled >= _PATIENCE
-        best, best_gradient = _either(higher, self.point, self.best), _either(higher, gradient, self.best_gradient)
+        best, best_gradient = (
+            choose_rows(higher, self.point, self.best),
+            choose_rows(higher, gradient, self.best_gradient),
+        )
         hunt = replace(
             self,
-            point=_either(halved, best, self.point),
-            gradient=_either(halved, best_gradient, gradient),
+            point=choose_rows(halved, best, self.point),
+            gradient=choose_rows(halved, best_gradient, gradient),
             best=best,
             best_gradient=best_gradient,
             best_loss=answer.loss.maximum(self.best_loss),
@@ -230,8 +233,3 @@ def _losses(logits: Float[Tensor, "b classes"], label: Int[Tensor, " b"]) -> Flo
     """The loss of each aim."""
     own = label[:, None]
     return (logits - logits.gather(1, own)).scatter(1, own, margin(logits, label)[:, None])
-
-
-def _either(take: Bool[Tensor, " b"], one: Tensor, other: Tensor) -> Tensor:
-    """The rows of `one` where `take` is true, else those of `other`."""
-    return torch.where(take.reshape(-1, *[1] * (one.ndim - 1)), one, other)

@@ -35,7 +35,7 @@ class PGD(BaseAttack):
         stop_on_success: an example that has fallen leaves the search.
 
     Raises:
-        ValueError, TypeError: an argument is outside what is said above.
+        ValueError, TypeError: an argument is not as described above.
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"target", "start"})

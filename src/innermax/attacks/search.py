@@ -186,12 +186,16 @@ def choose_better(one: AttackResult, other: AttackResult) -> AttackResult:
     take = torch.where(same, other.loss > one.loss, other.misclassified)
     pairs = {name: (value, getattr(other, name)) for name, value in vars(one).items()}
     chosen: dict[str, Any] = {
-        name: None if old is None or new is None else torch.where(take.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-        for name, (old, new) in pairs.items()
+        name: None if old is None or new is None else choose_rows(take, new, old) for name, (old, new) in pairs.items()
     }
     chosen["gradient_calls"] = one.gradient_calls + other.gradient_calls
     chosen["forward_calls"] = one.forward_calls + other.forward_calls
     return replace(one, **chosen)
+
+
+def choose_rows(take: Bool[Tensor, " b"], one: Tensor, other: Tensor) -> Tensor:
+    """The rows of `one` where `take` is true, else those of `other`."""
+    return torch.where(take.reshape(-1, *[1] * (one.ndim - 1)), one, other)
 
 
 def _has_converged(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor, gauge: Gauge, stop_at: float) -> Tensor:

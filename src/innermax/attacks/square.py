@@ -35,7 +35,7 @@ class Square(VerdictAttack):
         p_init: share of the image in (0, 1] that the first squares cover.
 
     Raises:
-        ValueError, TypeError: an argument is outside what is said above; when called, x is not of shape (B, C, H, W).
+        ValueError, TypeError: an argument is not as described above; when called, x is not of shape (B, C, H, W).
     """
 
     norms: ClassVar[tuple[type[Threat], ...]] = (Linf, L2, L1)
