@@ -56,7 +56,7 @@ ROWS = {
     "checkpoint_every": ("10min", 1.5),
     "keep_checkpoints": (1, "2"),
     "logger": ("wandb", 7),
-    "progress": (False, None),
+    "progress": (False, 1),
     "settings": ({"data": "digits"}, [("data", "digits")]),
 }
 
@@ -201,7 +201,7 @@ def test_what_a_run_may_go_on_with():
 
 
 def test_what_the_command_line_says_in_its_own_way():
-    own = {"strategy", "objective", "validation_attack", "logger", "settings"}
+    own = {"strategy", "objective", "validation_attack", "logger", "progress", "settings"}
     assert set(ROWS) - option_names("on_command_line") == own
 
 

@@ -25,3 +25,19 @@ def test_a_line_an_epoch_where_asked(capsys):
 )
 def test_clock_time(seconds, text):
     assert clock_time(seconds) == text
+
+
+def test_a_function_is_called_after_each_batch(capsys):
+    told = []
+    train(epochs=2, progress=lambda *step: told.append(step))
+    batches = told[-1][2]
+    assert batches > 1
+    assert told == [(f"epoch {epoch}/2", done, batches) for epoch in (1, 2) for done in range(1, batches + 1)]
+    train(epochs=1, progress=None)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("wrong", [1, "yes", []])
+def test_what_progress_must_be(wrong, untyped):
+    with pytest.raises(TypeError, match=r"progress must be True, False or a function \(name, done, in all\), got"):
+        train(epochs=1, progress=wrong)

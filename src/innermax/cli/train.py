@@ -60,6 +60,8 @@ def train_parser(recipe: Mapping[str, Any]) -> Parser:
         parser.add_class_arguments(getattr(settings, f"{name.capitalize()}Settings"), name)
     built: set[str | int] = {name for name in inspect.signature(train).parameters if name not in _OPTIONS}
     parser.add_function_arguments(train, as_group=False, skip=built)
+    shown = "Show a live display on a terminal, elsewhere a line per epoch."
+    parser.add_argument("--progress", type=bool, default=True, help=shown)
     parser.add_argument("--logger", type=LoggerName | None, help="Also log each epoch to tensorboard, wandb or mlflow.")
     for action in parser._actions:
         action.help = _HELP.get(action.dest, action.help)
@@ -117,7 +119,7 @@ def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> No
         validation_set=data.validation,
         validation_attack=attack,
         settings={name: stated[name] for name in _RECORDED},
-        **options | {"run_dir": folder, "logger": chosen.logger},
+        **options | {"run_dir": folder, "logger": chosen.logger, "progress": chosen.progress},
     )
     processes = count_processes()
     if processes == 1 and not is_first():  # of several machines another one goes on

@@ -25,6 +25,12 @@ _SPARSE = 30.0  # seconds between two lines, at least: a shorter evaluation prin
 _AUDIT = "audit"
 
 
+def check_progress(progress: object) -> None:
+    """Raises TypeError unless progress is a bool, None or a function."""
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be True, False or a function (name, done, in all), got {shorten(progress)}")
+
+
 def audit_cost(examples: int) -> float:
     """About how many gradients per example an audit of so many examples takes."""
     return _AUDITED * min(SURVIVING / 2, max(100 / examples, 1 / 50))  # of the sample that `probes` draws
@@ -125,8 +131,7 @@ def show_evaluation(
         attacks: by the names that are shown.
         audit: whether the evaluation ends with one.
     """
-    if not (progress is None or isinstance(progress, bool) or callable(progress)):
-        raise TypeError(f"progress must be True, False or a function (name, done, in all), got {shorten(progress)}")
+    check_progress(progress)
     if progress is None or progress is False or callable(progress):
         yield progress or None
         return

@@ -16,6 +16,7 @@ from innermax.attacks.pgd import PGD
 from innermax.data.image_set import ImageSet
 from innermax.data.streaming import ImageStream
 from innermax.distributed.launch import Launch, Parallel, find_device
+from innermax.evaluation.progress import ProgressCallback, check_progress
 from innermax.models.wrappers import unwrapped
 from innermax.objectives import Objective, find_objective
 from innermax.oracle.oracle import Precision
@@ -71,7 +72,7 @@ class TrainingOptions:
     checkpoint_every: int | str | None = field(default=None, metadata=_PROCESS)
     keep_checkpoints: int = field(default=2, metadata=_PROCESS)
     logger: LoggerName | Logger | None = field(default=None, metadata=_PROCESS | _VALUE)
-    progress: bool = field(default=True, metadata=_PROCESS)
+    progress: bool | ProgressCallback | None = field(default=True, metadata=_PROCESS | _VALUE)
     settings: Mapping[str, Any] | None = field(default=None, metadata=_PROCESS | _VALUE)  # a section of its own
 
     def __post_init__(self) -> None:
@@ -81,8 +82,9 @@ class TrainingOptions:
         _check_integers(self)
         _check_numbers(self)
         _check_names(self)
-        for name in ("flip", "sync_batch_norm", "overwrite", "progress"):
+        for name in ("flip", "sync_batch_norm", "overwrite"):
             check_flag(getattr(self, name), name)
+        check_progress(self.progress)
         due_every(self.checkpoint_every)
         for name, kind, requirement in (
             ("validation_attack", Attack, "an attack such as PGD(Linf(8 / 255))"),

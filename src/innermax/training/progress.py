@@ -12,14 +12,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from innermax.evaluation.progress import ProgressCallback
 from innermax.utils.console import TimeLeft, clock_time, is_live
 
 
 class TrainingDisplay:
-    """Shows how far a training is; without a console it shows nothing."""
+    """Shows how far a training is, or tells a function; without both it does nothing."""
 
-    def __init__(self, epochs: int, console: Console | None, bar: Progress | None) -> None:
-        self._epochs, self._console, self._bar = epochs, console, bar
+    def __init__(
+        self, epochs: int, console: Console | None, bar: Progress | None, tell: ProgressCallback | None = None
+    ) -> None:
+        self._epochs, self._console, self._bar, self._tell = epochs, console, bar, tell
         self._task: TaskID | None = None
         self._head, self._robust = "", ""
         self._epoch = self._batches = 0
@@ -40,6 +43,8 @@ class TrainingDisplay:
 
         totals: sums over the epoch's examples so far; fosc: their mean FOSC; left: seconds of the whole training.
         """
+        if self._tell is not None:
+            self._tell(self._head, done, self._batches)
         if self._bar is None or self._task is None:
             return
         now = time.perf_counter()
@@ -84,9 +89,15 @@ class TrainingDisplay:
 
 
 @contextmanager
-def show_progress(epochs: int, shown: bool) -> Iterator[TrainingDisplay]:
-    """Context manager: a training's display on standard error, live on a terminal; silent where it is not shown."""
-    console = Console(stderr=True) if shown else None
+def show_progress(epochs: int, progress: bool | ProgressCallback | None) -> Iterator[TrainingDisplay]:
+    """Context manager: a training's display on standard error, live on a terminal.
+
+    progress: False or None for none, or a function, which is called instead.
+    """
+    if callable(progress):
+        yield TrainingDisplay(epochs, None, None, progress)
+        return
+    console = Console(stderr=True) if progress else None
     if console is None or not is_live(console):
         yield TrainingDisplay(epochs, console, None)
         return

@@ -16,6 +16,7 @@ from innermax.distributed.launch import Launch, Parallel, find_device, plan_laun
 from innermax.distributed.process_group import connect
 from innermax.evaluation.evaluate import evaluate
 from innermax.evaluation.model_checks import normalisation_known
+from innermax.evaluation.progress import ProgressCallback
 from innermax.models.wrappers import unwrapped
 from innermax.objectives import Objective
 from innermax.oracle.oracle import Precision, has_fast_bf16
@@ -78,7 +79,7 @@ def train(
     checkpoint_every: int | str | None = None,
     keep_checkpoints: int = 2,
     logger: LoggerName | Logger | None = None,
-    progress: bool = True,
+    progress: bool | ProgressCallback | None = True,
     settings: Mapping[str, Any] | None = None,
 ) -> Run:
     """Trains a model against the attacks that a strategy chooses (Wang et al. 2019, Algorithm 1).
@@ -128,7 +129,8 @@ def train(
         keep_checkpoints: How many checkpoints to keep, at least 1. A run goes on from the newest that is not damaged.
         logger: Where to log each epoch, beside metrics.jsonl: "tensorboard", "wandb", "mlflow", or a logger object of
             Lightning Fabric or PyTorch Lightning.
-        progress: Show a live display on a terminal, elsewhere a line per epoch.
+        progress: Show a live display on a terminal, elsewhere a line per epoch. A function is called instead as
+            progress(epoch's name, batches done, batches in all) after each batch, in the first process.
         settings: Anything else that identifies the run. config.yaml keeps it.
 
     Raises:
@@ -171,7 +173,7 @@ def _train(job: Job, launch: Launch, stopped: Callable[[], bool] = lambda: False
         loop = Loop.start(job.model, job.train_set, options, job.objective, ranks)
         loop.clock.validation = _validation_cost(job)
         loop.resume()
-        show = stack.enter_context(show_progress(options.epochs, options.progress and ranks.first))
+        show = stack.enter_context(show_progress(options.epochs, ranks.first and options.progress))
         logger = options.logger if ranks.first else None
         log = stack.enter_context(epoch_logger(logger, options.folder, job.configuration))
         deferred = stack.enter_context(defer_interrupts())
