@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import innermax as im
-from innermax.evaluation.scoring import on_device
+from innermax.evaluation.arguments import on_device
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle
 from innermax.utils.copying import copy_model
