@@ -15,10 +15,10 @@ import torch
 import yaml
 from PIL import Image
 
-from innermax.cli import main
 from innermax.cli.recipes import recipe_names
 from innermax.cli.train import build_network, read_recipe, train_parser
 from innermax.models.registry import MODELS, wideresnet
+from tests.helpers.commands import refused, said
 
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 FAST = ["--epochs", "2", "--batch-size", "8", "--validation", "4", "--attacks", "fgsm", "--progress", "false"]
@@ -46,22 +46,6 @@ def write_parquet(path, count, shape):
         rows.append({"bytes": buffer.getvalue(), "path": None})
     labels = [row % 10 for row in range(count)]
     pyarrow.parquet.write_table(pyarrow.table({"image": rows, "label": labels}), path)
-
-
-def said(capsys, *words):
-    """Exit status, stdout and stderr of a command."""
-    status = main(list(words))
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def refused(capsys, *words):
-    """The one line with which a command is refused."""
-    status, _, err = said(capsys, *words)
-    assert status == 2
-    assert err.count("\n") == 1
-    assert err.startswith("innermax: ")
-    return err
 
 
 @pytest.mark.parametrize("name", recipe_names())

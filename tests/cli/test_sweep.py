@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from innermax.cli import main
 from innermax.cli.sweep import list_runs, read_values, sweep_parser
 from innermax.cli.sweep_engine import SweepRun, _run_all, combinations
 from innermax.cli.sweep_table import run_measures, sweep_rows
@@ -24,16 +23,10 @@ from innermax.training.checkpoints import find_checkpoints
 from innermax.training.options import TrainingOptions
 from innermax.utils.files import LOCK, lock_file
 from innermax.utils.intervals import student
+from tests.helpers.commands import said
 
 FAST = ["--epochs", "1", "--strategy", "standard", "--attack.steps", "1", "--attacks", "fgsm"]
 LONG = ["--epochs", "12", "--strategy", "unsecured", "--attacks="]
-
-
-def said(capsys, *words):
-    """Exit status, stdout and stderr of a command."""
-    status = main(list(words))
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 def digest(run):

@@ -1,73 +1,23 @@
 """Transfer: one model's images on other models, against closed forms and against `evaluate`."""
 
-import io
 import json
 import math
-import shutil
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
-from rich.console import Console
 from torch import nn
 
 import innermax as im
-from innermax.attacks.search import AttackResult
-from innermax.cli import main
-from innermax.reporting.tables import format_transfer
 from innermax.utils.intervals import accuracy, paired_difference
+from tests.helpers.evaluation import Noise, Scripted, Watched, examples, network
 
 PGD = im.PGD(im.Linf(0.1), steps=4)
+
+
 ATTACKS = {"fgsm": im.FGSM(im.Linf(0.1)), "pgd": PGD}
-
-
-def network(seed=0, classes=4):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, classes)
-    )
-
-
-def examples(count=40, classes=4):
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (count, 1, 6, 6), dtype=torch.uint8, generator=generator)
-    return images, torch.randint(0, classes, (count,), generator=generator)
-
-
-class Noise(nn.Module):
-    """Logits with noise, in evaluation too."""
-
-    def forward(self, logits):
-        return logits + torch.randn_like(logits)
-
-
-class Watched(nn.Module):
-    """Two classes, split by the mean of the pixels; tells `seen` (a function: copies share it) what it is shown."""
-
-    def __init__(self, seen):
-        super().__init__()
-        self.seen = seen
-
-    def forward(self, x):
-        self.seen(x.clone())
-        score = 20 * (x.flatten(1).mean(1) - 0.5)
-        return torch.stack([-score, score], 1)
-
-
-@dataclass(frozen=True)
-class Scripted:
-    """An attack that returns what it is told."""
-
-    threat: object
-    point: object
-
-    def __call__(self, model, x, y, *, seed=0, index=None, final="gradient"):
-        nothing = torch.zeros_like(y)
-        return AttackResult(self.point(x, index), None, None, None, None, None, None, nothing, nothing, nothing)
 
 
 def linear(weight, bias=0.0):
@@ -109,11 +59,11 @@ def test_linear_models_in_closed_form(threat, attack):
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": 8, "seed": 3}, {"precision": "auto"}])
-@pytest.mark.parametrize("make", [network, lambda: nn.Sequential(network(), Noise())])
+@pytest.mark.parametrize("make", [network, lambda: nn.Sequential(network(), Noise(1.0))])
 def test_on_itself_a_surrogate_gets_evaluates_numbers(make, options):
     model = make()
     evaluation = im.evaluate(model, examples(), ATTACKS, batch_size=25, **options)
-    targets = {"before": nn.Sequential(network(1), Noise()), "itself": model}
+    targets = {"before": nn.Sequential(network(1), Noise(1.0)), "itself": model}
     result = im.transfer({"other": network(2), "itself": model}, targets, examples(), ATTACKS, batch_size=25, **options)
     assert np.array_equal(result.clean_correct["itself"], evaluation.correct("clean"))
     assert result.clean_accuracy["itself"] == evaluation.accuracy["clean"]
@@ -168,7 +118,7 @@ def test_the_seed_decides_random_starts():
 def test_images_are_made_once_and_scored_before_the_next():
     told = []
 
-    def point(x, index):
+    def point(x, y, index):
         told.append(("made", len(x)))
         return x + 0.01
 
@@ -184,7 +134,7 @@ def test_images_are_made_once_and_scored_before_the_next():
 def test_every_target_sees_the_same_admitted_images(quantize):
     one, two = [], []
     targets = {"one": Watched(one.append), "two": Watched(two.append)}
-    far = Scripted(im.L2(0.3), lambda x, index: x + 10)
+    far = Scripted(im.L2(0.3), lambda x, y, index: x + 10)
     images, labels = examples(20, classes=2)
     im.transfer(Watched(lambda x: None), targets, (images, labels), {"far": far}, quantize=quantize)
     x = images.float() / 255
@@ -195,9 +145,11 @@ def test_every_target_sees_the_same_admitted_images(quantize):
 
 
 def test_targets_that_draw_do_not_hang_on_each_other():
-    noisy = nn.Sequential(network(1), Noise())
+    noisy = nn.Sequential(network(1), Noise(1.0))
     alone = im.transfer(network(0), {"noisy": noisy}, examples(), ATTACKS)
-    beside = im.transfer(network(0), {"more": nn.Sequential(network(2), Noise()), "noisy": noisy}, examples(), ATTACKS)
+    beside = im.transfer(
+        network(0), {"more": nn.Sequential(network(2), Noise(1.0)), "noisy": noisy}, examples(), ATTACKS
+    )
     assert np.array_equal(alone.clean_correct["noisy"], beside.clean_correct["noisy"])
     for name in ATTACKS:
         assert np.array_equal(alone.correct("surrogate", "noisy", name), beside.correct("surrogate", "noisy", name))
@@ -281,8 +233,8 @@ def test_progress():
 
 def evaluated(**changed):
     arguments = {
-        "surrogates": {"a": network(0), "b": nn.Sequential(network(1), Noise())},
-        "targets": {"index": network(2), "noisy": nn.Sequential(network(3), Noise())},
+        "surrogates": {"a": network(0), "b": nn.Sequential(network(1), Noise(1.0))},
+        "targets": {"index": network(2), "noisy": nn.Sequential(network(3), Noise(1.0))},
         "test_set": examples(),
         "attacks": ATTACKS,
         "batch_size": 15,
@@ -393,7 +345,7 @@ def test_nan_is_refused_and_said_where():
         im.transfer({"a": Broken()}, {"b": network()}, examples(), {"pgd": PGD})
 
 
-def never(x, index):
+def never(x, y, index):
     pytest.fail("attacked before everything was known to fit")
 
 
@@ -436,7 +388,7 @@ IDLE = Scripted(im.Linf(0.1), never)
             "attack 'a' does not fit",
         ),
         (
-            {"attacks": {"a": Scripted(im.Linf(0.1), lambda x, index: x * math.nan)}},
+            {"attacks": {"a": Scripted(im.Linf(0.1), lambda x, y, index: x * math.nan)}},
             ValueError,
             "'a' must return finite",
         ),
@@ -454,117 +406,3 @@ def test_wrong_arguments(changed, error, words):
     arguments = {"surrogates": network(), "targets": {"b": network(1)}, "test_set": examples(), "attacks": {"a": IDLE}}
     with pytest.raises(error, match=words):
         im.transfer(**arguments | changed)
-
-
-def shown(result, width=80):
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(format_transfer(result))
-    return console.export_text()
-
-
-def test_the_terminal_table_fits_80_columns():
-    model = network(0)
-    attacks = ATTACKS | {"cw-30": im.CW(im.Linf(0.1), 3), "no-step": Scripted(im.Linf(0.1), lambda x, index: x)}
-    attacks["an attack with a rather long name"] = im.FGSM(im.L2(0.5))
-    targets = {"itself": model, "runs/a name that is longer than its column": network(1), "[/odd]": network(2)}
-    result = im.transfer({"itself": model, "[b]": network(3)}, targets, examples(), attacks)
-    text = shown(result)
-    lines = [line.strip() for line in text.splitlines()]
-    assert max(map(len, text.splitlines())) <= 80
-    assert "…" not in text
-    assert lines.count("Images made on itself") == lines.count("Images made on [b]") == 2, "four attacks abreast"
-    assert "C&W∞" in text
-    row = next(number for number, line in enumerate(lines) if line.startswith("itself"))
-    cells = [result.clean_accuracy["itself"], *list(result.accuracy["itself"]["itself"].values())[:4]]
-    assert lines[row].split()[1:] == [f"{100 * cell.value:.2f}" for cell in cells]
-    below = [f"{100 * cell.low:.1f}–{100 * cell.high:.1f}" for cell in cells]
-    assert lines[row + 1].split() == ["(white", "box)", *below]
-    assert text.count("(white box)") == 2
-    assert "[/odd]" in text
-    assert "White box: the target is the surrogate." in " ".join(lines)
-    assert "hite box" not in shown(im.transfer(model, {"b": network(1)}, examples(), {"pgd": PGD}))
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two runs with different ε, as far as they are read, and models without a run."""
-    folder = tmp_path_factory.mktemp("runs")
-    for seed, (name, eps) in enumerate({"run": 0.15, "wide": 0.5, "bare": None}.items()):
-        torch.manual_seed(seed)
-        im.save_model(folder / name, im.build_model("digits-cnn", input_shape=(1, 8, 8)))
-        if eps is not None:
-            settings = {"data": "digits", "threat": {"norm": "linf", "eps": eps}}
-            (folder / name / "config.yaml").write_text(yaml.safe_dump({"settings": settings}))
-    im.save_model(folder / "few", im.build_model("digits-cnn", num_classes=4, input_shape=(1, 8, 8)))
-    im.save_model(folder / "large", im.build_model("mnist-cnn", input_shape=(3, 28, 28)))
-    return folder
-
-
-def said(capsys, *words):
-    """Exit status, stdout and stderr of a command."""
-    capsys.readouterr()
-    status = main(list(words))
-    return status, *capsys.readouterr()
-
-
-def test_the_command(runs, capsys, monkeypatch):
-    monkeypatch.chdir(runs)
-    words = ("--attacks", "fgsm,pgd-2", "--limit", "50", "--batch-size", "30", "--json", "t.json")
-    status, out, err = said(capsys, "transfer", "run", "bare", str(runs / "run"), *words)
-    assert (status, err) == (0, "")
-    assert "Images made on run" in out
-    assert all(heading in out for heading in ("Clean", "FGSM", "PGD-2", "bare", "(white box)", "50 examples."))
-    result = im.Transfer.from_json(Path("t.json").read_text())
-    assert result.white_box == (("run", str(runs / "run")),), "one place is one model, however it is spelled"
-    assert "eps=0.15" in result.settings.attacks["pgd-2"], "the run's own"
-    test = im.load_data("digits", validation=0).test[:50]
-    threat, model = im.Linf(0.15), im.load_model("run")
-    attacks = {"fgsm": im.FGSM(threat), "pgd-2": im.PGD(threat, steps=2)}
-    evaluation = im.evaluate(model, test, attacks, batch_size=30, precision="auto")
-    assert result.accuracy["run"][str(runs / "run")] == {name: evaluation.accuracy[name] for name in attacks}
-    expected = im.transfer(model, {"bare": im.load_model("bare")}, test, attacks, batch_size=30, precision="auto")
-    assert result.accuracy["run"]["bare"] == expected.accuracy["surrogate"]["bare"]
-    again = ("--rows-dir", "rows", "--devices", "2")
-    assert said(capsys, "transfer", "run", "bare", str(runs / "run"), *words, *again) == (status, out, "")
-    assert im.Transfer.from_json(Path("t.json").read_text()).to_json() == result.to_json()
-    assert Path("rows/rows.parquet").is_file()
-    shutil.rmtree("rows")
-
-
-def test_the_command_asks_where_runs_differ(runs, capsys, monkeypatch):
-    monkeypatch.chdir(runs)
-    status, _, err = said(capsys, "transfer", "bare", "run", "wide", "--limit", "8", "--attacks", "fgsm")
-    assert (status, err) == (2, "innermax: run and wide differ in their threat: give --threat.norm and --threat.eps\n")
-    options = ["--threat.norm", "l2", "--threat.eps", "1/2", "--limit", "8", "--attacks", "fgsm"]
-    status, out, err = said(capsys, "transfer", "bare", "run", "wide", *options)
-    assert (status, err) == (0, "")
-    assert "Images made on bare" in out
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["run"], "transfer takes a surrogate and then its targets"),
-        (["--attacks", "fgsm"], "transfer takes a surrogate and then its targets"),
-        (["run", "nowhere"], "nowhere"),
-        (["bare", "few"], "the data set is not known: give --data"),
-        (["bare", "few", "--data", "digits"], "is not known: give --threat.eps"),
-        (["run", "few"], "must have the same classes: surrogate 'run' has 10, target 'few' has 4"),
-        (["run", "large"], "target 'large': the model fails on x of shape (32, 1, 8, 8)"),
-        (["run", "bare", "--attacks", "pdg-10"], "did you mean 'pgd-10'"),
-        (["run", "bare", "--attacks", ""], "at least one attack"),
-        (["run", "bare", "--limit", "0"], "limit must be at least 1, got 0"),
-        (["run", "bare", "--json", "no/where.json"], "its folder does not exist"),
-        (["run", "bare", "--json", "run"], "it is a folder"),
-        (["run", "bare", "--quantize", "40"], "quantize must be in 1…16"),
-        (["run", "bare", "--data", "minst"], "did you mean 'mnist'"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(runs, capsys, monkeypatch, words, expected):
-    monkeypatch.chdir(runs)
-    before = sorted(runs.rglob("*"))
-    status, out, err = said(capsys, "transfer", *words, *([] if "--json" in words else ["--json", "out.json"]))
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("innermax: ")
-    assert expected in err
-    assert sorted(runs.rglob("*")) == before

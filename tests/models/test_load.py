@@ -6,28 +6,22 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 from torch import nn
 
 import innermax as im
-from innermax.cli import main
 from innermax.data.readers import as_image_set
 from innermax.evaluation.model_checks import misgivings
 from innermax.models.load import Exported
+from tests.helpers.commands import said
+from tests.helpers.evaluation import Noise, network
 
 THREAT = im.Linf(0.1)
 PGD = im.PGD(THREAT, steps=3)
 CPU = torch.device("cpu")
-
-
-def network(classes=4, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, classes)
-    ).eval()
 
 
 def images(count=20, classes=4):
@@ -60,7 +54,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 4, 8])
 def test_an_exported_program_takes_any_batch(tmp_path, batch):
-    model = network()
+    model = network().eval()
     loaded = im.load_model(saved(tmp_path / "model.pt2", exported(model, batch)), allow_code=True)
     for count in (1, 3, 4, 8, 9, 20):
         x = images(count)[0].requires_grad_()
@@ -73,21 +67,21 @@ def test_an_exported_program_takes_any_batch(tmp_path, batch):
 
 def test_a_program_of_several_batch_sizes(tmp_path):
     shapes = ({0: torch.export.Dim("batch", min=2, max=5)},)
-    module = Exported(exported(network(), 3, dynamic_shapes=shapes))
+    module = Exported(exported(network().eval(), 3, dynamic_shapes=shapes))
     assert (module.smallest, module.largest) == (2, 5)
-    free = Exported(exported(network(), 3, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)))
+    free = Exported(exported(network().eval(), 3, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)))
     assert free.largest is None
     seen = []
     module.network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     x = images(11)[0]
-    torch.testing.assert_close(module(x), network()(x))
+    torch.testing.assert_close(module(x), network().eval()(x))
     assert seen == [5, 5, 2]
-    torch.testing.assert_close(free(x), network()(x))
+    torch.testing.assert_close(free(x), network().eval()(x))
 
 
 @pytest.mark.parametrize("precision", ["float32", "auto"])
 def test_an_exported_program_is_evaluated_as_the_model_is(precision):
-    model, test_set = network(), images()
+    model, test_set = network().eval(), images()
     module = Exported(exported(model, 8)).train()
     attacks = {"pgd": PGD, "square": im.Square(THREAT, queries=20)}
     mine, its = (im.evaluate(one, test_set, attacks, precision=precision) for one in (model, module))
@@ -125,7 +119,7 @@ def test_programs_that_cannot_be_evaluated(tmp_path):
     path.write_bytes(b"PK no program")
     with pytest.raises(ValueError, match=r"model\.pt2 is not a readable torch.export program: "):
         im.load_model(path, allow_code=True)
-    module = Exported(exported(network(), 2))
+    module = Exported(exported(network().eval(), 2))
     with pytest.raises(ValueError, match=r"the model fails on x of shape \(20, 3, 6, 6\)"):
         im.evaluate(module, (torch.rand(20, 3, 6, 6), images()[1]), {"pgd": PGD})
 
@@ -168,7 +162,7 @@ def test_no_code_runs_unless_allowed(here):
         ValueError, match=r"to call Factory.build\(\) of the module mine is to run code: .*--allow-code"
     ):
         im.load_model("mine:Factory.build")
-    saved(here / "model.pt2", exported(network(), 2))
+    saved(here / "model.pt2", exported(network().eval(), 2))
     with pytest.raises(ValueError, match=r"to load the torch.export program model.pt2 is to run code"):
         im.load_model("model.pt2")
     with pytest.raises(ValueError, match=r"no torch.export program at other.pt2"):
@@ -201,7 +195,7 @@ def test_a_model_of_timm_takes_images_in_0_1(stub):
     model = im.load_model("timm:tiny.a1")
     assert not any(module.training for module in model.modules())
     x = images()[0]
-    assert torch.equal(model(x), network()((x - 0.25) / 0.5))
+    assert torch.equal(model(x), network().eval()((x - 0.25) / 0.5))
     with pytest.raises(ValueError) as error:
         im.load_model("timm:tinny.a1")
     assert str(error.value) == (
@@ -306,7 +300,7 @@ def test_misgivings_are_the_same_in_smaller_batches(digits):
 def test_a_model_that_needs_no_normalisation_is_left_in_peace(digits):
     data, _ = digits
     weak = nn.Sequential(im.Normalize([0.3], [0.4]), nn.Flatten(), nn.Linear(64, 10))
-    for model in (bare(digits), weak, network()):
+    for model in (bare(digits), weak, network().eval()):
         x, y = (data.images, data.labels) if model is not weak else (data.images, data.labels.flip(0))
         if isinstance(model[0], nn.Conv2d):
             x, y = images(300)
@@ -352,19 +346,7 @@ def test_misgivings_change_no_answer(digits, monkeypatch):
     assert (one.rows["pgd"].loss == other.rows["pgd"].loss).all()
 
 
-class Noise(nn.Module):
-    def forward(self, x):
-        return x + 0.1 * torch.randn_like(x)
-
-
 # The command line
-
-
-def said(capsys, *words):
-    status = main(list(words))
-    out, err = capsys.readouterr()
-    return SimpleNamespace(status=status, out=out, err=err)
-
 
 EVALUATED = ("--data", "digits", "--threat.eps", "0.1", "--attacks", "fgsm", "--limit", "100")
 SOURCE = """
