@@ -229,6 +229,7 @@ def own(run):
     return found | {name: sum(row[name] for row in history) for name in ("gradients", "seconds")}
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_interrupted_and_killed_goes_on_to_the_same_end(tmp_path, capsys):
     folder = tmp_path / "sweep"
     words = ["sweep", "digits", "--run-dir", str(folder), *LONG, "--seed", "0", "1"]

@@ -176,6 +176,7 @@ def test_a_process_that_dies_ends_the_job_which_says_who_it_was(stopped):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_and_killed_goes_on_with_one_process_and_with_two(alone, together, stopped, tmp_path):
     shutil.copytree(stopped[0], tmp_path / "run")
     expected = alone[1]["slow"].model.state_dict()

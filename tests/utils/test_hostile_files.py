@@ -251,7 +251,7 @@ def test_pipes_are_not_waited_for(tmp_path):
         (tmp_path / "images" / split / "a").mkdir(parents=True)
         image.save(tmp_path / "images" / split / "a" / "0.png")
     os.mkfifo(tmp_path / "images" / "train" / "a" / "1.png")
-    with pytest.raises(ValueError, match="called as an image that is no file"):
+    with pytest.raises(ValueError, match="with the name of an image that is no file"):
         im.load_data(tmp_path / "images")
     (tmp_path / "tables").mkdir()
     for split in ("train", "test"):
