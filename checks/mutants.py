@@ -52,7 +52,6 @@ MODULES: dict[str, tuple[str, ...]] = {
     "evaluation/scoring": ("evaluation",),
     "evaluation/store": ("evaluation",),
 }
-_SLOW = "killed_at_any_moment"  # a test that takes longer than all others of its file
 _PATIENCE = 60.0  # seconds beside ten times what the tests take: then the mutant hangs
 
 
@@ -194,7 +193,7 @@ class Bench:
     def _words(self, tests: Sequence[str]) -> list[str]:
         files = [f"{self.folder}/tests/{name}" for name in tests]
         plain = [word for name in ("randomly", "xdist", "cacheprovider") for word in ("-p", f"no:{name}")]
-        return [f"--rootdir={self.folder}", *files, *plain, "--timeout=0", "-k", f"not {_SLOW}"]
+        return [f"--rootdir={self.folder}", *files, *plain, "--timeout=0"]
 
     def _forked(self, work: Any, patience: float | None) -> int | None:
         """The exit status of work in a fork that sees the copy; None where it was not done in time."""

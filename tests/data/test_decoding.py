@@ -174,6 +174,7 @@ print(images.images.nbytes, decoding_took, min(later[-len(later) // 10 :]) - bef
 """
 
 
+@pytest.mark.slow
 def test_memory_holds_a_few_images_at_a_time(tmp_path):
     count, place = 8_000, tmp_path / "temporary"
     place.mkdir()

@@ -236,6 +236,7 @@ LARGE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 def test_a_set_larger_than_the_memory_allowed(tmp_path):
     """2,500 images of 224 × 224 are 376 MB as bytes, 1.5 GB as numbers; the process may take 250 MB more."""

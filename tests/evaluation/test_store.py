@@ -129,6 +129,7 @@ def _child(folder):
     evaluated(folder)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_table(whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

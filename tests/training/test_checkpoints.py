@@ -82,6 +82,7 @@ def _child(folder, precision):
     trained(folder, precision=precision, epochs=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path, precision):
     threads = torch.get_num_threads()
