@@ -80,6 +80,27 @@ def test_a_wrapped_model_is_saved_as_itself(tmp_path):
     assert identical(load_model(tmp_path), model)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model": "their-net", "width": 3},
+        {"model": "digits-cnn", "num_classes": 10, "input_shape": [1, 8, 8]},  # innermax's, but of another network
+        {"model": ["digits-cnn"]},
+        {"architecture": "mlp"},
+        "model",
+    ],
+)
+def test_a_config_of_somebody_elses_is_not_taken_for_a_description(config, tmp_path):
+    theirs = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    theirs.config = config
+    save_model(tmp_path, theirs)
+    assert not (tmp_path / "config.json").exists()
+    with pytest.raises(ValueError, match="pass model="):
+        load_model(tmp_path)
+    mine = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert torch.equal(load_model(tmp_path, mine)[1].weight, theirs[1].weight)
+
+
 def test_saving_leaves_the_model_alone(tmp_path):
     model = network().train().to(memory_format=torch.channels_last)
     save_model(tmp_path, model)

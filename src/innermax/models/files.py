@@ -23,11 +23,22 @@ def save_model(folder: str | Path, model: nn.Module, name: str = "model.safetens
 
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor], config: object, name: str = "model.safetensors") -> None:
-    """Writes a model's tensors, and its config.json where it is one that innermax builds."""
+    """Writes a model's tensors, and its config.json if `build_model` builds a network for these tensors from it."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / name, tensors)
-    if isinstance(config, Mapping) and "model" in config:
+    if isinstance(config, Mapping) and _describes(config, tensors):
         write_json(folder / "config.json", config)
+
+
+def _describes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a model's `config` is innermax's and describes a network with these tensors: others have one, too."""
+    try:
+        with torch.device("meta"):
+            network = _build(config)
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError):
+        return False
+    own = network.state_dict()
+    return own.keys() == tensors.keys() and all(own[name].shape == value.shape for name, value in tensors.items())
 
 
 def load_saved_model(source: str | Path, model: nn.Module | None = None, revision: str | None = None) -> nn.Module:
@@ -120,9 +131,13 @@ def _built(path: Path) -> nn.Module:
         ) from error
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{path} describes no model of innermax; pass model= for a network of yours")
-    options = {name: value for name, value in config.items() if name != "model"}
     try:
-        return build_model(config["model"], **options)
+        return _build(config)
     # torch's own are of sizes that no machine holds.
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _build(config: Mapping[str, Any]) -> nn.Module:
+    """The network of a description: its name under "model", and its options."""
+    return build_model(config["model"], **{name: value for name, value in config.items() if name != "model"})
