@@ -23,7 +23,8 @@ from innermax.evaluation.store import AttackRows
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.threat import FeasibleSet
-from innermax.utils.randomness import cuda_devices, derive_seed, private_randomness
+from innermax.utils.generators import cuda_devices, private_randomness, seed_randomness
+from innermax.utils.randomness import derive_seed
 from innermax.utils.validation import check_labels
 
 PROBABLE = "the model seems to return probabilities"
@@ -102,7 +103,7 @@ class Bench:
     def isolated(self, *models: nn.Module) -> Iterator[None]:
         """Context manager: a caller's autocast or inference mode changes nothing; models draw from the seed."""
         autocast = torch.autocast(self.device.type, enabled=False)
-        private = private_randomness(self.seed, *map(cuda_devices, models))
+        private = private_randomness(self.seed, cuda_devices(*models))
         with torch.inference_mode(False), torch.no_grad(), autocast, private:
             yield
 
@@ -128,7 +129,7 @@ class Bench:
                 index = torch.arange(start, stop)
                 x, y = self.images.batch(index.to(self.images.images.device))
                 # For models that draw; the caller's random state is put aside.
-                torch.manual_seed(derive_seed(self.seed, start))
+                seed_randomness(derive_seed(self.seed, start))
                 yield index.to(self.device), x.to(self.device), y.to(self.device)
             if self.progress is not None:
                 self.progress(title, stop, len(self.images))

@@ -25,8 +25,8 @@ from innermax.evaluation.store import CLEAN, Column, Parts, check_column, kept_r
 from innermax.models.wrappers import unwrapped
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.utils.files import write_bytes
+from innermax.utils.generators import restore_randomness
 from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
-from innermax.utils.randomness import restore_randomness
 from innermax.utils.serialization import convert, parse_json
 from innermax.utils.validation import unknown
 

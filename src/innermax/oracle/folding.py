@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from innermax.oracle.draws import depends_on_python
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.input_convolution import InputConvolution
+from innermax.utils.generators import read_randomness
 from innermax.utils.validation import summarize_error
 
 _AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -65,14 +67,18 @@ class Unfoldable(Exception):
     """Why a network stays as it is."""
 
 
+@torch.no_grad()
 def fold_checked(exact: nn.Module, example: Tensor) -> Folded:
     """A frozen network's copy, folded, where that computes the same logits of an example, now and after learning.
 
     Raises:
         Unfoldable: it does not, or torch cannot trace the network.
     """
+    before = read_randomness()
     try:
         folded = fold(frozen_copy(exact, share=False))
+        if before.python != read_randomness().python and depends_on_python(lambda: exact(example.clone())):
+            raise ValueError("it draws random numbers, which a trace keeps as constants")
         # In its present state last: that is the one to go on with.
         errors = [_difference(folded, network, example) for network in (_learned(exact), exact)]
     except Exception as failure:
@@ -102,7 +108,11 @@ def _difference(folded: Folded, exact: nn.Module, x: Tensor) -> float:
 
 
 def _rewritten(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:
+    before = read_randomness()
     traced = fx.symbolic_trace(network)
+    after = read_randomness()
+    if before.torch != after.torch or before.numpy != after.numpy:
+        raise ValueError("it draws random numbers, which a trace keeps as constants")
     pairs = tuple(_fold_norms(traced))
     _pool_first(traced)
     _few_channels(traced)

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from innermax.losses import Loss
 from innermax.models.wrappers import unwrapped
 from innermax.oracle.cuda_graphs import Replayed
+from innermax.oracle.draws import draws
 from innermax.oracle.folding import Folded, Unfoldable, fold_checked
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.threads import Workers
 from innermax.utils.copying import copy_model
-from innermax.utils.randomness import cuda_devices, private_randomness
+from innermax.utils.generators import cuda_devices, private_randomness, restore_randomness
 from innermax.utils.validation import summarize_error, unknown
 
 Precision = Literal["auto", "float32", "bf16"]
@@ -137,7 +138,11 @@ class Oracle:
 
     @contextmanager
     def private_randomness(self, seed: int) -> Iterator[None]:
-        """Context manager: a model that draws random numbers draws them from `seed`, see `utils.randomness`."""
+        """Context manager: a model that draws random numbers draws them from `seed`.
+
+        Included are the global generators of torch, NumPy and Python; afterwards they continue as if nothing had been
+        drawn.
+        """
         with private_randomness(seed, cuda_devices(self._network)):
             yield
 
@@ -199,7 +204,7 @@ class FastOracle(Oracle):
     def __init__(self, model: nn.Module, example: Float[Tensor, "b ..."], precision: Precision) -> None:
         if precision not in get_args(Precision):
             raise unknown("precision", precision, get_args(Precision))
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), restore_randomness(cuda_devices(unwrapped(model))):
             super().__init__(model)
             self._folded: Folded | None = None
             self._precise: FastOracle | None = None  # where the network computes in bf16: one that does not
@@ -295,22 +300,18 @@ class FastOracle(Oracle):
 
     def _share_work(self, example: Tensor) -> None:
         """Records CUDA graphs on a GPU; on a processor several threads share a batch."""
-        both = {self, self._precise or self}
-        if example.is_cuda:
-            for one in both:
+        threads, both = torch.get_num_threads(), {self, self._precise or self}
+        if threads == 1 and not example.is_cuda:
+            return
+        # Threads would draw in any order, and a recording repeats what was drawn once.
+        if draws(lambda: self.logits(example), cuda_devices(self._network)):
+            return
+        for one in both:
+            if example.is_cuda:
                 one._replayed = Replayed(partial(Oracle._gradient, one))
-            self.plan += ", CUDA graphs"
-        elif torch.get_num_threads() > 1 and not self._draws(example):
-            for one in both:
-                one._threads = torch.get_num_threads()
-            self.plan += f", {self._threads} threads"
-
-    def _draws(self, example: Tensor) -> bool:
-        """Whether the network draws random numbers, which threads would draw in any order."""
-        with self.private_randomness(0):
-            before = torch.get_rng_state()
-            self.logits(example)
-            return not torch.equal(before, torch.get_rng_state())
+            else:
+                one._threads = threads
+        self.plan += ", CUDA graphs" if example.is_cuda else f", {threads} threads"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -30,6 +30,7 @@ from innermax.training.state import State
 from innermax.training.time_left import TrainingClock
 from innermax.utils import randomness
 from innermax.utils.files import refuse_link
+from innermax.utils.generators import seed_randomness
 
 _GAUGED_BATCHES = 20  # batches of an epoch whose gauges are measured, about
 _SHOWN = 8  # examples in a logger's picture
@@ -174,7 +175,7 @@ class Loop:
         state, options = self.state, self.options
         # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
         own = (self.ranks.rank,) if self.ranks.rank > 0 else ()
-        torch.manual_seed(randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own))
+        seed_randomness(randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own))
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(moment, options)
         # A forward pass changes BatchNorm's buffers.

@@ -29,6 +29,7 @@ from innermax.training.loop import Loop
 from innermax.training.options import LearningRate, OnNaN, Optimizer, TrainingOptions, check_parallel
 from innermax.training.progress import TrainingDisplay, show_progress
 from innermax.training.spawn import train_in_processes
+from innermax.utils.generators import restore_randomness
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _train(job: Job, launch: Launch, stopped: Callable[[], bool] = lambda: False
         stack.enter_context(ranks.explain_lost_connection())
         stack.enter_context(ranks.mute_others())
         ranks.run_first(lambda: job.open_folder(stack))
-        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        stack.enter_context(restore_randomness(range(torch.cuda.device_count())))
         loop = Loop.start(job.model, job.train_set, options, job.objective, ranks)
         loop.clock.validation = _validation_cost(job)
         loop.resume()

@@ -1,12 +1,10 @@
 """Counter-based random numbers: a pure function of (seed, example, stream), never of a shared generator."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 # Constants of SplitMix64 (Steele, Lea & Flood, 2014), as signed 64-bit integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -52,35 +50,6 @@ def permutation(seed: int, count: int, *streams: int) -> Int[Tensor, " n"]:
     """A random order of 0…count − 1."""
     generator = torch.Generator().manual_seed(derive_seed(seed, *streams))
     return torch.randperm(count, generator=generator)
-
-
-@contextmanager
-def restore_randomness(devices: Iterable[int] = ()) -> Iterator[None]:
-    """Context manager: afterwards the global generators go on as if nothing had been drawn.
-
-    devices: the GPUs whose generators are meant, too.
-    """
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
-
-
-@contextmanager
-def private_randomness(seed: int, *devices: Iterable[int]) -> Iterator[None]:
-    """Context manager: the global generators draw from a seed; afterwards they go on as if nothing had been drawn.
-
-    devices: the GPUs whose generators are meant, too.
-    """
-    known = sorted({index for some in devices for index in some})
-    with restore_randomness(known):
-        # torch.manual_seed would seed devices that were not put aside, too.
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in known)):
-            generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
-        yield
-
-
-def cuda_devices(model: nn.Module) -> set[int]:
-    """The GPUs on which a model's parameters are."""
-    return {p.device.index for p in model.parameters() if p.device.type == "cuda"}
 
 
 def _wrap(value: int) -> int:
