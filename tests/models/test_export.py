@@ -1,5 +1,7 @@
 """Files that need no innermax: programs of torch.export and ONNX, at every batch size."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -72,11 +74,18 @@ class Branching(nn.Module):
         return x.flatten(1)[:, :3] if x.sum() > 0 else -x.flatten(1)[:, :3]
 
 
+class Configured(nn.Flatten):
+    """Somebody else's, with a config of its own."""
+
+    config: ClassVar = {"model": "theirs", "input_shape": "28x28"}
+
+
 @pytest.mark.parametrize(
     ("model", "path", "shape", "message"),
     [
         (built(), "model.pt", None, "unknown ending of path '.pt'; did you mean '.pt2'"),
         (nn.Flatten(), "model.pt2", None, "input_shape must be given"),
+        (Configured(), "model.pt2", None, "input_shape must be given"),
         (nn.Flatten(), "model.pt2", (0, 3), r"input_shape must be positive integers, got \(0, 3\)"),
         (Fixed(), "model.pt2", (1, 2, 2), "torch.export cannot export the model|does not take 1 images"),
         (Drawing(), "model.pt2", (1, 2, 2), "model.pt2 would answer otherwise than the model: logits differ by"),

@@ -45,6 +45,10 @@ def test_every_network_is_tested():
     assert set(NATIVE) == set(MODELS)
 
 
+def test_every_network_is_documented():
+    assert [name for name in MODELS if f'"{name}"' not in build_model.__doc__] == []
+
+
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize("train", [True, False])
 def test_logits(name, train):

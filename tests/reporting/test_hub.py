@@ -167,6 +167,15 @@ def test_an_evaluation_of_other_weights_is_refused(model, evaluation, tmp_path):
     im.save_pretrained(torch.nn.DataParallel(model), tmp_path / "hub", evaluation)
 
 
+@pytest.mark.parametrize("config", [{"model": "theirs"}, object(), "model", {"model": "digits-cnn"}])
+def test_a_network_of_the_users_is_not_taken_for_one_of_innermax(config, tmp_path):
+    theirs = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    theirs.config = config
+    im.save_pretrained(theirs, tmp_path / "hub")
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {"model.safetensors", "README.md"}
+    assert "your_network" in (tmp_path / "hub" / "README.md").read_text()
+
+
 def test_the_card_says_which_weights_were_measured(evaluation):
     assert f"weights: {evaluation.weights}." in model_card(evaluation)
     assert "weights: which weights were measured is not known." in model_card(replace(evaluation, weights=None))

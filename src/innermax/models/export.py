@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from innermax.models.files import find_description
 from innermax.models.wrappers import unwrapped
 from innermax.utils.copying import copy_model
 from innermax.utils.randomness import hash_keys, uniform
@@ -104,8 +105,7 @@ def _images(size: int, shape: Sequence[int]) -> Tensor:
 
 
 def _shape(model: nn.Module, told: Sequence[int] | None) -> tuple[int, ...]:
-    config: Any = getattr(unwrapped(model), "config", None)
-    shape = config.get("input_shape") if told is None and isinstance(config, dict) else told
+    shape = told if told is not None else (find_description(model) or {}).get("input_shape")
     if shape is None:
         raise ValueError("input_shape must be given for a model that innermax did not build, such as (3, 32, 32)")
     if not all(isinstance(size, int) and size >= 1 for size in shape):

@@ -30,6 +30,13 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], config: object, nam
         write_json(folder / "config.json", config)
 
 
+def find_description(model: nn.Module) -> Mapping[str, Any] | None:
+    """The config from which `build_model` builds this network; None for one that innermax did not build."""
+    model = unwrapped(model)
+    config = getattr(model, "config", None)
+    return config if isinstance(config, Mapping) and _describes(config, model.state_dict()) else None
+
+
 def _describes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a model's `config` is innermax's and describes a network with these tensors: others have one, too."""
     try:

@@ -1,4 +1,4 @@
-"""The networks by name. A new network is one entry in MODELS: (num_classes, input_shape, **options) → nn.Module."""
+"""Networks by name; a new one is an entry in MODELS: (num_classes, input_shape, **options) → nn.Module."""
 
 import inspect
 from collections import OrderedDict
@@ -33,10 +33,19 @@ def build_model(
 ) -> nn.Module:
     """A freshly initialised network: images float (B, C, H, W) in [0, 1] → logits (B, num_classes).
 
-    name: one of MODELS; input_shape: (C, H, W); normalize: (mean, std), one number a channel each, applied inside the
-    model; options: the network's own (`wideresnet`: depth, width). The model's `config` is a JSON-serialisable dict
-    {"model", "num_classes", "input_shape", options…}: `build_model(config.pop("model"), **config)` builds it again.
-    Raises ValueError for an unknown name or option, a value out of range or an image size the network cannot take.
+    The model's `config` is a JSON-serialisable dict {"model", "num_classes", "input_shape", options…}:
+    `build_model(config.pop("model"), **config)` builds the network again.
+
+    Args:
+        name: "mnist-cnn" and "cifar-cnn", the paper's; "digits-cnn", a small one for 8×8 images; "preact-resnet18",
+            "wideresnet" or "resnet50".
+        num_classes: ≥ 2.
+        input_shape: (C, H, W).
+        normalize: (mean, std), one number a channel each, applied inside the model.
+        options: the network's own; of "wideresnet" depth (34) and width (10).
+
+    Raises:
+        ValueError: the name or an option is unknown, a value is out of range, or the network cannot take the images.
     """
     if name not in MODELS:
         raise unknown("model", name, MODELS)

@@ -10,8 +10,8 @@ from torch import nn
 
 from innermax.data.load import hub_id
 from innermax.evaluation.result import Evaluation
+from innermax.models.files import find_description, save_model
 from innermax.models.files import load_saved_model as from_pretrained
-from innermax.models.files import save_model
 from innermax.utils.files import write_bytes
 from innermax.utils.validation import summarize_error
 from innermax.utils.version import __version__
@@ -35,8 +35,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, evaluation: Evaluation
             "evaluation out"
         )
     save_model(folder, model)
-    described = "model" in (getattr(model, "config", None) or {})
-    card = model_card(evaluation, described=described, **about)
+    card = model_card(evaluation, described=find_description(model) is not None, **about)
     write_bytes(Path(folder) / "README.md", card.encode())
 
 
