@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 
 import pytest
 import torch
@@ -128,3 +129,12 @@ def test_optimizers(name):
             F.cross_entropy(model(DATA[0][index] / 255), DATA[1][index]).backward()
             optimizer.step()
     assert distance(weights(run.model), weights(model)) < 1e-6
+
+
+def test_ema_of_a_network_with_a_lock():
+    """Which `copy.deepcopy` does not copy."""
+    learner, plain = cnn(), cnn()
+    learner.lock = threading.Lock()
+    averaged = train(learner, epochs=1, ema=0.7).model
+    assert averaged is not learner
+    assert distance(weights(averaged), weights(train(plain, epochs=1, ema=0.7).model)) == 0

@@ -22,6 +22,7 @@ from innermax.training.checkpoints import load_checkpoint, save_checkpoint
 from innermax.training.metrics import EpochMetrics
 from innermax.training.optimizer import build_optimizer
 from innermax.training.options import TrainingOptions
+from innermax.utils.copying import copy_model
 
 
 @dataclass
@@ -67,7 +68,9 @@ class State:
         optimizer.zero_grad()  # the model may come with gradients
         averaged = None
         if options.ema is not None:
-            averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+            # copy.deepcopy, which it would use, does not copy every network.
+            averaged = AveragedModel(nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+            averaged.module = copy_model(network)
         example, _ = data.head.batch(torch.arange(min(16, len(data.head)), device=ranks.device))
         oracle = ShardedOracle(network, example) if ranks.sharded else Oracle.fast(network, example, options.precision)
         perturbations = None
