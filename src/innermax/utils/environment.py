@@ -14,9 +14,10 @@ def environment(seed: int) -> dict[str, Any]:
     """What a run ran on: versions, device, commit of the source, seed, command and date."""
     from importlib.metadata import version
 
-    packages = ("innermax", "torch", "lightning-fabric", "numpy")
+    versions = {name: version(name) for name in ("innermax", "lightning-fabric", "numpy")}
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        # torch's own answer also says for which devices it was built.
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)} | versions,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
