@@ -17,7 +17,7 @@ from scipy import stats
 
 from innermax.cli.sweep import list_runs, read_values, sweep_parser
 from innermax.cli.sweep_engine import SweepRun, _run_all, combinations
-from innermax.cli.sweep_table import run_measures, sweep_rows
+from innermax.cli.sweep_table import Measure, run_measures, sweep_rows, write_sweep
 from innermax.cli.train import read_recipe
 from innermax.training.checkpoints import find_checkpoints
 from innermax.training.options import TrainingOptions
@@ -215,8 +215,24 @@ def test_a_sweep_with_runs_that_fail(tmp_path, capsys):
     assert "run lr=0.05,seed=0 of" in line
     assert "epochs: 1 there, 2 here" in line
 
+    # An evaluation of other weights is left out, and one that does not say whose it is is counted; both are told.
+    scores = (runs[0] / "evaluation.json").read_text()
+    (runs[1] / "evaluation.json").write_text(scores)
+    with pytest.warns(UserWarning, match=r"seed=1/evaluation.json measured other weights than the run's: innermax"):
+        row, other = sweep_rows(folder)
+    write_sweep(folder, [row, other], {})
+    assert (row.finished, list(row.left_out)) == ([runs[0].name], [runs[1].name])
+    assert row.measures["clean"] == Measure(own(runs[0])["clean"], None, None)
+    told = (folder / "table.md").read_text()
+    assert "| 0.05 | 1 of 2 |" in told
+    assert "Left out: lr=0.05,seed=1: " in told
+    unsigned = {key: value for key, value in json.loads(scores).items() if key != "weights"}
+    (runs[1] / "evaluation.json").write_text(json.dumps(unsigned))
+    with pytest.warns(UserWarning, match=r"seed=1/evaluation.json measured this run's weights is not known"):
+        assert len(sweep_rows(folder)[0].finished) == 2
+
     (runs[0] / "evaluation.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"seed=0 is damaged: KeyError"):
+    with pytest.raises(ValueError, match=r"seed=0/evaluation.json: text must be an evaluation's JSON: KeyError"):
         sweep_rows(folder)
 
 

@@ -1,5 +1,6 @@
 """The table of a sweep: a row per setting, with means over seeds and Student's intervals."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from innermax.cli.sweep_engine import is_finished, known_runs
+from innermax.reporting.contents import OtherWeights, read_own_evaluation
 from innermax.utils.files import write_bytes, write_json
 from innermax.utils.intervals import student
 from innermax.utils.serialization import parse_json
@@ -33,42 +35,61 @@ class SweepRow:
     Attributes:
         settings: option → value, of the options that vary in the sweep.
         runs: name → seed.
-        finished: names.
+        finished: names of the runs that are measured.
         measures: "clean", each attack's name and "worst_case": accuracies in [0, 1]; "gradients" per image over the
             training; "seconds" of the training.
+        left_out: name → why, of runs whose evaluation.json measured other weights.
     """
 
     settings: Mapping[str, Any]
     runs: Mapping[str, int]
     finished: Sequence[str]
     measures: Mapping[str, Measure]
+    left_out: Mapping[str, str]
 
 
 def sweep_rows(folder: Path) -> list[SweepRow]:
-    """The rows of all runs that a sweep's folder knows. Raises ValueError where a file of a finished run is damaged."""
-    known = {name: _flat(settings) for name, settings in known_runs(folder).items()}
+    """The rows of all runs that a sweep's folder knows; warns of an evaluation that measured other weights.
+
+    Raises ValueError where a file of a finished run is damaged.
+    """
+    known = {name: _flatten(settings) for name, settings in known_runs(folder).items()}
     options = dict.fromkeys(option for settings in known.values() for option in settings)
     varied = [o for o in options if o != _SEED and len({str(settings.get(o)) for settings in known.values()}) > 1]
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, settings in known.items():
-        groups.setdefault(str([settings.get(option) for option in varied]), []).append(name)
-    rows = []
-    for names in groups.values():
-        finished = [name for name in names if is_finished(folder / name)]
-        settings = {option: known[names[0]].get(option) for option in varied}
-        runs = {name: known[name][_SEED] for name in names}
-        rows.append(SweepRow(settings, runs, finished, _over_seeds([run_measures(folder / name) for name in finished])))
-    return rows
+        chosen = {option: settings.get(option) for option in varied}
+        groups.setdefault(str(list(chosen.values())), {"settings": chosen, "runs": {}})["runs"][name] = settings[_SEED]
+    return [SweepRow(**group, **_measure_runs(folder, list(group["runs"]))) for group in groups.values()]
+
+
+def _measure_runs(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What a `SweepRow` says of its finished runs."""
+    found, left_out = {}, {}
+    for name in filter(lambda name: is_finished(folder / name), names):
+        try:
+            found[name] = run_measures(folder / name)
+        except OtherWeights as error:
+            warnings.warn(f"{error}; the table leaves this run out", stacklevel=3)
+            left_out[name] = str(error)
+    return {"finished": list(found), "measures": _average(list(found.values())), "left_out": left_out}
 
 
 def run_measures(run: Path) -> dict[str, float]:
-    """A finished run's measures, by the names of `SweepRow.measures`. Raises ValueError where its files are damaged."""
+    """A finished run's measures, by the names of `SweepRow.measures`.
+
+    Raises:
+        ValueError: a file is damaged.
+        OtherWeights: the evaluation is of none of the run's models.
+    """
+    evaluation, source = read_own_evaluation(run)
+    if source is None:
+        warnings.warn(f"whether {run / 'evaluation.json'} measured this run's weights is not known", stacklevel=4)
     try:
-        scored = parse_json((run / "evaluation.json").read_bytes())
         history = [parse_json(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
         return {
-            **{name: float(value["value"]) for name, value in scored["accuracy"].items()},
-            "worst_case": float(scored["worst_case"]["value"]),
+            **{name: value.value for name, value in evaluation.accuracy.items()},
+            "worst_case": evaluation.worst_case.value,
             "gradients": float(sum(row["gradients"] for row in history)),
             "seconds": float(sum(row["seconds"] for row in history)),
         }
@@ -95,6 +116,7 @@ def write_sweep(folder: Path, rows: Sequence[SweepRow], failed: Mapping[str, str
     lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings))]
     lines += [f"| {' | '.join(_cells(row, ' '))} |" for row in rows]
     lines += ["", _CAPTION] + [f"\nNot finished: {name}: {error}" for name, error in failed.items()]
+    lines += [f"\nLeft out: {name}: {why}" for row in rows for name, why in row.left_out.items()]
     write_bytes(folder / "table.md", ("\n".join(lines) + "\n").encode())
 
 
@@ -127,7 +149,7 @@ def _cell(measure: Measure | None, name: str, between: str) -> str:
     return f"{shown}{between}({scale * measure.low:.1f}–{scale * measure.high:.1f})"
 
 
-def _over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, Measure]:
+def _average(found: Sequence[Mapping[str, float]]) -> dict[str, Measure]:
     """The measures that all runs have, over their seeds."""
     names = [name for name in found[0] if all(name in measures for measures in found)] if found else []
     return {name: _measure([measures[name] for measures in found], name) for name in names}
@@ -140,9 +162,9 @@ def _measure(values: Sequence[float], name: str) -> Measure:
     return Measure(fmean(values), max(interval.low, 0.0), min(interval.high, highest))
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their names on the command line."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        found |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return found

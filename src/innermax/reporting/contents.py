@@ -137,7 +137,7 @@ def _read_folder(name: str, folder: Path, pictures: int, device: torch.device | 
         hint = f"innermax evaluate {folder} --json {folder / 'evaluation.json'}"
         return replace(entry, missing=(f"This run has not been evaluated: {hint}",))
     try:
-        evaluation, source = _own_evaluation(folder)
+        evaluation, source = read_own_evaluation(folder)
     except OtherWeights as error:
         warnings.warn(str(error), stacklevel=2)
         return replace(entry, missing=(f"{error}.",))
@@ -156,8 +156,8 @@ class OtherWeights(ValueError):
     """An evaluation measured none of the models in its folder."""
 
 
-def _own_evaluation(folder: Path) -> tuple[Evaluation, Path | None]:
-    """A run's evaluation, and the file of the model that it measured; None where it does not say.
+def read_own_evaluation(folder: Path) -> tuple[Evaluation, Path | None]:
+    """A run's evaluation, and the file of the model that it measured; None where that cannot be told.
 
     Raises:
         ValueError: it is not readable.
