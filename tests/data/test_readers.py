@@ -93,7 +93,7 @@ def test_parquet_errors_name_the_file(folder):
     parquet(train, [good[0], encoded(pixels(1, height=4)[0])], [0, 1])
     check("row 1 of .*: 6×4 pixels, but the first image has 6×5")
     parquet(train, [encoded(pixels(1, 1)[0].astype(np.uint16) * 200)], [0])
-    check("row 0 of .*: mode I;16 is not 8 bits a channel")
+    check("row 0 of .*: mode I;16 is not 8 bits per channel")
     pq.write_table(pa.table({"image": [[1, 2]], "label": [0]}), train)
     check("must hold encoded images")
     train.write_bytes(b"PAR1 and nothing else")

@@ -281,10 +281,10 @@ def test_a_surrogate_of_a_model_that_draws(trained, images):
         (
             {"surrogates": {"a": nn.Sequential(nn.Flatten(), nn.Linear(64, 3))}},
             ValueError,
-            "surrogate 'a': it has 3 classes, the model 10",
+            "surrogate 'a': it must have the model's 10 classes, got 3",
         ),
-        ({"audit": False}, ValueError, "surrogates are what the audit tries: they need audit=True"),
-        ({"attacks": {}}, ValueError, "surrogates are what the audit tries: they need audit=True"),
+        ({"audit": False}, ValueError, "surrogates are for the audit: they need audit=True"),
+        ({"attacks": {}}, ValueError, "surrogates are for the audit: they need audit=True"),
     ],
 )
 def test_surrogates_are_checked_at_the_door(trained, images, untyped, changed, error, message):

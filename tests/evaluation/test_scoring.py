@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import innermax as im
-from innermax.evaluation.scoring import quantized
+from innermax.evaluation.scoring import round_to_grid
 from tests.helpers.evaluation import Scripted, Watched, examples, linear_problem, network
 
 PGD = im.PGD(im.Linf(0.1), steps=5)
@@ -88,21 +88,21 @@ def test_quantised_images_are_on_the_grid_and_inside(threat, bits):
     feasible = threat.around(x)
     direction = torch.randn(64, 36, generator=generator)
     for point in (threat.sample(x), threat.project(x + direction, x), threat.maximizer(direction, x), x):
-        image = quantized(point, feasible, bits)
+        image = round_to_grid(point, feasible, bits)
         assert feasible.contains(image).all()
         assert ((image * levels).round() / levels - image).abs().max() < 1e-6
         assert (image - point).abs().max() < (1 + 1e-4) / levels
-    assert torch.allclose(quantized(x, feasible, bits), x)
+    assert torch.allclose(round_to_grid(x, feasible, bits), x)
 
 
 def test_quantisation_costs_an_attack_no_more_than_it_must():
     x = torch.full((1, 2), 100 / 255)
-    full = quantized(x + 8 / 255 * torch.tensor([[1.0, -1.0]]), im.Linf(8 / 255).around(x), 8)
+    full = round_to_grid(x + 8 / 255 * torch.tensor([[1.0, -1.0]]), im.Linf(8 / 255).around(x), 8)
     assert torch.allclose(full * 255, torch.tensor([[108.0, 92.0]]))  # not one level short for a rounding
-    cut = quantized(x + torch.tensor([[7.7, 3.6]]) / 255, im.Linf(7.8 / 255).around(x), 8)
+    cut = round_to_grid(x + torch.tensor([[7.7, 3.6]]) / 255, im.Linf(7.8 / 255).around(x), 8)
     assert torch.allclose(cut * 255, torch.tensor([[107.0, 104.0]]))  # one value without room takes no other's
     # √(3² + 4²) = 5 fits and √(4² + 4²) does not: the value nearer to its next level is the one to go.
-    near = quantized(x + torch.tensor([[3.6, 3.5]]) / 255, im.L2(5.1 / 255).around(x), 8)
+    near = round_to_grid(x + torch.tensor([[3.6, 3.5]]) / 255, im.L2(5.1 / 255).around(x), 8)
     assert torch.allclose(near * 255 - 100, torch.tensor([[4.0, 3.0]]), atol=1e-4)
 
 

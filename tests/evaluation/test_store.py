@@ -333,11 +333,11 @@ def test_parts_of_several_types_are_one_column(order):
     values = {0: np.array([True, False]), 2: np.array([math.nan, math.nan]), 4: np.array([True])}
     for start in order:
         parts.add("a", start, Part({"zero_gradient": values[start]}, 1.5))
-    joined = parts.whole("a")
+    joined = parts.join("a")
     np.testing.assert_array_equal(joined.columns["zero_gradient"], [1, 0, math.nan, math.nan, 1])
     assert joined.seconds == 4.5
-    assert parts.missing("a") == []
-    assert parts.missing("clean") == [0, 2, 4]
+    assert parts.find_missing("a") == []
+    assert parts.find_missing("clean") == [0, 2, 4]
 
 
 def test_a_turned_bit_never_turns_a_row(whole):

@@ -476,8 +476,8 @@ def _rows(folder: Path) -> dict[str, Kind]:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             kept.read()
-        if kept.missing("fgsm") == []:
-            part = kept.whole("fgsm")
+        if kept.find_missing("fgsm") == []:
+            part = kept.join("fgsm")
             assert set(part.columns) == set(columns)
             assert all(len(column) == count for column in part.columns.values())
             assert all(column.dtype.kind in "biuf" for column in part.columns.values())

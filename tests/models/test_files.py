@@ -243,7 +243,7 @@ BASE = {"model": "digits-cnn", "num_classes": 4, "input_shape": [3, 8, 8]}
         (BASE | {"input_shape": None}, "config.json: "),
         (BASE | {"input_shape": [3, 2, 2]}, "input_shape must be at least"),
         (BASE | {"input_shape": [3, 10**9, 10**9]}, "config.json: "),
-        (BASE | {"normalize": [[0.1], [0.1]]}, "normalize must hold one mean and std a channel"),
+        (BASE | {"normalize": [[0.1], [0.1]]}, "normalize must hold 3 means and stds, one per channel"),
         (BASE | {"normalize": 3}, "config.json: "),
         ({"model": "digits-cnn"}, "input_shape"),
     ],

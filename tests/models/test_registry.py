@@ -257,7 +257,7 @@ def test_digits_are_learnt_in_seconds():
         ({"name": "wideresnet", "width": 0}, "width must be ≥ 1, got 0"),
         ({"normalize": ([0.5], [0.0])}, "std > 0"),
         ({"normalize": ([float("nan")], [1.0])}, "finite"),
-        ({"normalize": ([0.5, 0.5], [1.0, 1.0])}, r"a channel \(1\), got 2 and 2"),
+        ({"normalize": ([0.5, 0.5], [1.0, 1.0])}, "must hold 1 means and stds, one per channel, got 2 and 2"),
         ({"normalize": ([0.5],)}, r"\(mean, std\), got 1"),
     ],
 )

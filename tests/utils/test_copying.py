@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import innermax as im
-from innermax.evaluation.arguments import on_device
+from innermax.evaluation.arguments import place_model
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle
 from innermax.utils.copying import copy_model
@@ -145,7 +145,7 @@ def test_every_user_of_copies_takes_them(build, tmp_path):
     evaluation = im.evaluate(model, (x, y), {"fgsm": im.FGSM(im.Linf(0.1))})
     assert evaluation.accuracy.keys() == {"clean", "fgsm"}
     Oracle.fast(model, x, "bf16").gradient(x, y, cross_entropy)
-    moved, _ = on_device(model, im.ImageSet(x, y), "meta")
+    moved, _ = place_model(model, im.ImageSet(x, y), "meta")
     assert next(moved.parameters()).is_meta
     assert not next(model.parameters()).is_meta
     if not isinstance(model, Drawing | Guarded | Cached):  # which torch itself cannot export

@@ -65,7 +65,7 @@ class APGD(VerdictAttack):
 
     @property
     def cost(self) -> float:
-        """About how many gradients an example it takes."""
+        """About how many gradients per example it takes."""
         return SURVIVING * self.steps * self.restarts * (self.targets or 1) * self.eot
 
     @property
@@ -131,7 +131,7 @@ class APGD(VerdictAttack):
 
 @dataclass(frozen=True, eq=False)
 class _Climb:
-    """The state of searches; each value has a row an example, and rows leave together.
+    """The state of searches; each value has a row per example, and rows leave together.
 
     `best` is the iterate of the highest loss. `rises` counts the increases of the loss since the last checkpoint; there
     `checked` was the highest loss, `reduced` says whether the step size was halved, and `sparsity` in how many

@@ -49,7 +49,7 @@ class AutoAttack(VerdictAttack):
 
     @property
     def cost(self) -> float:
-        """About how many gradients an example it takes."""
+        """About how many gradients per example it takes."""
         return sum(attack.cost for attack in self.attacks())
 
     @property

@@ -23,7 +23,7 @@ from innermax.utils.validation import check_labels, unknown
 class Attack(Protocol):
     """What can be evaluated: a threat model, and a search inside it.
 
-    It may tell its `cost`, about how many gradients an example it takes, for the display of the time that is left.
+    It may tell its `cost`, about how many gradients per example it takes, for the display of the time that is left.
     """
 
     @property
@@ -76,7 +76,7 @@ class BaseAttack(ABC):
 
     @property
     def cost(self) -> float:
-        """About how many gradients an example it takes."""
+        """About how many gradients per example it takes."""
         return UNKNOWN
 
     @property

@@ -53,7 +53,7 @@ class FAB(VerdictAttack):
 
     @property
     def cost(self) -> float:
-        """About how many gradients an example it takes."""
+        """About how many gradients per example it takes."""
         return SURVIVING * self.steps * self.restarts * self.targets
 
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
@@ -91,7 +91,7 @@ class FAB(VerdictAttack):
 
 @dataclass(frozen=True, eq=False)
 class _Approach:
-    """The state of searches; each value has a row an example, and rows leave together.
+    """The state of searches; each value has a row per example, and rows leave together.
 
     `nearest` is the misclassified point nearest to x, at `distance` in the threat's norm; as long as there is none, the
     last iterate.

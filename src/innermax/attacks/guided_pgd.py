@@ -40,7 +40,7 @@ class GuidedPGD(VerdictAttack):
 
     Args:
         threat: any threat model.
-        budget: ≥ 1 gradients an example, at most.
+        budget: ≥ 1 gradients per example, at most.
 
     Raises:
         ValueError, TypeError: an argument is not as described above.
@@ -54,7 +54,7 @@ class GuidedPGD(VerdictAttack):
 
     @property
     def cost(self) -> float:
-        """About how many gradients an example it takes."""
+        """About how many gradients per example it takes."""
         return SURVIVING**2 * self.budget
 
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
@@ -63,7 +63,7 @@ class GuidedPGD(VerdictAttack):
         return search_survivors(found, partial(self._pursue, problem, found), problem.oracle)
 
     def _pursue(self, problem: Problem, found: AttackResult, rows: Int[Tensor, " k"]) -> AttackResult:
-        """All searches of some of the examples; in each turn one gradient an example."""
+        """All searches of some of the examples; in each turn one gradient per example."""
         problem, found = problem[rows], found[rows].map(torch.clone)
         found = replace(found, forward_calls=torch.zeros_like(found.forward_calls))
         hunt, rows = _begin(problem, cast(Tensor, found.logits)), torch.arange(len(rows), device=rows.device)
@@ -86,7 +86,7 @@ class GuidedPGD(VerdictAttack):
 
 @dataclass(frozen=True, eq=False)
 class _Hunt:
-    """The state of each example's present search, and what its earlier ones found; a row an example.
+    """The state of each example's present search, and what its earlier ones found; a row per example.
 
     `aim` is the class to reach, or the label itself for the margin. Of the present search: `point` is where it is,
     `gradient` what it follows, `age` its number of steps; `best` is its point of the highest loss; `gauge` its lowest

@@ -91,7 +91,7 @@ class PGD(BaseAttack):
 
     @property
     def cost(self) -> float:
-        """About how many gradients an example it takes."""
+        """About how many gradients per example it takes."""
         return self.steps * self.restarts + 1 + FORWARD
 
     def solve(self, problem: Problem, final: Final) -> AttackResult:

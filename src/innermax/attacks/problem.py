@@ -104,7 +104,7 @@ class Problem:
         return self.y if self.target is None else self.target
 
     def keys(self, *streams: int | Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """One key an example for random draws; streams: restart numbers and the like."""
+        """One key per example for random draws; streams: restart numbers and the like."""
         return randomness.hash_keys(self.seed, self.index, *streams)
 
     def won(self, point: Float[Tensor, "b ..."], logits: Float[Tensor, "b classes"]) -> Bool[Tensor, " b"]:

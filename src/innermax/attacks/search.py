@@ -20,7 +20,7 @@ _COARSE = 0.75  # share of the steps for which bf16 is precise enough
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack found, a row an example; every value belongs to the returned `x_adv`.
+    """What an attack found, a row per example; every value belongs to the returned `x_adv`.
 
     Attributes:
         x_adv: (B, *features) inputs inside X(x).

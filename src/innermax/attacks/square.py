@@ -54,7 +54,7 @@ class Square(VerdictAttack):
 
     @property
     def cost(self) -> float:
-        """About how many gradients an example it takes."""
+        """About how many gradients per example it takes."""
         return SURVIVING * self.queries * self.restarts * FORWARD
 
     def check(self, problem: Problem) -> None:

@@ -206,7 +206,7 @@ def read_pixels(rows: list[Row], size: tuple[int, int], mode: str) -> Array | No
             if image.size != size:  # from the header: an image's pixels are not touched before its size is known
                 raise ValueError(f"{image.size[0]}×{image.size[1]} pixels, but the first image has {width}×{height}")
             if image.mode not in _GREY_MODES + _COLOUR_MODES:
-                raise ValueError(f"mode {image.mode} is not 8 bits a channel")
+                raise ValueError(f"mode {image.mode} is not 8 bits per channel")
             if mode == "L" and image.mode not in _GREY_MODES:
                 return None
             converted = image if image.mode == mode else image.convert(mode)

@@ -27,7 +27,7 @@ _RESERVED = (CLEAN, "worst_case")
 def check_arguments(
     attacks: Mapping[str, Attack], batch_size: int, seed: int, quantize: int | None, precision: Precision
 ) -> None:
-    """Raises for any argument that is wrong by itself."""
+    """Raises ValueError or TypeError for an argument that is wrong whatever the others are."""
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must map names to attacks, got {type(attacks).__name__}")
     taken = dict.fromkeys(("index", "label", "clean_prediction", "clean_correct", "seed"), "")
@@ -71,7 +71,7 @@ def check_models(argument: str, models: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def name_errors(role: str, name: str) -> Iterator[None]:
-    """Context manager: errors say which model they are about."""
+    """Context manager that names the model in the errors raised inside."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -80,7 +80,7 @@ def name_errors(role: str, name: str) -> Iterator[None]:
 
 
 def check_images(x: Tensor, attacks: Mapping[str, Attack], quantize: int | None) -> None:
-    """Raises where clean images are outside an attack's bounds or off the grid."""
+    """Raises ValueError where clean images lie outside an attack's bounds or have more bits than `quantize` allows."""
     for name, attack in attacks.items():
         try:
             attack.threat.around(x)
@@ -92,8 +92,10 @@ def check_images(x: Tensor, attacks: Mapping[str, Attack], quantize: int | None)
             raise ValueError(f"quantize={quantize} needs images of test_set whose values are multiples of 1/{levels}")
 
 
-def on_device(model: nn.Module, images: ImageSet, device: torch.device | str | None) -> tuple[nn.Module, torch.device]:
-    """The model where it is to compute, a copy where it has to move; and that device."""
+def place_model(
+    model: nn.Module, images: ImageSet, device: torch.device | str | None
+) -> tuple[nn.Module, torch.device]:
+    """The model on its device, or a copy on the given one; and that device."""
     model = unwrapped(model)
     here = next((p.device for p in (*model.parameters(), *model.buffers())), None)
     if device is None:
@@ -106,7 +108,7 @@ def on_device(model: nn.Module, images: ImageSet, device: torch.device | str | N
 
 
 def find_ranks(devices: int, device: torch.device) -> Ranks:
-    """This process among those that share the batches. Raises where there are not so many, or not so many devices."""
+    """This process among those that share the batches. Raises ValueError where processes or devices are too few."""
     check_count(devices, "devices")
     ranks = find_members(devices, device)
     if ranks.count == 1:

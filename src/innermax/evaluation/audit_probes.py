@@ -44,7 +44,7 @@ from innermax.utils.copying import copy_model
 Column = npt.NDArray[Any]
 _LARGEST = 100  # survivors in a sample; one in 50 examples where that is more
 _PROBED = 32  # of them where a few are enough
-_OWN = 40  # gradients a survivor, on average, for an attack's own steps and starts; half as many for its trace
+_OWN = 40  # gradients per survivor, on average, for an attack's own steps and starts; half as many for its trace
 _STREAM = 0xA0D17
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Scores a model under attack: who is still right, with what certainty, and how far each search got."""
+"""Scores a model under attack: which examples stay correct, how certain that is, and how far each search got."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,15 +12,24 @@ from torch import Tensor, nn
 
 from innermax.attacks.base import Attack, looks_like_probabilities
 from innermax.data.readers import as_image_set
-from innermax.evaluation.arguments import check_arguments, check_models, find_ranks, name_errors, on_device
+from innermax.evaluation.arguments import check_arguments, check_models, find_ranks, name_errors, place_model
 from innermax.evaluation.audit import Audit
 from innermax.evaluation.audit_probes import Subject, run_audit
 from innermax.evaluation.measure import Measurement, Search, describe_measurement, identify
 from innermax.evaluation.model_checks import misgivings
 from innermax.evaluation.progress import ProgressCallback, show_evaluation
 from innermax.evaluation.result import Evaluation
-from innermax.evaluation.scoring import PROBABLE, Attacked, Bench, Settings, attack_rows, scoring_logits
-from innermax.evaluation.store import ATTACK_KINDS, CLEAN, CLEAN_KINDS, AttackRows, CleanRows, Column, Parts, kept_rows
+from innermax.evaluation.scoring import PROBABLE, AttackedBatch, Bench, Settings, attack_rows, scoring_logits
+from innermax.evaluation.store import (
+    ATTACK_KINDS,
+    CLEAN,
+    CLEAN_KINDS,
+    AttackRows,
+    CleanRows,
+    Column,
+    Parts,
+    note_kept_rows,
+)
 from innermax.models.files import hash_weights
 from innermax.oracle.oracle import Oracle, Precision
 
@@ -43,60 +52,59 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy on clean images, under each attack and under all of them, and how far each attack's search got.
 
-    What an attack returns is projected onto X(x), quantised where told, and scored in float32 by the model itself. An
-    example is known by its position in test_set, so neither its random starts nor, up to rounding, its result depend on
-    batch_size, unless the model itself draws random numbers.
+    What an attack returns is projected onto X(x), quantised if `quantize` is given, and scored in float32 by the model
+    itself. Random starts follow from seed and position in test_set. So the results do not depend on batch_size, except
+    for rounding, unless the model itself draws random numbers.
 
     Args:
         model: any nn.Module with logits, in any mode; left exactly as found.
         test_set: (images, labels) tensors or whatever `as_image_set` takes: uint8 images, or floats in [0, 1].
-        attacks: attacks by name; "clean" and "worst_case" are taken. Without any, clean accuracy alone is measured.
+        attacks: attacks by name; "clean" and "worst_case" are reserved. Without any, only clean accuracy is measured.
         batch_size: ≥ 1.
         seed: any integer; with the example's position it decides all random starts.
-        quantize: 1…16: only images of this many bits a value count; clean images must have no more.
-        precision: what attacks search in, on the compiled model: "float32", "bf16" or "auto". Scores are float32, the
-            model's own.
-        device: where to compute; where the model is unless told. On another device a copy of the model is evaluated.
-        devices: processes that share the batches, each with as many threads as this one; on GPUs one a GPU, the first
-            so many. They start anew, so a script needs its `if __name__ == "__main__"`, and model and attacks must
-            pickle. Where so many are there already, started by torchrun, SLURM or a training, and all make the same
+        quantize: 1…16: adversarial images are rounded to this many bits per value; clean images must have no more.
+        precision: of the attacks' oracle: "float32", "bf16" or "auto". Scores are always the model's own, in float32.
+        device: where to compute; None: where the model is. On another device a copy of the model is evaluated.
+        devices: number of processes that share the batches, each with as many threads as this one; on GPUs one per
+            GPU, from the first. They are spawned, so a script needs its `if __name__ == "__main__"`, and model and
+            attacks must pickle. If torchrun, SLURM or a training has already started that many, and all make the same
             call, these share the batches, and all return the same. The rows are the same, to the bit.
-        rows_dir: folder that keeps each batch's rows as soon as they are there, and rows.parquet, the table of
-            `Evaluation.examples`, in the end. The same call goes on from what the folder holds, to the same table.
+        rows_dir: folder for the rows of each batch, written as soon as they are computed, and at the end for
+            rows.parquet, the table of `Evaluation.examples`. The same call resumes from them, to the same table.
         progress: True shows a display on stderr. A function is called as progress(name, examples done, examples in all)
-            after each batch, "clean" first; now and then, from another thread, where there are several devices.
-        audit: whether stronger searches on a sample of the survivors check the result, for at most a tenth of what
-            AutoAttack costs.
-        surrogates: other models by name, left exactly as found: the audit also shows the model images made on them, for
-            20 of their gradients a survivor of the sample each.
+            after each batch, "clean" first; with several devices now and then, from another thread.
+        audit: whether to check the result with stronger searches on a sample of the survivors, for at most a tenth of
+            what AutoAttack costs.
+        surrogates: other models by name, left exactly as found: the audit also tries images made on them. Each costs 20
+            of its own gradients per sampled survivor.
 
     Raises:
-        ValueError, TypeError: an argument is outside what is said above; labels are not among the model's classes, the
-            model returns NaN, an image lies outside an attack's bounds, a surrogate has other classes, or rows_dir
-            belongs to another evaluation. With rows_dir, notes of any exception say where finished rows are kept.
+        ValueError, TypeError: an argument is none of the above, labels are not among the model's classes, the model
+            returns NaN, an image lies outside an attack's bounds, a surrogate has other classes, or rows_dir belongs to
+            another evaluation. With rows_dir, a note on any exception says where finished rows are kept.
     """
     check_arguments(attacks, batch_size, seed, quantize, precision)
     if surrogates is not None:
         check_models("surrogates", surrogates)
         if not (audit and attacks):
-            raise ValueError("surrogates are what the audit tries: they need audit=True and at least one attack")
+            raise ValueError("surrogates are for the audit: they need audit=True and at least one attack")
     images = as_image_set(test_set)
-    model, device = on_device(model, images, device)
+    model, device = place_model(model, images, device)
     ranks = find_ranks(devices, device)
-    model, device = on_device(model, images, ranks.device)
+    model, device = place_model(model, images, ranks.device)
     kinds = {CLEAN: CLEAN_KINDS} | dict.fromkeys(attacks, ATTACK_KINDS)
     parts = Parts(kinds, len(images), batch_size, None if rows_dir is None else Path(rows_dir))
     with show_evaluation(ranks.first and progress, attacks, audit) as tell:
         bench = Bench(images, device, batch_size, seed, quantize, tell)
         build = partial(_Scorer.build, attacks=attacks, precision=precision)
         measurement = Measurement(bench, {"model": model}, build, attacks, parts, ranks, devices)
-        with bench.isolated(model), ranks.explain_lost_connection(), ranks.mute_others():
+        with bench.isolate(model), ranks.explain_lost_connection(), ranks.mute_others():
             return _evaluate(measurement, model, precision, audit, surrogates or {})
 
 
 @dataclass(frozen=True, eq=False)
 class _Scorer:
-    """Keeps the rows of one model: `exact` is its oracle as it is, which decides, `fast` what searches ask."""
+    """Scores one model: attacks search with the oracle `fast`, and the verdicts are those of `exact`."""
 
     exact: Oracle
     fast: Oracle
@@ -117,7 +125,7 @@ class _Scorer:
     def searches(self) -> list[Search]:
         return [Search(name, name, attack, self.fast, self._attack_rows) for name, attack in self.attacks.items()]
 
-    def _attack_rows(self, batch: Attacked) -> dict[str, Column]:
+    def _attack_rows(self, batch: AttackedBatch) -> dict[str, Column]:
         logits = scoring_logits(self.exact, batch.image, batch.label)
         return vars(attack_rows(batch.result, logits, batch.label))
 
@@ -125,25 +133,25 @@ class _Scorer:
 def _evaluate(
     measurement: Measurement, model: nn.Module, precision: Precision, audit: bool, surrogates: Mapping[str, nn.Module]
 ) -> Evaluation:
-    """Takes the measurement, and audits what it found."""
+    """Takes the measurement and audits the result."""
     bench, attacks, parts = measurement.bench, measurement.attacks, measurement.parts
     scorer = _Scorer.build(bench, measurement.models, attacks, precision)
-    others = _surrogate_oracles(bench, scorer.exact, surrogates)
+    others = _build_surrogates(bench, scorer.exact, surrogates)
     settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.fast.plan))
-    measurement.open_folder(partial(_configuration, bench, model, attacks, settings))
-    with kept_rows(parts.folder), warnings.catch_warnings():
+    measurement.open_folder(partial(_identify_evaluation, bench, model, attacks, settings))
+    with note_kept_rows(parts.folder), warnings.catch_warnings():
         measurement.score_clean(scorer)
         for sentence in misgivings(model, scorer.exact, bench.images, bench.device, bench.batch_size):
             warnings.warn(sentence, stacklevel=3)
-        if parts.whole(CLEAN).columns["probable"].all():
+        if parts.join(CLEAN).columns["probable"].all():
             warnings.warn(f"{PROBABLE}; attacks and gauges need logits (leave the softmax out)", stacklevel=3)
             warnings.filterwarnings("ignore", message=PROBABLE)  # each attack would say so on each batch
         measurement.attack(scorer)
-        found = {name: parts.whole(name) for name in attacks}
+        found = {name: parts.join(name) for name in attacks}
         evaluation = Evaluation(
             settings=settings,
             label=bench.images.labels.cpu().numpy().copy(),
-            clean_prediction=parts.whole(CLEAN).columns["prediction"],
+            clean_prediction=parts.join(CLEAN).columns["prediction"],
             rows={name: AttackRows(**part.columns) for name, part in found.items()},
             seconds={name: part.seconds for name, part in found.items()},
             weights=hash_weights(model.state_dict()),
@@ -154,21 +162,23 @@ def _evaluate(
     return evaluation
 
 
-def _surrogate_oracles(bench: Bench, exact: Oracle, surrogates: Mapping[str, nn.Module]) -> dict[str, Oracle]:
-    """The compiled oracles of models that take the same images and have the same classes. ValueError for others."""
+def _build_surrogates(bench: Bench, exact: Oracle, surrogates: Mapping[str, nn.Module]) -> dict[str, Oracle]:
+    """The surrogates' compiled oracles. Raises ValueError unless they take the images and have the model's classes."""
     found = {}
     for name, model in surrogates.items():
         with name_errors("surrogate", name):
-            own, _ = on_device(model, bench.images, bench.device)
+            own, _ = place_model(model, bench.images, bench.device)
             found[name] = bench.attack_oracle(own, "float32")
             theirs, ours = (oracle.logits(bench.example()).shape[1] for oracle in (found[name], exact))
             if theirs != ours:
-                raise ValueError(f"it has {theirs} classes, the model {ours}")
+                raise ValueError(f"it must have the model's {ours} classes, got {theirs}")
     return found
 
 
-def _configuration(bench: Bench, model: nn.Module, attacks: Mapping[str, Attack], settings: Settings) -> dict[str, Any]:
-    """What identifies an evaluation, as plain YAML: the rows of a folder are one configuration's alone."""
+def _identify_evaluation(
+    bench: Bench, model: nn.Module, attacks: Mapping[str, Attack], settings: Settings
+) -> dict[str, Any]:
+    """What identifies an evaluation, as plain YAML: a folder holds the rows of one configuration only."""
     return identify(bench, {"model": model})["model"] | describe_measurement(bench, attacks, settings)
 
 
@@ -190,7 +200,7 @@ def _audit(
         rows=evaluation.rows,
         survived=evaluation.correct("worst_case"),
         surrogates=surrogates,
-        admit=partial(bench.admitted, "audit"),
+        admit=partial(bench.admit, "audit"),
         seed=bench.seed,
         batch_size=bench.batch_size,
         device=bench.device,

@@ -1,6 +1,6 @@
 """The course of an evaluation or a transfer: clean images, then one search after another, batch by batch.
 
-The batches are shared by several processes where that is asked for, and kept in a folder where one is given.
+Several processes can share the batches, and a folder can keep them.
 """
 
 import time
@@ -19,7 +19,7 @@ from innermax.attacks.base import Attack
 from innermax.distributed.process_group import Ranks
 from innermax.distributed.spawn import run_processes
 from innermax.evaluation.arguments import check_images
-from innermax.evaluation.scoring import PROBABLE, Attacked, Bench, Settings
+from innermax.evaluation.scoring import PROBABLE, AttackedBatch, Bench, Settings
 from innermax.evaluation.store import CLEAN, Column, Part, Parts, open_rows, write_table
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle
@@ -34,27 +34,27 @@ class Search:
     """One attack on one model.
 
     Attributes:
-        title: of its parts and of its progress.
-        name: the attack's.
+        title: names its parts and its progress.
+        name: the attack's name.
         oracle: what it searches with.
-        rows: what is kept of a batch after the attack, by column.
-        explain: opens a context whose errors say which model they are about.
+        rows: computes the columns to keep of an attacked batch.
+        explain: a context manager that names the model in errors.
     """
 
     title: str
     name: str
     attack: Attack
     oracle: Oracle
-    rows: Callable[[Attacked], Mapping[str, Column]]
+    rows: Callable[[AttackedBatch], Mapping[str, Column]]
     explain: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What of each batch is kept, by models on this process's device."""
+    """Turns batches into the columns that are kept, with models on this process's device."""
 
     def clean_rows(self, x: Tensor, y: Tensor) -> Mapping[str, Column]:
-        """What is kept of clean images, by column."""
+        """The columns to keep of clean images."""
 
     def searches(self) -> Sequence[Search]:
         """The searches, in order."""
@@ -65,16 +65,16 @@ BuildScorer = Callable[[Bench, Mapping[str, nn.Module]], Any]  # a Scorer of the
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What is measured, where, and by whom.
+    """What is measured, and where.
 
     Attributes:
         bench: the examples, in batches.
         models: by name, on the bench's device.
-        build: makes the scorer of these models; it pickles where processes are started.
-        attacks: all that images are attacked with.
-        parts: what is measured, as far as it is there.
-        ranks: the processes that are there.
-        devices: how many processes share the batches.
+        build: makes the scorer of these models; must pickle where processes are spawned.
+        attacks: all attacks, by name.
+        parts: the results so far.
+        ranks: the processes that make this call.
+        devices: how many processes share the batches; they are spawned unless they make this call.
     """
 
     bench: Bench
@@ -86,7 +86,7 @@ class Measurement:
     devices: int
 
     def open_folder(self, configuration: Callable[[], Mapping[str, Any]]) -> None:
-        """Makes or finds the folder of the parts, and reads those that it holds."""
+        """Makes or finds the folder of the parts, and reads the parts in it."""
         folder = self.parts.folder
         if folder is None:
             return
@@ -102,12 +102,9 @@ class Measurement:
             self.ranks.run_first(lambda: write_table(folder, columns()))
 
     def score_clean(self, scorer: Scorer) -> None:
-        """Adds the clean images' missing parts.
-
-        Labels, bounds and grid are known to fit before the first long search.
-        """
+        """Adds the clean images' missing parts; checks labels, bounds and bits before the first long search."""
         with _exchange(self.parts, self.ranks):
-            mine = self.parts.missing(CLEAN)[self.ranks.rank :: self.ranks.count]
+            mine = self.parts.find_missing(CLEAN)[self.ranks.rank :: self.ranks.count]
             for index, x, y in self.bench.batches(CLEAN, mine):
                 check_images(x, self.attacks, self.bench.quantize)
                 began = time.perf_counter()
@@ -119,11 +116,11 @@ class Measurement:
         if self.devices == self.ranks.count:
             with _exchange(self.parts, self.ranks):
                 _attack_share(self.bench, self.parts, scorer.searches(), self.ranks.rank, self.ranks.count)
-        elif any(self.parts.missing(name) for name in self.parts.kinds):
-            self._attack_elsewhere()
+        elif any(self.parts.find_missing(name) for name in self.parts.kinds):
+            self._attack_in_processes()
 
-    def _attack_elsewhere(self) -> None:
-        """Adds the missing parts, computed by processes that are started for it and meet in a folder."""
+    def _attack_in_processes(self) -> None:
+        """Adds the missing parts: spawns processes, which write them into a folder."""
         parts, told = self.parts, {name: 0 for name in self.parts.kinds if name != CLEAN}
         with TemporaryDirectory(prefix="innermax-") if parts.folder is None else nullcontext(parts.folder) as place:
             folder, tell = Path(place), self.bench.progress
@@ -136,16 +133,16 @@ class Measurement:
                         tell(name, done, len(self.bench.images))
 
             bench = replace(self.bench, progress=None, images=self.bench.images.to("cpu"))
-            models = self.models if bench.device.type == "cpu" else _on_processor(self.models)
+            models = self.models if bench.device.type == "cpu" else _copy_to_cpu(self.models)
             task = _Task(bench, models, self.build, replace(parts, folder=folder))
             run_processes(_run_share, task, self.devices, bench.device.type, watch)
             task.parts.read()  # into the same memory
 
 
 def identify(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """What identifies each model, as plain YAML: kind, weights, and the answers to the first examples.
+    """What identifies each model, as plain YAML: class, weights, and its answers to the first examples.
 
-    A model's code may change while its weights do not.
+    The answers are there because a model's code can change without its weights.
     """
     _, x, y = next(bench.batches(CLEAN))
     found = {}
@@ -162,7 +159,7 @@ def identify(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, dict[st
 
 
 def describe_measurement(bench: Bench, attacks: Mapping[str, Attack], settings: Settings) -> dict[str, Any]:
-    """What of a measurement is no model's, as plain YAML."""
+    """What identifies a measurement besides its models, as plain YAML."""
     tensors = {"images": bench.images.images, "labels": bench.images.labels}
     return {
         "test_set": hash_tensors(tensors.items()),
@@ -175,14 +172,14 @@ def describe_measurement(bench: Bench, attacks: Mapping[str, Attack], settings: 
 
 @contextmanager
 def _exchange(parts: Parts, ranks: Ranks) -> Iterator[None]:
-    """Context manager: inside, each process adds its share of the parts; afterwards all have them all."""
+    """Context manager in which each process adds its share of the parts; at its end all have all of them."""
     before = {name: set(held) for name, held in parts.held.items()}
     with ranks.raise_together(ValueError, TypeError, ArithmeticError, OSError):
         yield
     if ranks.count == 1:
         return
     own = {name: [start for start in held if start not in before[name]] for name, held in parts.held.items()}
-    for told in ranks.gather({name: [(start, parts.part(name, start)) for start in own[name]] for name in own}):
+    for told in ranks.gather({name: [(start, parts.get(name, start)) for start in own[name]] for name in own}):
         for name, found in told.items():
             for start, part in found:
                 parts.keep(name, start, part)
@@ -191,15 +188,15 @@ def _exchange(parts: Parts, ranks: Ranks) -> Iterator[None]:
 def _attack_share(bench: Bench, parts: Parts, searches: Sequence[Search], rank: int, processes: int) -> None:
     """Adds one process's share of the searches' missing parts."""
     for search in searches:
-        mine = parts.missing(search.title)[rank::processes]
+        mine = parts.find_missing(search.title)[rank::processes]
         with search.explain():
-            for batch in bench.attacked(search.title, search.name, search.attack, search.oracle, mine):
+            for batch in bench.attack_batches(search.title, search.name, search.attack, search.oracle, mine):
                 parts.add(search.title, batch.start, Part(search.rows(batch), batch.seconds))
 
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """What a started process needs for its share."""
+    """What a spawned process needs for its share."""
 
     bench: Bench
     models: Mapping[str, nn.Module]
@@ -208,15 +205,15 @@ class _Task:
 
 
 def _run_share(task: _Task, rank: int, processes: int, device: torch.device) -> None:
-    """What a started process does."""
+    """What a spawned process does."""
     bench = replace(task.bench, device=device)
     models = {name: model.to(device) for name, model in task.models.items()}
-    with bench.isolated(*models.values()), warnings.catch_warnings():
+    with bench.isolate(*models.values()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=PROBABLE)
         _attack_share(bench, task.parts, task.build(bench, models).searches(), rank, processes)
 
 
-def _on_processor(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Copies of the models on the processor; one that has two names stays one."""
+def _copy_to_cpu(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Copies of the models on the CPU; a model with two names is copied once."""
     moved = {model: copy_model(model).cpu() for model in models.values()}
     return {name: moved[model] for name, model in models.items()}

@@ -20,7 +20,7 @@ _REMEMBERED = 0.01  # of its start in a BatchNorm's running statistics, below wh
 _UNNORMALISED = "the model is right on"  # how the sentence about a missing normalisation begins
 _CHANCE = 1e-6  # that a class the model has is missing from the images by accident
 
-Statistics = tuple[list[float], list[float]]  # mean and std, one number a channel or one for all
+Statistics = tuple[list[float], list[float]]  # mean and std, one number per channel or one for all
 Batches = Iterator[tuple[Tensor, Tensor]]  # images and labels
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation found: accuracies with intervals, convergence, a table of examples."""
+"""The result of an evaluation: accuracies with intervals, convergence, a table of examples."""
 
 import json
 import math
@@ -12,9 +12,7 @@ import numpy as np
 from torch import nn
 
 from innermax.evaluation.audit import Audit
-from innermax.evaluation.scoring import (
-    Settings,
-)
+from innermax.evaluation.scoring import Settings
 from innermax.evaluation.store import CLEAN, AttackRows, Column, check_column
 from innermax.models.files import hash_weights
 from innermax.models.wrappers import unwrapped
@@ -29,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """How far the searches of some examples got: quantiles of FOSC, and the share of zero gradients.
+    """How far the searches for some examples got: quantiles of FOSC, and the share of zero gradients.
 
-    Quantiles are over the examples whose gradient is not zero: FOSC is 0 where there is nothing to follow, which is not
-    convergence. NaN where there are none, or where the attack does not gauge itself.
+    Quantiles leave out examples whose gradient is zero: their FOSC is 0, but nothing has converged. NaN where no
+    example is left, or where the attack does not measure its convergence.
     """
 
     fosc_median: float
@@ -44,13 +42,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Convergence:
-    """How far an attack got on all examples, in the terms of `Summary`, and what it cost.
+    """How far an attack got on all examples, as in `Summary`, and what it cost.
 
     Attributes:
-        survivors: the summary of those that are classified correctly under this attack.
-        gradients: gradients an example, on average.
-        forwards: forward passes without a gradient an example, on average.
-        overturned: examples the attack reported as fallen that are correct once projected, quantised and scored.
+        survivors: the summary of the examples that are still correct under this attack.
+        gradients: gradients per example, on average.
+        forwards: forward passes without a gradient per example, on average.
+        overturned: examples reported by the attack as misclassified, but correct once projected, quantised and scored.
         seconds: time spent in the attack.
     """
 
@@ -71,9 +69,9 @@ class Evaluation:
     """A model's answers to a test set, clean and under each attack; everything else is computed from these rows.
 
     Attributes:
-        audit: whether they can be believed; None where it was not asked for, or nothing was attacked.
-        weights: the fingerprint of the weights that were measured (`innermax.models.files.hash_weights`); None where it
-            is not known, as of evaluations that version 0.1 wrote.
+        audit: whether the result can be believed; None where it was not asked for, or nothing was attacked.
+        weights: fingerprint of the weights that were measured (`innermax.models.files.hash_weights`); None where it is
+            not recorded.
     """
 
     settings: Settings
@@ -86,23 +84,24 @@ class Evaluation:
 
     @cached_property
     def accuracy(self) -> dict[str, Accuracy]:
-        """The accuracy on "clean", then under each attack in order, whatever the clean image gave."""
-        return {name: self._accuracy(name) for name in ("clean", *self.rows)}
+        """The accuracy on "clean", then under each attack in order; each counts all examples."""
+        return {name: self._count_correct(name) for name in ("clean", *self.rows)}
 
     @cached_property
     def worst_case(self) -> Accuracy:
         """The share of examples that are correct on the clean image and under every attack."""
-        return self._accuracy("worst_case")
+        return self._count_correct("worst_case")
 
     @cached_property
     def convergence(self) -> dict[str, Convergence]:
         """How far each attack got."""
-        return {name: _convergence(rows, self.seconds[name]) for name, rows in self.rows.items()}
+        return {name: _measure_convergence(rows, self.seconds[name]) for name, rows in self.rows.items()}
 
     @cached_property
     def examples(self) -> "pandas.DataFrame":
-        """One row an example: index, label, clean_prediction, clean_correct, seed, and of each attack <attack>_success,
-        which is the opposite of <attack>_correct, and <attack>_<column of AttackRows>.
+        """One row per example: index, label, clean_prediction, clean_correct, seed, and for each attack its columns.
+
+        They are <attack>_success, the opposite of <attack>_correct, and <attack>_<column of AttackRows>.
         """
         import pandas
 
@@ -124,7 +123,10 @@ class Evaluation:
         return table
 
     def correct(self, name: str) -> Column:
-        """(N,) bool, who is right on "clean", under an attack, or in the "worst_case". ValueError for other names."""
+        """(N,) bool: which examples are correct on "clean", under an attack, or in the "worst_case".
+
+        Raises ValueError for other names.
+        """
         clean: Column = self.clean_prediction == self.label
         if name == "clean":
             return clean
@@ -135,7 +137,7 @@ class Evaluation:
         return self.rows[name].correct
 
     def is_of(self, model: nn.Module) -> bool | None:
-        """Whether it measured a model that has these weights; None where it does not say."""
+        """Whether it measured a model with these weights; None where the weights are not recorded."""
         return None if self.weights is None else self.weights == hash_weights(unwrapped(model).state_dict())
 
     def difference(self, other: "Evaluation", name: str) -> Interval:
@@ -152,7 +154,7 @@ class Evaluation:
         return paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine))
 
     def summary(self) -> dict[str, Any]:
-        """What it found as plain values, but for the examples; NaN and infinities are None."""
+        """The result as plain values, without the examples; None for NaN and infinity."""
         document = {
             "settings": asdict(self.settings),
             "weights": self.weights,
@@ -161,10 +163,10 @@ class Evaluation:
             "convergence": {name: asdict(value) for name, value in self.convergence.items()},
             "audit": None if self.audit is None else self.audit.to_dict(),
         }
-        return cast(dict[str, Any], _without_nan(document))
+        return cast(dict[str, Any], _replace_nan(document))
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The evaluation as JSON, written to path where told; NaN and infinities become null."""
+        """The evaluation as JSON, written to path if one is given; null for NaN and infinity."""
         examples = {
             "label": self.label.tolist(),
             "clean_prediction": self.clean_prediction.tolist(),
@@ -172,7 +174,7 @@ class Evaluation:
                 name: {key: column.tolist() for key, column in vars(rows).items()} for name, rows in self.rows.items()
             },
         }
-        document = self.summary() | {"examples": _without_nan(examples)}
+        document = self.summary() | {"examples": _replace_nan(examples)}
         text = json.dumps(document, allow_nan=False, ensure_ascii=False)
         if path is not None:
             write_bytes(Path(path), f"{text}\n".encode())
@@ -180,7 +182,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str) -> "Evaluation":
-        """What `to_json` wrote. Raises ValueError where the text is something else."""
+        """The evaluation in a text that `to_json` wrote. Raises ValueError for any other text."""
         try:
             document = parse_json(text)
             examples, attacks = document["examples"], document["examples"]["attacks"]
@@ -189,10 +191,10 @@ class Evaluation:
                 raise ValueError(f"no attack is called {CLEAN} or worst_case")
             return cls(
                 settings=settings,
-                label=_column(examples["label"], "label", settings.count),
-                clean_prediction=_column(examples["clean_prediction"], "prediction", settings.count),
+                label=_read_column(examples["label"], "label", settings.count),
+                clean_prediction=_read_column(examples["clean_prediction"], "prediction", settings.count),
                 rows={
-                    name: AttackRows(**{key: _column(values, key, settings.count) for key, values in rows.items()})
+                    name: AttackRows(**{key: _read_column(values, key, settings.count) for key, values in rows.items()})
                     for name, rows in attacks.items()
                 },
                 seconds={name: convert(float, document["convergence"][name]["seconds"], "seconds") for name in attacks},
@@ -203,15 +205,15 @@ class Evaluation:
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ValueError(f"text must be an evaluation's JSON: {told}") from error
 
-    def _accuracy(self, name: str) -> Accuracy:
+    def _count_correct(self, name: str) -> Accuracy:
         correct = self.correct(name)
         return accuracy(int(correct.sum()), len(correct))
 
 
-def _convergence(rows: AttackRows, seconds: float) -> Convergence:
+def _measure_convergence(rows: AttackRows, seconds: float) -> Convergence:
     return Convergence(
-        **vars(_summary(rows, np.ones_like(rows.correct))),
-        survivors=_summary(rows, rows.correct),
+        **vars(_summarize(rows, np.ones_like(rows.correct))),
+        survivors=_summarize(rows, rows.correct),
         gradients=float(rows.gradient_calls.mean()),
         forwards=float(rows.forward_calls.mean()),
         overturned=int(rows.overturned.sum()),
@@ -219,19 +221,19 @@ def _convergence(rows: AttackRows, seconds: float) -> Convergence:
     )
 
 
-def _summary(rows: AttackRows, chosen: Column) -> Summary:
+def _summarize(rows: AttackRows, chosen: Column) -> Summary:
     """The summary of the chosen examples."""
     zero = rows.zero_gradient[chosen]
-    moving = chosen & (rows.zero_gradient != 1)  # NaN, not told, is no zero
+    moving = chosen & (rows.zero_gradient != 1)  # NaN, where it is not reported, is no zero
     return Summary(
-        *_quantiles(rows.fosc[moving]),
-        *_quantiles(rows.relative_fosc[moving]),
+        *_compute_quantiles(rows.fosc[moving]),
+        *_compute_quantiles(rows.relative_fosc[moving]),
         zero_gradient=float(zero.mean()) if len(zero) else math.nan,
     )
 
 
-def _quantiles(values: Column) -> tuple[float, float]:
-    """Median and 90th percentile of what is known."""
+def _compute_quantiles(values: Column) -> tuple[float, float]:
+    """Median and 90th percentile of the values that are not NaN."""
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return math.nan, math.nan
@@ -239,17 +241,17 @@ def _quantiles(values: Column) -> tuple[float, float]:
     return float(median), float(ninth)
 
 
-def _column(values: Sequence[Any], name: str, count: int) -> Column:
-    """A column of JSON; null is NaN. Raises ValueError where it is not what such a column holds."""
+def _read_column(values: Sequence[Any], name: str, count: int) -> Column:
+    """A column from JSON, where null is NaN. Raises ValueError where it does not fit its name."""
     column = np.array([math.nan if value is None else value for value in values])
     check_column(column, name, count)
     return column
 
 
-def _without_nan(value: Any) -> Any:
-    """The same document with null for every number that JSON does not have."""
+def _replace_nan(value: Any) -> Any:
+    """The same document with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
+        return {key: _replace_nan(part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_without_nan(part) for part in value]
+        return [_replace_nan(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

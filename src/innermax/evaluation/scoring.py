@@ -1,7 +1,7 @@
-"""What of an evaluation does not depend on who is evaluated: examples in batches, and which images count.
+"""What every evaluation shares, whatever models it measures: examples in batches, and which images count.
 
-Attacks are asked for images and for what their search cost, never for verdicts: what they return is put back into X(x)
-and scored by the model itself.
+An attack reports images and the cost of its search. Its verdicts do not count: its images are projected onto X(x) and
+scored by the model itself.
 """
 
 import math
@@ -32,7 +32,7 @@ PROBABLE = "the model seems to return probabilities"
 
 @dataclass(frozen=True)
 class Settings:
-    """What was evaluated, and how; `attack_network` is the oracle's plan."""
+    """What was evaluated and how; `attack_network` is the oracle's plan."""
 
     count: int
     seed: int
@@ -45,13 +45,13 @@ class Settings:
     device: str
 
 
-def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -> Float[Tensor, "b ..."]:
-    """Near each point of X(x), an image whose values are multiples of 1/(2^bits − 1), in X(x) too; x must be such one.
+def round_to_grid(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -> Float[Tensor, "b ..."]:
+    """The points of X(x) rounded to multiples of 1/(2^bits − 1), the grid, within X(x); x must lie on the grid.
 
-    Each value goes to its nearest level, unless that would leave X(x): then to the next level towards x. Rounding all
-    towards x would always stay in X(x) but weaken every attack by up to a level; the nearest level can leave it, since
-    ε need not be on the grid and the roundings of many values add up in L2 and L1. There the values closest to their
-    next level outwards go first, as many as the ball holds.
+    Each value goes to its nearest level, or, if that would leave X(x), to the next level towards x. Rounding everything
+    towards x would always stay in X(x), but weaken every attack by up to a level. Rounding to the nearest can leave
+    X(x): ε need not be on the grid, and in L2 and L1 the roundings of many values add up. There the values closest to
+    their outer level are rounded outwards first, as many as the ball allows.
     """
     levels = 2**bits - 1
     clean = (feasible.x.flatten(1).double() * levels).round()
@@ -61,22 +61,22 @@ def quantized(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: int) -
     room = (outwards <= (feasible.ceiling + TOLERANCE) * levels) & (outwards >= (feasible.floor - TOLERANCE) * levels)
     share = torch.where(room, (u - inwards).abs(), 0.0)
 
-    def rounded(threshold: Tensor) -> Tensor:
+    def round_above(threshold: Tensor) -> Tensor:
         grid: Tensor = (clean + torch.where(share >= threshold[:, None], outwards, inwards)) / levels
         return grid.to(point.dtype).reshape(point.shape)
 
     low = torch.full_like(share[:, 0], 0.5)
-    high = torch.where(feasible.contains(rounded(low), TOLERANCE), low, 1.0)  # shares are below 1: all towards x
+    high = torch.where(feasible.contains(round_above(low), TOLERANCE), low, 1.0)  # shares are below 1: all towards x
     for _ in range(10 if bool((high > low).any()) else 0):
         middle = (low + high) / 2
-        inside = feasible.contains(rounded(middle), TOLERANCE)
+        inside = feasible.contains(round_above(middle), TOLERANCE)
         low, high = torch.where(inside, low, middle), torch.where(inside, middle, high)
-    return rounded(high)
+    return round_above(high)
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """A batch after an attack: the (B, *features) image to score, its labels, the attack's report and its seconds.
+class AttackedBatch:
+    """A batch after an attack: the images (B, *features) to score, their labels, the attack's report and its seconds.
 
     start: the number of its first example.
     """
@@ -90,7 +90,7 @@ class Attacked:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """The examples in batches, and what of an evaluation does not depend on who is evaluated."""
+    """A test bench: the examples in batches, and how attacks and scores treat them, whatever the model."""
 
     images: ImageSet
     device: torch.device
@@ -100,15 +100,15 @@ class Bench:
     progress: ProgressCallback | None
 
     @contextmanager
-    def isolated(self, *models: nn.Module) -> Iterator[None]:
-        """Context manager: a caller's autocast or inference mode changes nothing; models draw from the seed."""
+    def isolate(self, *models: nn.Module) -> Iterator[None]:
+        """Context manager that shuts out a caller's autocast and inference mode; models draw from the seed."""
         autocast = torch.autocast(self.device.type, enabled=False)
         private = private_randomness(self.seed, cuda_devices(*models))
         with torch.inference_mode(False), torch.no_grad(), autocast, private:
             yield
 
     def example(self) -> Float[Tensor, "b ..."]:
-        """The first few images."""
+        """The first images, 32 at most."""
         index = torch.arange(min(32, len(self.images)), device=self.device)
         return self.images[:32].to(self.device).batch(index)[0]
 
@@ -121,23 +121,23 @@ class Bench:
     def batches(self, title: str, only: Container[int] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Index, images and labels of each batch, on the device.
 
-        title: of the progress; only: the first examples of the batches that are wanted.
+        title: names the progress. only: batches to yield, by the number of their first example; None: all.
         """
         for start in range(0, len(self.images), self.batch_size):
             stop = min(start + self.batch_size, len(self.images))
             if only is None or start in only:
                 index = torch.arange(start, stop)
                 x, y = self.images.batch(index.to(self.images.images.device))
-                # For models that draw; the caller's random state is put aside.
+                # For models that draw random numbers; the caller's random state was set aside.
                 seed_randomness(derive_seed(self.seed, start))
                 yield index.to(self.device), x.to(self.device), y.to(self.device)
             if self.progress is not None:
                 self.progress(title, stop, len(self.images))
 
-    def attacked(
+    def attack_batches(
         self, title: str, name: str, attack: Attack, oracle: Oracle, only: Container[int] | None = None
-    ) -> Iterator[Attacked]:
-        """Each batch after an attack of this name; title: of the progress; only: as for `batches`."""
+    ) -> Iterator[AttackedBatch]:
+        """Each batch after the attack of this name. title, only: as for `batches`."""
         for index, x, y in self.batches(title, only):
             feasible = attack.threat.around(x)
             began = time.perf_counter()
@@ -146,10 +146,10 @@ class Bench:
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             seconds = time.perf_counter() - began
-            yield Attacked(self.admitted(name, result, feasible), y, result, seconds, int(index[0]))
+            yield AttackedBatch(self.admit(name, result, feasible), y, result, seconds, int(index[0]))
 
     def settings(self, attacks: Mapping[str, Attack], precision: Precision, attack_network: str) -> Settings:
-        """What is evaluated, and how."""
+        """What is evaluated and how."""
         return Settings(
             count=len(self.images),
             seed=self.seed,
@@ -162,8 +162,8 @@ class Bench:
             device=str(self.device),
         )
 
-    def admitted(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
-        """The image to score: what the attack returned, if need be moved into X(x), then onto the grid."""
+    def admit(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
+        """The images to score: what the attack returned, projected onto X(x) where it lies outside, then quantised."""
         x, x_adv = feasible.x, result.x_adv
         if x_adv.shape != x.shape or not bool(torch.isfinite(x_adv).all()):
             wrong = f"shape {tuple(x_adv.shape)}" if x_adv.shape != x.shape else "NaN or infinite values"
@@ -172,14 +172,14 @@ class Bench:
         # Points of X(x) stay as they are, bit for bit: a rounding can turn the verdict on one that just fell.
         inside = feasible.contains(x_adv, TOLERANCE).reshape(-1, *[1] * (x.ndim - 1))
         x_adv = torch.where(inside, x_adv, feasible.project(x_adv))
-        x_adv = x_adv if self.quantize is None else quantized(x_adv, feasible, self.quantize)
+        x_adv = x_adv if self.quantize is None else round_to_grid(x_adv, feasible, self.quantize)
         if not bool(feasible.contains(x_adv, 10 * TOLERANCE).all()):
             raise RuntimeError(f"attack {name!r}: {feasible.threat!r} projects points that it does not contain")
         return x_adv
 
 
 def scoring_logits(exact: Oracle, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"]) -> Float[Tensor, "b classes"]:
-    """The logits that decide. Raises ValueError where they are NaN or lack a class for a label."""
+    """The logits that decide a verdict. Raises ValueError where one is NaN, or a label exceeds the classes."""
     logits = exact.logits(x)
     bad = int(torch.isnan(logits).any(1).sum())
     if bad:

@@ -1,4 +1,4 @@
-"""Rows of examples as they come: a part a chunk and attack, kept in a folder that an evaluation goes on from."""
+"""The rows of an evaluation in parts, one per batch and attack, which a folder can keep to resume from."""
 
 import re
 import warnings
@@ -19,18 +19,18 @@ Column = npt.NDArray[Any]
 CLEAN = "clean"
 _CONFIGURATION = "config.yaml"
 _TABLE = "rows.parquet"
-_NUMBERS = "biuf"  # numpy's letters for what a column may hold, unless it is one of these
+_NUMBERS = "biuf"  # NumPy's letters for the types a column may have, unless _KINDS names it
 _KINDS = {"correct": "b", "probable": "b", "prediction": "iu", "label": "iu", "index": "iu"}
-_LONGEST = 150  # characters that a message says of one setting
+_LONGEST = 150  # characters of one setting in a message
 
 
 @dataclass(frozen=True, eq=False)
 class AttackRows:
-    """One attack's examples, (N,) each.
+    """What is known of each example after one attack, (N,) each.
 
-    `correct`, `prediction` and `loss`, the cross-entropy, are the scored image's; the others are as the attack gave
-    them, at its own last iterate: before quantisation, in the attack's precision. NaN where an attack does not gauge
-    itself.
+    `correct`, `prediction` and `loss`, the cross-entropy, are those of the scored image. The others are as the attack
+    reports them at its last iterate: before quantisation, in the attack's precision. NaN where it does not measure its
+    own convergence.
     """
 
     correct: Column
@@ -47,13 +47,13 @@ class AttackRows:
 
 @dataclass(frozen=True, eq=False)
 class CleanRows:
-    """The clean images' examples, (N,) each; `probable`: whether the answer looks like probabilities."""
+    """What is known of each clean example, (N,) each; `probable`: whether the answer looks like probabilities."""
 
     prediction: Column
     probable: Column
 
 
-# The columns of a part, by name, each with NumPy's letters for what it may hold.
+# The columns of a part by name, each with NumPy's letters for the types it may have.
 Kinds = Mapping[str, str]
 CLEAN_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(CleanRows)}
 ATTACK_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(AttackRows)}
@@ -61,7 +61,7 @@ ATTACK_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Columns of some examples by name, and the seconds they took."""
+    """Columns of one batch by name, and the seconds they took."""
 
     columns: Mapping[str, Column]
     seconds: float
@@ -69,16 +69,16 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The parts of "clean" and of each search, by the number of their first example; in memory, and in a folder if any.
+    """The parts of "clean" and of each search, by their first example's number; in memory, and in a folder if any.
 
     Attributes:
         kinds: the columns of "clean" and of each search, such as an attack.
         count: examples in all.
-        size: examples a part, fewer in the last.
-        folder: where each part is written as a file of its own, whole or not at all.
+        size: examples per part; the last may have fewer.
+        folder: where each part is written to a file of its own, whole or not at all.
         held: the seconds of each part that is there.
-        columns: the values of the parts, (count,) each. Arrays of each part's own, kept between those that come and go
-            in a search, would leave memory in pieces that the next batch does not fit into.
+        columns: the values of all parts, (count,) each. Arrays for each part, kept among the short-lived ones of a
+            search, would fragment memory until the next batch does not fit.
     """
 
     kinds: Mapping[str, Kinds]
@@ -98,53 +98,55 @@ class Parts:
         """The first example of each part."""
         return range(0, self.count, self.size)
 
-    def missing(self, name: str) -> list[int]:
+    def find_missing(self, name: str) -> list[int]:
         """The parts that are still to be computed."""
         return [start for start in self.starts if start not in self.held[name]]
 
     def add(self, name: str, start: int, part: Part) -> None:
-        """Keeps a part; once this returns, it survives the process where there is a folder."""
+        """Adds a part; with a folder, it is on disk when this returns."""
         if self.folder is not None:
             path = self._path(self.folder, name, start)
             path.parent.mkdir(parents=True, exist_ok=True)
             index = np.arange(start, start + self._length(start))
-            write_bytes(path, _parquet({"index": index, **part.columns}, {"attack": name, "seconds": part.seconds}))
+            write_bytes(
+                path, _encode_parquet({"index": index, **part.columns}, {"attack": name, "seconds": part.seconds})
+            )
         self.keep(name, start, part)
 
     def read(self) -> None:
-        """Takes over what the folder holds; a damaged file is named in a warning, and its part is missing."""
+        """Reads the parts in the folder; warns of a damaged file, whose part then counts as missing."""
         if self.folder is None:
             return
         for name in self.kinds:
-            for start in self.missing(name):
+            for start in self.find_missing(name):
                 path = self._path(self.folder, name, start)
                 if not path.exists():
                     continue
                 try:
-                    self.keep(name, start, self._read(path.read_bytes(), name, start))
+                    self.keep(name, start, self._decode(path.read_bytes(), name, start))
                 except ValueError as error:
                     warnings.warn(f"{path} is damaged ({error}): its rows are computed again", stacklevel=4)
 
     def count_written(self, folder: Path, name: str) -> int:
-        """How many examples the folder has files of."""
+        """The number of examples whose parts are in a folder."""
         return sum(self._length(start) for start in self.starts if self._path(folder, name, start).exists())
 
-    def whole(self, name: str) -> Part:
+    def join(self, name: str) -> Part:
         """All parts as one, once none is missing."""
         return Part(self.columns[name], sum(self.held[name][start] for start in self.starts))
 
-    def part(self, name: str, start: int) -> Part:
+    def get(self, name: str, start: int) -> Part:
         """A part that is there."""
         stop = start + self._length(start)
         columns = {key: column[start:stop] for key, column in self.columns[name].items()}
         return Part(columns, self.held[name][start])
 
     def keep(self, name: str, start: int, part: Part) -> None:
-        """Takes a part over into the columns."""
+        """Copies a part into the columns."""
         whole = self.columns[name]
         for key, column in part.columns.items():
             values = whole[key] if key in whole else np.empty(self.count, column.dtype)
-            # Of another type where an attack does not tell what it told of other parts.
+            # The type differs where an attack leaves out what it reported for other parts.
             whole[key] = values.astype(np.result_type(values, column), copy=False)
             whole[key][start : start + len(column)] = column
         self.held[name][start] = part.seconds
@@ -153,11 +155,11 @@ class Parts:
         return min(self.size, self.count - start)
 
     def _path(self, folder: Path, name: str, start: int) -> Path:
-        """A part's file; the number keeps names apart that a file system takes for one."""
+        """A part's file; the number tells names apart that look the same to a file system."""
         readable = re.sub(r"[^A-Za-z0-9.-]", "_", name)[:60]
         return folder / "parts" / f"{sorted(self.kinds).index(name)}-{readable}" / f"{start:09d}.parquet"
 
-    def _read(self, content: bytes, name: str, start: int) -> Part:
+    def _decode(self, content: bytes, name: str, start: int) -> Part:
         """A part from its file's bytes. Raises ValueError where they are not what `add` wrote."""
         import pyarrow as pa  # type: ignore[import-untyped]
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -182,9 +184,9 @@ class Parts:
 
 
 def check_column(column: Column, name: str, count: int, kinds: str | None = None) -> None:
-    """Raises ValueError unless a column holds what one of that name should, for so many examples.
+    """Raises ValueError unless a column has the shape (count,) and the type of number that belongs to its name.
 
-    kinds: NumPy's letters for what it may hold, where that does not follow from the name.
+    kinds: NumPy's letters for the types it may have; None: those of the name.
     """
     if column.shape != (count,) or column.dtype.kind not in (kinds or _KINDS.get(name, _NUMBERS)):
         raise ValueError(f"column {name[:60]} must hold {count} numbers of its kind, got {column.dtype} {column.shape}")
@@ -199,10 +201,10 @@ def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
         ValueError: the folder holds the rows of another configuration, or files that are no rows.
     """
     if (folder / _CONFIGURATION).exists():
-        differing = _differing(read_config(folder), configuration)
+        differing = _compare_configurations(read_config(folder), configuration)
         if differing:
             raise ValueError(
-                f"rows_dir {folder} belongs to another evaluation ({'; '.join(map(_short, differing[:4]))}); "
+                f"rows_dir {folder} belongs to another evaluation ({'; '.join(map(_shorten, differing[:4]))}); "
                 "choose another folder, or remove it"
             )
         return
@@ -214,23 +216,23 @@ def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def kept_rows(folder: Path | None) -> Iterator[None]:
-    """Whatever ends the work inside says in a note where its finished parts are."""
+def note_kept_rows(folder: Path | None) -> Iterator[None]:
+    """Context manager: an exception raised inside gets a note that says where finished parts are kept."""
     try:
         yield
     except BaseException as error:
         if folder is not None:
-            error.add_note(f"Rows that are finished are kept in {folder}: the same evaluation goes on from them.")
+            error.add_note(f"Rows that are finished are kept in {folder}: the same evaluation resumes from them.")
         raise
 
 
 def write_table(folder: Path, columns: Mapping[str, Column]) -> None:
-    """Writes the whole table, once every part is there."""
-    write_bytes(folder / _TABLE, _parquet(columns, {}))
+    """Writes the table of all examples."""
+    write_bytes(folder / _TABLE, _encode_parquet(columns, {}))
 
 
-def _differing(before: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In what two configurations differ; a model's answers may by what rounding does."""
+def _compare_configurations(before: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How two configurations differ; a model's answers count as equal up to rounding."""
     old, new = before.get("answers"), now["answers"]
     same = isinstance(old, list) and len(old) == len(new) and all(is_number(v) or v != v for v in old)
     if same and np.allclose(np.array(old), np.array(new), 1e-3, 1e-6, equal_nan=True):
@@ -238,12 +240,12 @@ def _differing(before: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [*differences(before | {"answers": new}, now), "the model answers the first examples in another way"]
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
-def _parquet(columns: Mapping[str, Column], metadata: Mapping[str, object]) -> bytes:
-    """A table as a parquet file's bytes, each page with its checksum."""
+def _encode_parquet(columns: Mapping[str, Column], metadata: Mapping[str, object]) -> bytes:
+    """The bytes of a parquet file of these columns, with a checksum per page."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

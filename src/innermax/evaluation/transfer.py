@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from innermax.attacks.base import Attack, looks_like_probabilities
 from innermax.data.readers import as_image_set
-from innermax.evaluation.arguments import check_arguments, check_models, find_ranks, name_errors, on_device
+from innermax.evaluation.arguments import check_arguments, check_models, find_ranks, name_errors, place_model
 from innermax.evaluation.measure import Measurement, Search, describe_measurement, identify
 from innermax.evaluation.progress import ProgressCallback, show_evaluation
-from innermax.evaluation.scoring import PROBABLE, Attacked, Bench, Settings, scoring_logits
-from innermax.evaluation.store import CLEAN, Column, Parts, check_column, kept_rows
+from innermax.evaluation.scoring import PROBABLE, AttackedBatch, Bench, Settings, scoring_logits
+from innermax.evaluation.store import CLEAN, Column, Parts, check_column, note_kept_rows
 from innermax.models.wrappers import unwrapped
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.utils.files import write_bytes
@@ -36,13 +36,13 @@ U = TypeVar("U")
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """Who is right on images made on others; everything else is computed from these columns, (N,) bool each.
+    """Which examples each target still classifies correctly; all else is computed from these columns, (N,) bool each.
 
     Attributes:
-        settings: what was evaluated, and how; `attack_network` holds the plan of each surrogate's oracle.
-        clean_correct: target → who is right on the clean images.
-        transferred_correct: surrogate → target → attack → who is right on the images made on the surrogate.
-        white_box: the pairs (surrogate, target) that are one model, which is then attacked directly.
+        settings: what was evaluated and how; `attack_network` holds the plan of each surrogate's oracle.
+        clean_correct: target → correct on the clean images.
+        transferred_correct: surrogate → target → attack → correct on the images made on the surrogate.
+        white_box: the pairs (surrogate, target) that are one model, which is attacked directly.
     """
 
     settings: Settings
@@ -53,15 +53,18 @@ class Transfer:
     @cached_property
     def clean_accuracy(self) -> dict[str, Accuracy]:
         """The accuracy of each target on the clean images."""
-        return {target: _accuracy(column) for target, column in self.clean_correct.items()}
+        return {target: _count_correct(column) for target, column in self.clean_correct.items()}
 
     @cached_property
     def accuracy(self) -> dict[str, dict[str, dict[str, Accuracy]]]:
         """The accuracy by surrogate, target and attack."""
-        return _each(_accuracy, self.transferred_correct)
+        return _map_cells(_count_correct, self.transferred_correct)
 
     def correct(self, surrogate: str, target: str, attack: str) -> Column:
-        """(N,) bool, who is right on the target under an attack on the surrogate. ValueError for unknown names."""
+        """(N,) bool: which examples the target classifies correctly under an attack on the surrogate.
+
+        Raises ValueError for unknown names.
+        """
         found: Any = self.transferred_correct
         for what, name in {"surrogate": surrogate, "target": target, "attack": attack}.items():
             if name not in found:
@@ -98,15 +101,15 @@ class Transfer:
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The evaluation as JSON, written to path where told, whole or not at all."""
+        """The transfer as JSON, written to path if one is given."""
         document = {
             "settings": asdict(self.settings),
             "white_box": self.white_box,
             "clean_accuracy": {target: asdict(value) for target, value in self.clean_accuracy.items()},
-            "accuracy": _each(asdict, self.accuracy),
+            "accuracy": _map_cells(asdict, self.accuracy),
             "examples": {
                 "clean_correct": {target: column.tolist() for target, column in self.clean_correct.items()},
-                "transferred_correct": _each(np.ndarray.tolist, self.transferred_correct),
+                "transferred_correct": _map_cells(np.ndarray.tolist, self.transferred_correct),
             },
         }
         text = json.dumps(document, allow_nan=False, ensure_ascii=False)
@@ -116,7 +119,7 @@ class Transfer:
 
     @classmethod
     def from_json(cls, text: str) -> "Transfer":
-        """What `to_json` wrote. Raises ValueError where the text is something else."""
+        """The transfer in a text that `to_json` wrote. Raises ValueError for any other text."""
         try:
             document = parse_json(text)
             examples = document["examples"]
@@ -128,7 +131,7 @@ class Transfer:
                 return column
 
             clean = {target: correct(column) for target, column in examples["clean_correct"].items()}
-            found = _each(correct, examples["transferred_correct"])
+            found = _map_cells(correct, examples["transferred_correct"])
             for targets in found.values():
                 if targets.keys() != clean.keys() or any(c.keys() != settings.attacks.keys() for c in targets.values()):
                     raise ValueError("a surrogate does not have every target and attack")
@@ -156,30 +159,29 @@ def transfer(
     rows_dir: str | Path | None = None,
     progress: bool | ProgressCallback | None = None,
 ) -> Transfer:
-    """Accuracy of each target on images that attacks make on each surrogate (Wang et al. 2019, §5.1: black-box).
+    """The accuracy of each target on images that attacks make on each surrogate (Wang et al. 2019, §5.1: black-box).
 
-    Images are made, admitted and scored as `evaluate` does it: on a surrogate that is also a target they are
-    `evaluate`'s own, and their accuracy is the target's white-box accuracy.
+    Images are made, projected and scored as `evaluate` does. On a surrogate that is also a target they are those of
+    `evaluate`, and their accuracy is the target's white-box accuracy.
 
     Args:
         surrogates: models by name, or a single one, which is then called "surrogate"; left exactly as found.
         targets: models by name; a name stands for the same model on both sides.
         test_set: (images, labels) tensors or whatever `as_image_set` takes: uint8 images, or floats in [0, 1].
-        attacks: attacks by name; "clean" and "worst_case" are taken.
-        batch_size: ≥ 1; never more adversarial images are held, and it changes no result but for rounding.
+        attacks: attacks by name; "clean" and "worst_case" are reserved.
+        batch_size: ≥ 1; it changes results only by rounding.
         seed: any integer; with the example's position it decides all random starts.
-        quantize: 1…16: only images of this many bits a value count; clean images must have no more.
-        precision: what attacks search in, on the compiled model: "float32", "bf16" or "auto". Scores are float32, the
-            model's own.
-        device: where to compute; where the first surrogate is unless told. Models elsewhere are copied there.
+        quantize: 1…16: adversarial images are rounded to this many bits per value; clean images must have no more.
+        precision: of the attacks' oracles: "float32", "bf16" or "auto". Scores are always the models' own, in float32.
+        device: where to compute; None: where the first surrogate is. Models elsewhere are copied there.
         devices: processes that share the batches, as for `evaluate`.
-        rows_dir: folder that keeps who is right in each batch as soon as that is known, and rows.parquet in the end, a
-            row for each example, surrogate, target and attack. The same call goes on from what the folder holds.
+        rows_dir: folder for the verdicts on each batch, written as soon as they are known, and at the end for
+            rows.parquet, a row for each example, surrogate, target and attack. The same call resumes from them.
         progress: True shows a display on stderr. A function is called as progress(name, examples done, examples in all)
             after each batch, "clean" first, then "<surrogate>: <attack>".
 
     Raises:
-        ValueError, TypeError: an argument is outside what is said above; there is no surrogate, target or attack;
+        ValueError, TypeError: an argument is none of the above; there is no surrogate, target or attack;
             models differ in their number of classes, do not take the images or return NaN; labels are not among the
             classes, an image lies outside an attack's bounds, or rows_dir belongs to another transfer.
     """
@@ -189,15 +191,15 @@ def transfer(
         check_models(argument, models)
     if not attacks:
         raise ValueError("attacks must hold at least one attack, got none")
-    white_box = _white_box(surrogates, targets)
-    titles = _titles(surrogates, attacks)
+    white_box = _find_white_box(surrogates, targets)
+    titles = _list_titles(surrogates, attacks)
     images = as_image_set(test_set)
-    _, place = on_device(next(iter(surrogates.values())), images, device)
+    _, place = place_model(next(iter(surrogates.values())), images, device)
     ranks = find_ranks(devices, place)
     named = {("surrogate", name): model for name, model in surrogates.items()}
     named |= {("target", name): model for name, model in targets.items()}
-    models = {f"{role} {name}": on_device(model, images, ranks.device)[0] for (role, name), model in named.items()}
-    kinds = dict.fromkeys((CLEAN, *titles), dict.fromkeys(map(_column, targets), "b"))
+    models = {f"{role} {name}": place_model(model, images, ranks.device)[0] for (role, name), model in named.items()}
+    kinds = dict.fromkeys((CLEAN, *titles), dict.fromkeys(map(_name_column, targets), "b"))
     parts = Parts(kinds, len(images), batch_size, None if rows_dir is None else Path(rows_dir))
     with show_evaluation(ranks.first and progress, titles) as tell:
         bench = Bench(images, ranks.device, batch_size, seed, quantize, tell)
@@ -209,13 +211,13 @@ def transfer(
             precision=precision,
         )
         measurement = Measurement(bench, models, build, attacks, parts, ranks, devices)
-        with bench.isolated(*models.values()), ranks.explain_lost_connection(), ranks.mute_others():
+        with bench.isolate(*models.values()), ranks.explain_lost_connection(), ranks.mute_others():
             return _measure(measurement, precision, white_box)
 
 
 @dataclass(frozen=True, eq=False)
 class _Scorer:
-    """Keeps who is right: searches ask `fast`, the surrogates' oracles, and `exact`, the targets', decide."""
+    """Scores the targets: attacks search with the surrogates' oracles, `fast`; the targets', `exact`, decide."""
 
     fast: Mapping[str, Oracle]
     exact: Mapping[str, Oracle]
@@ -242,29 +244,29 @@ class _Scorer:
 
     @property
     def plan(self) -> str:
-        """How each surrogate's oracle computes."""
+        """The plan of each surrogate's oracle."""
         return "; ".join(f"{name}: {oracle.plan}" for name, oracle in self.fast.items())
 
     def clean_rows(self, x: Tensor, y: Tensor) -> dict[str, Column]:
-        return self._verdicts(x, y)
+        return self._judge(x, y)
 
     def searches(self) -> list[Search]:
         found = []
         for surrogate, oracle in self.fast.items():
             explain = partial(name_errors, "surrogate", surrogate)
             for name, attack in self.attacks.items():
-                found.append(Search(_title(surrogate, name), name, attack, oracle, self._attack_rows, explain))
+                found.append(Search(_make_title(surrogate, name), name, attack, oracle, self._attack_rows, explain))
         return found
 
-    def _attack_rows(self, batch: Attacked) -> dict[str, Column]:
-        return self._verdicts(batch.image, batch.label)
+    def _attack_rows(self, batch: AttackedBatch) -> dict[str, Column]:
+        return self._judge(batch.image, batch.label)
 
-    def _verdicts(self, image: Tensor, label: Tensor) -> dict[str, Column]:
+    def _judge(self, image: Tensor, label: Tensor) -> dict[str, Column]:
         found = {}
         for name, oracle in self.exact.items():
-            # A target that draws random numbers draws the same ones whatever other targets there are.
+            # A target that draws random numbers must draw the same ones whatever other targets there are.
             with name_errors("target", name), restore_randomness([image.device.index] if image.is_cuda else []):
-                found[_column(name)] = (scoring_logits(oracle, image, label).argmax(1) == label).cpu().numpy()
+                found[_name_column(name)] = (scoring_logits(oracle, image, label).argmax(1) == label).cpu().numpy()
         return found
 
 
@@ -275,19 +277,19 @@ def _measure(measurement: Measurement, precision: Precision, white_box: tuple[tu
     with warnings.catch_warnings():
         _check_answers(bench.example(), measurement.models)
         settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.plan))
-        measurement.open_folder(partial(_configuration, bench, measurement.models, attacks, settings))
-        with kept_rows(parts.folder):
+        measurement.open_folder(partial(_identify_transfer, bench, measurement.models, attacks, settings))
+        with note_kept_rows(parts.folder):
             measurement.score_clean(scorer)
             measurement.attack(scorer)
             columns = {
-                name: {target: columns[_column(target)] for target in scorer.exact}
+                name: {target: columns[_name_column(target)] for target in scorer.exact}
                 for name, columns in parts.columns.items()
             }
             transfer = Transfer(
                 settings=settings,
                 clean_correct=columns[CLEAN],
                 transferred_correct={
-                    surrogate: {t: {a: columns[_title(surrogate, a)][t] for a in attacks} for t in scorer.exact}
+                    surrogate: {t: {a: columns[_make_title(surrogate, a)][t] for a in attacks} for t in scorer.exact}
                     for surrogate in scorer.fast
                 },
                 white_box=white_box,
@@ -296,40 +298,42 @@ def _measure(measurement: Measurement, precision: Precision, white_box: tuple[tu
     return transfer
 
 
-def _configuration(
+def _identify_transfer(
     bench: Bench, models: Mapping[str, nn.Module], attacks: Mapping[str, Attack], settings: Settings
 ) -> dict[str, Any]:
-    """What identifies a transfer, as plain YAML: the rows of a folder are one configuration's alone."""
+    """What identifies a transfer, as plain YAML: a folder holds the rows of one configuration only."""
     found = identify(bench, models)
     told: dict[str, Any] = {key: {name: own[key] for name, own in found.items()} for key in ("model", "weights")}
     told["answers"] = [answer for own in found.values() for answer in own["answers"]]
     return told | describe_measurement(bench, attacks, settings)
 
 
-def _title(surrogate: str, attack: str) -> str:
+def _make_title(surrogate: str, attack: str) -> str:
     """The name of an attack's images on a surrogate."""
     return f"{surrogate}: {attack}"
 
 
-def _column(target: str) -> str:
-    """The name of the column that says who is right on a target; no name of a target makes it another column's."""
+def _name_column(target: str) -> str:
+    """The name of a target's column; it differs from all other columns' names, whatever the target is called."""
     return f"correct on {target}"
 
 
-def _titles(surrogates: Iterable[str], attacks: Mapping[str, Attack]) -> dict[str, Attack]:
-    """All attacks on all surrogates by title. Raises ValueError where two would share theirs."""
+def _list_titles(surrogates: Iterable[str], attacks: Mapping[str, Attack]) -> dict[str, Attack]:
+    """All attacks on all surrogates, by title. Raises ValueError where two would have the same title."""
     titles: dict[str, Attack] = {}
     for surrogate in surrogates:
         for name, attack in attacks.items():
-            title = _title(surrogate, name)
+            title = _make_title(surrogate, name)
             if title in titles:
                 raise ValueError(f"surrogates and attacks must have names that tell them apart, got {title!r} twice")
             titles[title] = attack
     return titles
 
 
-def _white_box(surrogates: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]) -> tuple[tuple[str, str], ...]:
-    """The pairs that are one model. Raises ValueError where one name stands for two."""
+def _find_white_box(
+    surrogates: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]
+) -> tuple[tuple[str, str], ...]:
+    """The pairs that are one model. Raises ValueError where one name stands for two models."""
     pairs = [(one, other) for one in surrogates for other in targets]
     same = tuple((one, other) for one, other in pairs if unwrapped(surrogates[one]) is unwrapped(targets[other]))
     for one, other in pairs:
@@ -339,9 +343,9 @@ def _white_box(surrogates: Mapping[str, nn.Module], targets: Mapping[str, nn.Mod
 
 
 def _check_answers(example: Tensor, models: Mapping[str, nn.Module]) -> None:
-    """Raises where a model does not take the images or has other classes; warns of a surrogate's probabilities.
+    """Raises ValueError where a model does not take the images or has other classes; warns of probabilities.
 
-    models: by role and name, "surrogate" or "target" first.
+    models: by "surrogate NAME" or "target NAME". Only surrogates are checked for probabilities.
     """
     classes = {}
     for title, model in models.items():
@@ -359,14 +363,14 @@ def _check_answers(example: Tensor, models: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"models must have the same classes: {first} has {count}, {model_name} has {other}")
 
 
-def _accuracy(column: Column) -> Accuracy:
+def _count_correct(column: Column) -> Accuracy:
     return accuracy(int(column.sum()), len(column))
 
 
-def _each(
+def _map_cells(
     change: Callable[[T], U], cells: Mapping[str, Mapping[str, Mapping[str, T]]]
 ) -> dict[str, dict[str, dict[str, U]]]:
-    """What `change` makes of each surrogate's, target's and attack's value."""
+    """The cells with `change` applied to each value; surrogate → target → attack."""
     return {
         surrogate: {target: {attack: change(value) for attack, value in row.items()} for target, row in rows.items()}
         for surrogate, rows in cells.items()

@@ -41,7 +41,7 @@ def build_model(
             "wideresnet" or "resnet50".
         num_classes: ≥ 2.
         input_shape: (C, H, W).
-        normalize: (mean, std), one number a channel each, applied inside the model.
+        normalize: (mean, std), one number per channel each, applied inside the model.
         options: the network's own; of "wideresnet" depth (34) and width (10).
 
     Raises:
@@ -80,10 +80,12 @@ def _settings(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean_and_std(normalize: Sequence[Sequence[float]], channels: int) -> tuple[list[float], list[float]]:
-    """normalize as two lists of one number a channel."""
+    """normalize as two lists of one number per channel."""
     if len(normalize) != 2:
         raise ValueError(f"normalize must be (mean, std), got {len(normalize)} values")
     mean, std = ([float(value) for value in values] for values in normalize)
     if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"normalize must hold one mean and std a channel ({channels}), got {len(mean)} and {len(std)}")
+        raise ValueError(
+            f"normalize must hold {channels} means and stds, one per channel, got {len(mean)} and {len(std)}"
+        )
     return mean, std

@@ -7,7 +7,7 @@ from typing import cast, no_type_check
 import torch
 from torch import nn
 
-IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std a channel, of images in [0, 1]
+IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std per channel, of images in [0, 1]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -28,14 +28,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 class Normalize(nn.Module):
     """(x − mean) / std per channel; x: (B, C, H, W). The numbers live in the model's config, not in its weights.
 
-    mean, std: one number a channel, or one for all. Raises ValueError where they differ in length, are not finite or
+    mean, std: one number per channel, or one for all. Raises ValueError where they differ in length, are not finite or
     std is not positive.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std) or len(mean) == 0:
-            raise ValueError(f"mean and std must hold one number a channel each, got {len(mean)} and {len(std)}")
+            raise ValueError(f"mean and std must hold one number per channel each, got {len(mean)} and {len(std)}")
         if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
             raise ValueError(f"mean and std must be finite and std > 0, got {list(mean)} and {list(std)}")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)

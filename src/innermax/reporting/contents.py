@@ -13,7 +13,7 @@ from torch import nn
 from innermax.attacks.named import build_attack
 from innermax.data.image_set import ImageSet
 from innermax.data.load import load_data
-from innermax.evaluation.arguments import on_device
+from innermax.evaluation.arguments import place_model
 from innermax.evaluation.result import Evaluation
 from innermax.models.files import hash_weights
 from innermax.models.load import load_model
@@ -209,7 +209,7 @@ def _predicts_alike(
     model: nn.Module, test: ImageSet, evaluation: Evaluation, device: torch.device | str | None
 ) -> bool:
     """Whether a model predicts what an evaluation recorded, on the first images."""
-    model, place = on_device(model, test, device)
+    model, place = place_model(model, test, device)
     few = torch.arange(min(_PROBED, len(test)))
     x, _ = test.batch(few)
     predicted = Oracle(model).logits(x.to(place)).argmax(1).cpu().numpy()

@@ -17,7 +17,7 @@ from innermax.attacks.pgd import PGD
 from innermax.attacks.trace import trace_search
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
-from innermax.evaluation.arguments import check_images, on_device
+from innermax.evaluation.arguments import check_images, place_model
 from innermax.evaluation.audit import UNCONVERGED
 from innermax.evaluation.evaluate import evaluate
 from innermax.evaluation.progress import ProgressCallback, show_evaluation
@@ -135,7 +135,7 @@ def gallery(
     check_count(pictures, "pictures")
     images = as_image_set(test_set)
     _check_evaluated(images, attacks, evaluation)
-    model, device = on_device(model, images, device)
+    model, device = place_model(model, images, device)
     settings = evaluation.settings
     names = None if class_names is None else tuple(map(str, class_names))
     if not attacks:
@@ -145,7 +145,7 @@ def gallery(
     sizes = _attacks_by_size(images, next(iter(attacks.values())).threat)
     with show_evaluation(progress, {**attacks, **sizes}) as tell:
         bench = Bench(images, device, _CHUNK, settings.seed, settings.quantize, tell)
-        with bench.isolated(model), warnings.catch_warnings():
+        with bench.isolate(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the evaluation has given its warnings about this model
             oracle, exact = bench.attack_oracle(model, "float32"), Oracle(model)
             if len(images.shape) == 3 and images.shape[0] in (1, 3):
@@ -210,7 +210,7 @@ def _attack_batch(
     """One attack's pictures of a batch: (images, labels, numbers, clean predictions)."""
     x, y, index, before = batch
     result = attack(oracle, x.clone(), y.clone(), seed=bench.seed, index=index, final="gradient")
-    x_adv = bench.admitted(name, result, attack.threat.around(x))
+    x_adv = bench.admit(name, result, attack.threat.around(x))
     after = scoring_logits(exact, x_adv, y).argmax(1)
     loss: list[list[float]] = [[]] * len(x)
     fosc = loss

@@ -159,7 +159,7 @@ def _robustness(evaluation: Evaluation, data: str | None) -> str:
     lines = [
         "## Robustness",
         "",
-        "| attack | accuracy % | 95 % interval | relative FOSC of survivors, median | gradients an example |",
+        "| attack | accuracy % | 95 % interval | relative FOSC of survivors, median | gradients per example |",
         "| --- | ---: | ---: | ---: | ---: |",
         _row(evaluation, "clean", "none", "", ""),
     ]

@@ -83,7 +83,7 @@ class EpochMetrics:
 def measure_gauges(
     oracle: Oracle, attack: PGD, x: Tensor, x_adv: Tensor, y: Tensor, seed: int
 ) -> dict[str, list[float]]:
-    """How converged the attack on each example is, for one gradient an example.
+    """How converged the attack on each example is, for one gradient per example.
 
     "fosc" over ball and bounds, which may be no finite number; "relative_fosc", 0 where it is undefined; "ball_fosc",
     the paper's closed form, which ignores the bounds; "zero_gradient", 1 or 0.

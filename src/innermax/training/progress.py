@@ -1,4 +1,4 @@
-"""What a person sees of a training: a live line on a terminal, a plain line an epoch elsewhere.
+"""What a person sees of a training: a live line on a terminal, a plain line per epoch elsewhere.
 
 Colours are rich's, which leaves them out where NO_COLOR is set.
 """

@@ -20,7 +20,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def hash_keys(seed: int, index: Int[Tensor, " b"], *streams: int | Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-    """(B,) one 64-bit key an example: the hash of seed, example number and streams (one for all, or one each)."""
+    """(B,) one 64-bit key per example: the hash of seed, example number and streams (one for all, or one each)."""
     key = torch.full_like(index, _wrap(seed))
     for part in (index, *streams):
         value = torch.full_like(index, _wrap(part)) if isinstance(part, int) else part
@@ -34,14 +34,14 @@ def derive_seed(seed: int, *streams: int) -> int:
 
 
 def uniform(key: Int[Tensor, " b"], count: int) -> Float[Tensor, "b n"]:
-    """count uniform numbers in (0, 1) an example, float32, the same on every device."""
+    """count uniform numbers in (0, 1) per example, float32, the same on every device."""
     counter = torch.arange(1, count + 1, device=key.device)
     bits = _mix(key[:, None] + counter * _GOLDEN)
     return ((bits >> 41) & 0x7FFFFF).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
 def normal(key: Int[Tensor, " b"], count: int) -> Float[Tensor, "b n"]:
-    """count standard normal numbers an example (Box & Muller 1958)."""
+    """count standard normal numbers per example (Box & Muller 1958)."""
     draws = uniform(key, 2 * count)
     return torch.sqrt(-2 * draws[:, :count].log()) * torch.cos(2 * math.pi * draws[:, count:])
 
