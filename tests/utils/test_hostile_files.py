@@ -131,7 +131,7 @@ def test_weights_of_another_kind_of_number(tmp_path):
     for kind in (torch.complex64, torch.int64, torch.bool):
         save_tensors(tmp_path / "model.safetensors", tensors | {"0.weight": tensors["0.weight"].to(kind)})
         for own in (None, model):
-            with pytest.raises(ValueError, match=r"does not fit the model: 0\.weight is of torch\.\w+ instead of"):
+            with pytest.raises(ValueError, match=r"does not fit the model: 0\.weight must be torch\.\w+, got"):
                 im.load_model(tmp_path, own)
     save_tensors(tmp_path / "model.safetensors", {name: value.half().float() for name, value in tensors.items()})
 
@@ -256,12 +256,12 @@ def test_pipes_are_not_waited_for(tmp_path):
     (tmp_path / "tables").mkdir()
     for split in ("train", "test"):
         os.mkfifo(tmp_path / "tables" / f"{split}.parquet")
-    with pytest.raises(ValueError, match=r"train\.parquet cannot be read as parquet: it is no file"):
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read as parquet: it is not a file"):
         im.load_data(tmp_path / "tables")
     im.save_model(tmp_path / "model", im.build_model("digits-cnn", input_shape=(1, 8, 8)))
     (tmp_path / "model" / "config.json").unlink()
     os.mkfifo(tmp_path / "model" / "config.json")
-    with pytest.raises(ValueError, match="it is no file"):
+    with pytest.raises(ValueError, match="it is not a file"):
         im.load_model(tmp_path / "model")
     (tmp_path / "run" / run_folder.CHECKPOINTS).mkdir(parents=True)
     os.mkfifo(tmp_path / "run" / run_folder.CHECKPOINTS / "epoch-000001-batch-00000000.safetensors")
@@ -339,7 +339,7 @@ def test_a_state_that_says_what_no_run_writes(state, name, value):
         ("optimizer/99/momentum_buffer", torch.zeros(()), "belongs to no parameter"),
         ("optimizer/x", torch.zeros(()), "belongs to no parameter"),
         ("optimizer/0/exp_avg", torch.zeros(()), "holds exp_avg, momentum_buffer instead of momentum_buffer"),
-        ("model/1.weight", torch.zeros(10, 64, dtype=torch.int64), "1.weight is of torch.int64"),
+        ("model/1.weight", torch.zeros(10, 64, dtype=torch.int64), "1.weight must be torch.float32, got torch.int64"),
     ],
 )
 def test_a_state_of_other_tensors(state, name, value, said):

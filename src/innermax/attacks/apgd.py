@@ -122,7 +122,7 @@ class APGD(VerdictAttack):
         noise = randomness.normal(key, feasible.floor.shape[1]).to(feasible.x)
         point, cost = feasible.x + noise.reshape(feasible.x.shape), torch.zeros_like(problem.y)
         for factor in (3, 2) if third > 0 else ():
-            ball = replace(problem, feasible=_enlarged(feasible, factor))
+            ball = replace(problem, feasible=_enlarge(feasible, factor))
             found = _climb(ball, loss, ball.feasible.project(point), third, stop=False)
             point, cost = found.x_adv, cost + found.gradient_calls
         found = _climb(problem, loss, feasible.project(point), self.steps - 2 * third)
@@ -279,7 +279,7 @@ def _direction(feasible: FeasibleSet, gradient: Float[Tensor, "b d"], sparsity: 
     return scaled / feasible.threat.norm(scaled)[:, None].clamp(min=1)
 
 
-def _enlarged(feasible: FeasibleSet, factor: int) -> FeasibleSet:
+def _enlarge(feasible: FeasibleSet, factor: int) -> FeasibleSet:
     """The set with a ball `factor` times as large, at most as large as the bounds."""
     threat, x = feasible.threat, feasible.x
     low, high = threat.box(x)

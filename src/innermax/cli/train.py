@@ -88,7 +88,7 @@ def read_recipe(name: str) -> dict[str, Any]:
             raise unknown(f"setting in recipe {name}", setting, known)
     try:
         values = {setting: read_fractions(value, parser.type_of(setting)) for setting, value in values.items()}
-        parser.parse_object({"data": "", "model": ""} | _nested(values))  # which the command line may give instead
+        parser.parse_object({"data": "", "model": ""} | _nest(values))  # which the command line may give instead
     except ValueError as error:
         raise ValueError(f"recipe {name}: {error}") from error
     return values
@@ -160,7 +160,7 @@ def _write_results(
         console.print(format_audit(evaluation.audit), "")
 
 
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by names such as threat.eps, as groups in a group."""
     found: dict[str, Any] = {}
     for name, value in values.items():

@@ -56,7 +56,7 @@ def load_data(name_or_path: str | Path, *, validation: float | int | None = None
     if isinstance(name_or_path, str) and known in _HUB and revision:
         splits = _from_hub(known, revision)
     elif isinstance(name_or_path, str) and name in _NAMES:
-        splits = _digits() if name == "digits" else _named(name, _root(root))
+        splits = _digits() if name == "digits" else _load_named(name, _root(root))
     elif Path(name_or_path).is_dir():
         name, splits = Path(name_or_path).resolve().name, _folder(Path(name_or_path))
     elif Path(name_or_path).exists():
@@ -126,7 +126,7 @@ def _root(root: Path | None) -> Path | None:
     return Path(told) if told else None
 
 
-def _named(name: str, root: Path | None) -> _Splits:
+def _load_named(name: str, root: Path | None) -> _Splits:
     """A data set by its name: the local folder where there is one, else the Hub."""
     return _folder(root / name) if root is not None and (root / name).is_dir() else _from_hub(name, None)
 

@@ -53,7 +53,7 @@ def open_parquet(file: Path) -> Iterator[Any]:
 
     try:
         if not file.is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         with pq.ParquetFile(file) as opened:
             yield opened
     except (OSError, pa.ArrowException) as error:

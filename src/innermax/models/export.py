@@ -1,4 +1,4 @@
-"""A model as a file that needs no innermax: ONNX, or a program of torch.export; checked before it is there."""
+"""Exports a model to a file that needs no innermax, ONNX or torch.export, and checks what the file computes."""
 
 import math
 import warnings
@@ -15,46 +15,46 @@ from innermax.utils.copying import copy_model
 from innermax.utils.randomness import hash_keys, uniform
 from innermax.utils.validation import summarize_error, unknown
 
-Answer = Callable[[Tensor], Tensor]
-_BATCHES = (1, 2, 5)  # sizes at which the file has to answer as the model does
+Predict = Callable[[Tensor], Tensor]
+_BATCHES = (1, 2, 5)  # sizes at which the file must compute what the model does
 _CLOSE = 1e-4  # of the largest logit
 
 
 def export_model(model: nn.Module, path: str | Path, *, input_shape: Sequence[int] | None = None) -> Path:
-    """Writes a model for batches of any size, in evaluation mode, and compares its logits with the model's.
+    """Writes a model in evaluation mode, for batches of any size, and compares the file's logits with the model's.
 
-    The file takes float32 images (B, *input_shape), "images", and returns logits (B, classes), "logits".
+    The file takes "images", float32 (B, *input_shape), and returns "logits", (B, classes).
 
     Args:
         model: any nn.Module with logits, in any mode; left exactly as found.
         path: ends in .pt2 for `torch.export.save`, or in .onnx, which needs pip install 'innermax[onnx]'.
-        input_shape: of one input; known of models that innermax built.
+        input_shape: of one input; None: as innermax built the model.
 
     Raises:
         ValueError: path has another ending, input_shape is not known, packages are missing, torch cannot export the
-            model, or the file answers otherwise than the model. Nothing is left behind then.
+            model, or the file's logits differ from the model's. Then no file is left behind.
     """
     path = Path(path)
-    formats = {".pt2": _to_program, ".onnx": _to_onnx}
+    formats = {".pt2": _write_program, ".onnx": _write_onnx}
     if path.suffix not in formats:
         raise unknown("ending of path", path.suffix, formats)
-    shape = _shape(model, input_shape)
+    shape = _find_shape(model, input_shape)
     network = copy_model(unwrapped(model)).cpu().requires_grad_(False).eval()
     partial = path.with_name(f"{path.stem}.part{path.suffix}")
-    partial.unlink(missing_ok=True)  # a link there would lead elsewhere
+    partial.unlink(missing_ok=True)  # writing through a link would change another file
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, about torch's own
-            answer = formats[path.suffix](network, _images(2, shape), partial)
-            _compare(network, answer, shape, path)
+            warnings.simplefilter("ignore")  # torch warns of its own code
+            predict = formats[path.suffix](network, _draw_images(2, shape), partial)
+            _compare(network, predict, shape, path)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
-def _to_program(network: nn.Module, example: Tensor, path: Path) -> Answer:
-    """Writes a program of torch.export; how the written one answers."""
+def _write_program(network: nn.Module, example: Tensor, path: Path) -> Predict:
+    """Writes a program of torch.export; a function that runs the written program."""
     try:
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.export.save(program, path)
@@ -62,12 +62,12 @@ def _to_program(network: nn.Module, example: Tensor, path: Path) -> Answer:
         raise
     except Exception as error:  # whatever tracing raises
         raise ValueError(f"torch.export cannot export the model: {summarize_error(error)}") from error
-    answer: Answer = torch.export.load(path).module()
-    return answer
+    predict: Predict = torch.export.load(path).module()
+    return predict
 
 
-def _to_onnx(network: nn.Module, example: Tensor, path: Path) -> Answer:
-    """Writes an ONNX file; how ONNX Runtime answers."""
+def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Predict:
+    """Writes an ONNX file; a function that runs it in ONNX Runtime."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  torch.onnx.export asks for it
@@ -86,25 +86,25 @@ def _to_onnx(network: nn.Module, example: Tensor, path: Path) -> Answer:
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-def _compare(network: nn.Module, answer: Answer, shape: Sequence[int], path: Path) -> None:
-    """Raises ValueError unless the file answers as the network does."""
+def _compare(network: nn.Module, predict: Predict, shape: Sequence[int], path: Path) -> None:
+    """Raises ValueError unless the file computes the network's logits."""
     for size in _BATCHES:
-        x = _images(size, shape)
+        x = _draw_images(size, shape)
         try:
-            theirs, ours = answer(x), network(x)
-        except Exception as error:  # a batch size that was fixed comes as anything
+            theirs, ours = predict(x), network(x)
+        except Exception as error:  # a fixed batch size raises anything
             raise ValueError(f"{path.name} does not take {size} images: {summarize_error(error)}") from error
         difference = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else math.inf
         if not difference <= _CLOSE * (1 + float(ours.abs().max())):
-            raise ValueError(f"{path.name} would answer otherwise than the model: logits differ by {difference:.1e}")
+            raise ValueError(f"{path.name} must have the model's logits, got a difference of {difference:.1e}")
 
 
-def _images(size: int, shape: Sequence[int]) -> Tensor:
+def _draw_images(size: int, shape: Sequence[int]) -> Tensor:
     """(size, *shape) inputs in [0, 1]."""
     return uniform(hash_keys(0, torch.arange(size)), math.prod(shape)).reshape(size, *shape)
 
 
-def _shape(model: nn.Module, told: Sequence[int] | None) -> tuple[int, ...]:
+def _find_shape(model: nn.Module, told: Sequence[int] | None) -> tuple[int, ...]:
     shape = told if told is not None else (find_description(model) or {}).get("input_shape")
     if shape is None:
         raise ValueError("input_shape must be given for a model that innermax did not build, such as (3, 32, 32)")

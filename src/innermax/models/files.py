@@ -12,18 +12,18 @@ from innermax.models.wrappers import unwrapped
 from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_json
 from innermax.utils.serialization import parse_json
 
-# A path that ends so is a file's, never a Hub id, which may hold a dot as well.
+# A source with one of these endings is a file, never a Hub id, which may hold a dot, too.
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json")
 
 
 def save_model(folder: str | Path, model: nn.Module, name: str = "model.safetensors") -> None:
-    """Writes a model's weights and, where innermax built it, the config.json that `load_model` rebuilds it from."""
+    """Writes a model's weights and, if innermax built it, the config.json from which `load_model` rebuilds it."""
     model = unwrapped(model)
     write_model(Path(folder), model.state_dict(), getattr(model, "config", None), name)
 
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor], config: object, name: str = "model.safetensors") -> None:
-    """Writes a model's tensors, and its config.json if `build_model` builds a network for these tensors from it."""
+    """Writes a model's tensors, and config.json if `build_model` builds a network with these tensors from config."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / name, tensors)
     if isinstance(config, Mapping) and _describes(config, tensors):
@@ -38,10 +38,10 @@ def find_description(model: nn.Module) -> Mapping[str, Any] | None:
 
 
 def _describes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a model's `config` is innermax's and describes a network with these tensors: others have one, too."""
+    """Whether `build_model` builds a network with these tensors from config, which need not be innermax's."""
     try:
         with torch.device("meta"):
-            network = _build(config)
+            network = _build_from_config(config)
     except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError):
         return False
     own = network.state_dict()
@@ -54,20 +54,20 @@ def load_saved_model(source: str | Path, model: nn.Module | None = None, revisio
     Args:
         source: a run or model folder, a .safetensors file with config.json beside it, or a Hub id such as "user/name",
             also "user/name@revision".
-        model: the network to fill, for one that innermax did not build; changed in place.
+        model: the network to load the weights into, if innermax did not build it; changed in place.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: nothing is there, or the files are damaged, foreign or do not fit. Pickle is never loaded.
+        ValueError: there is no model, or its files are damaged, of another kind or do not fit. Pickle is never loaded.
     """
-    path = _located(Path(source), str(source), revision, described=model is None)
+    path = _find_weights(Path(source), str(source), revision, described=model is None)
     tensors, _ = load_tensors(path)
     if model is None:
         description = path.parent / "config.json"
-        with torch.device("meta"):  # what a stranger describes gets no memory before the weights are seen to fit
-            _fitted(_built(description), tensors, path)
-        model = _built(description)
-    return _fitted(model, tensors, path).eval()
+        with torch.device("meta"):  # takes no memory until a foreign description is seen to fit
+            _fill_from_file(_build_from_file(description), tensors, path)
+        model = _build_from_file(description)
+    return _fill_from_file(model, tensors, path).eval()
 
 
 def hash_weights(state: Mapping[str, Any]) -> str:
@@ -76,22 +76,22 @@ def hash_weights(state: Mapping[str, Any]) -> str:
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Loads weights into a network; one on the meta device takes the tensors themselves.
+    """Loads weights into a network; a network on the meta device takes the tensors themselves.
 
-    Raises ValueError where names, shapes or kinds of numbers differ.
+    Raises ValueError where names or shapes differ, or one number is floating-point and the other is not.
     """
     own = network.state_dict()
     for name, value in own.items():
         if name in tensors and tensors[name].is_floating_point() != value.is_floating_point():
-            raise ValueError(f"{name} is of {tensors[name].dtype} instead of {value.dtype}")
+            raise ValueError(f"{name} must be {value.dtype}, got {tensors[name].dtype}")
     try:
         network.load_state_dict(tensors, assign=any(value.is_meta for value in own.values()))
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())[:300]) from error
 
 
-def _fitted(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The model, filled with the weights of a file."""
+def _fill_from_file(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The model, with the weights of a file loaded into it."""
     try:
         fill(model, tensors)
     except ValueError as error:
@@ -99,8 +99,8 @@ def _fitted(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.M
     return model
 
 
-def _located(path: Path, source: str, revision: str | None, described: bool) -> Path:
-    """The weights file; described: with a config.json beside it."""
+def _find_weights(path: Path, source: str, revision: str | None, described: bool) -> Path:
+    """The path of the weights file, downloaded if need be; described: whether config.json is needed, too."""
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
@@ -126,11 +126,11 @@ def _located(path: Path, source: str, revision: str | None, described: bool) -> 
         raise ValueError(f"no model {source!r} here or on the Hugging Face Hub: {reason}") from error
 
 
-def _built(path: Path) -> nn.Module:
+def _build_from_file(path: Path) -> nn.Module:
     """The network that a config.json describes."""
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -139,12 +139,12 @@ def _built(path: Path) -> nn.Module:
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"{path} describes no model of innermax; pass model= for a network of yours")
     try:
-        return _build(config)
-    # torch's own are of sizes that no machine holds.
+        return _build_from_config(config)
+    # torch raises its own for sizes that no machine can hold.
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def _build(config: Mapping[str, Any]) -> nn.Module:
-    """The network of a description: its name under "model", and its options."""
+def _build_from_config(config: Mapping[str, Any]) -> nn.Module:
+    """The network that a config describes: its name under "model", and its options."""
     return build_model(config["model"], **{name: value for name, value in config.items() if name != "model"})

@@ -34,36 +34,36 @@ def load_model(
             "timm:NAME", timm's pretrained network with the normalisation it was trained with in front. With allow_code
             also "module:function", called without arguments, where the current directory is searched first; or a .pt2
             file that `torch.export.save` wrote.
-        model: the network to fill from a file or the Hub, for one that innermax did not build; changed in place.
+        model: the network to load weights from a file or the Hub into, if innermax did not build it; changed in place.
         revision: branch, tag or commit on the Hub.
-        allow_code: loading may run code that comes with the source.
+        allow_code: whether loading may run code that comes with the source.
 
     Raises:
-        ValueError: nothing is there, it would run code that is not allowed, or it is damaged, foreign or does not fit.
-            Pickle is never loaded.
+        ValueError: there is no model, it would run code that is not allowed, or it is damaged, of another kind or does
+            not fit. Pickle is never loaded.
         TypeError: the function does not return an nn.Module.
     """
     name = str(source)
     if model is not None or Path(name).is_dir():
         return load_saved_model(source, model, revision)
     if name.startswith("timm:"):
-        return _from_timm(name.removeprefix("timm:"))
+        return _load_timm(name.removeprefix("timm:"))
     if Path(name).suffix == ".pt2":
         if not Path(name).is_file():
             raise ValueError(f"no torch.export program at {name}")
         _check_allowed(allow_code, f"to load the torch.export program {name}")
-        return _from_program(name)
+        return _load_program(name)
     if _FUNCTION.fullmatch(name):
         module, _, function = name.partition(":")
         _check_allowed(allow_code, f"to call {function}() of the module {module}")
-        return _from_function(module, function)
+        return _call_function(module, function)
     return load_saved_model(source, model, revision)
 
 
 class Exported(nn.Module):
-    """A `torch.export` program as a module for batches of any size; its own mode was settled when it was exported.
+    """A `torch.export` program as a module for batches of any size. Exporting fixed whether it trains or evaluates.
 
-    Smaller batches than it was exported for are filled up with copies of the first input, larger ones are split.
+    Batches below the exported size are padded with copies of the first input; larger ones are split.
 
     Raises:
         ValueError: it takes or returns more than one tensor, or was exported in training mode.
@@ -75,10 +75,10 @@ class Exported(nn.Module):
         for what, names in {"takes": signature.user_inputs, "returns": signature.user_outputs}.items():
             if len(names) != 1:
                 raise ValueError(f"the program {what} {len(names)} values; export one that takes x and returns logits")
-        learning = next((node for node in program.graph.nodes if _learns(node)), None)
+        learning = next((node for node in program.graph.nodes if _is_training(node)), None)
         if learning is not None:
             raise ValueError(f"the program was exported in training mode ({learning.target}): export model.eval()")
-        self.smallest, self.largest = _batch_sizes(program, signature.user_inputs[0])
+        self.smallest, self.largest = _find_batch_sizes(program, signature.user_inputs[0])
         module = program.module(check_guards=False)
         # Plain calls instead of its own, and a plain GraphModule, which can be copied and told to evaluate.
         module.graph.set_codegen(CodeGen())
@@ -98,11 +98,11 @@ class Exported(nn.Module):
 
 def _check_allowed(allowed: bool, what: str) -> None:
     if not allowed:
-        raise ValueError(f"{what} is to run code: allow it with --allow-code (allow_code=True) where you trust it")
+        raise ValueError(f"{what} is to run code: if you trust it, allow it with --allow-code (allow_code=True)")
 
 
-def _from_timm(name: str) -> nn.Module:
-    """timm's network for images in [0, 1]."""
+def _load_timm(name: str) -> nn.Module:
+    """timm's network, with its normalisation in front: for images in [0, 1]."""
     try:
         timm = importlib.import_module("timm")
     except Exception as error:  # its torchvision, built for another torch, raises what it likes
@@ -117,8 +117,8 @@ def _from_timm(name: str) -> nn.Module:
     return nn.Sequential(OrderedDict(normalize=Normalize(told["mean"], told["std"]), network=network)).eval()
 
 
-def _from_function(module: str, function: str) -> nn.Module:
-    with _current_directory_importable():
+def _call_function(module: str, function: str) -> nn.Module:
+    with _import_from_current_directory():
         try:
             model = attrgetter(function)(importlib.import_module(module))()
         except Exception as error:  # anything: it is other people's code
@@ -129,8 +129,8 @@ def _from_function(module: str, function: str) -> nn.Module:
 
 
 @contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    """Inside, modules are found in the current directory first, as by `python -m`."""
+def _import_from_current_directory() -> Iterator[None]:
+    """Context manager: imports look in the current directory first, as `python -m` does."""
     before = list(sys.path)
     sys.path.insert(0, os.getcwd())
     try:
@@ -139,7 +139,7 @@ def _current_directory_importable() -> Iterator[None]:
         sys.path[:] = before
 
 
-def _from_program(path: str) -> nn.Module:
+def _load_program(path: str) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11 warns of its own reading
@@ -152,15 +152,15 @@ def _from_program(path: str) -> nn.Module:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _learns(node: fx.Node) -> bool:
-    """Whether an operator of an exported program behaves as in training."""
+def _is_training(node: fx.Node) -> bool:
+    """Whether an operator of an exported program is in training mode."""
     schema = getattr(node.target, "_schema", None)
     named = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)) if schema else {}
     return any((named | node.kwargs).get(name) is True for name in ("train", "training"))
 
 
-def _batch_sizes(program: export.ExportedProgram, name: str) -> tuple[int, int | None]:
-    """The smallest and the largest batch that a program takes; None: any."""
+def _find_batch_sizes(program: export.ExportedProgram, name: str) -> tuple[int, int | None]:
+    """The smallest and the largest batch that a program takes; None: no limit."""
     value = next(node for node in program.graph.nodes if node.name == name).meta["val"]
     size = value.shape[0]
     if isinstance(size, int):

@@ -12,7 +12,7 @@ from innermax.models.resnet import preact_resnet18, resnet50, wideresnet
 from innermax.models.wrappers import Normalize
 from innermax.utils.validation import unknown
 
-_MOST_PIXELS = 4096 * 4096  # as of images that are read
+_MOST_PIXELS = 4096 * 4096  # as for images that are read
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mnist-cnn": mnist_cnn,
     "cifar-cnn": cifar_cnn,
@@ -31,7 +31,7 @@ def build_model(
     normalize: Sequence[Sequence[float]] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A freshly initialised network: images float (B, C, H, W) in [0, 1] → logits (B, num_classes).
+    """A freshly initialised network: float images (B, C, H, W) in [0, 1] → logits (B, num_classes).
 
     The model's `config` is a JSON-serialisable dict {"model", "num_classes", "input_shape", options…}:
     `build_model(config.pop("model"), **config)` builds the network again.
@@ -56,19 +56,19 @@ def build_model(
         raise ValueError(f"input_shape must be at most {_MOST_PIXELS:,} pixels, got {tuple(shape)}")
     if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(f"num_classes must be an integer ≥ 2, got {num_classes!r}")
-    settings = _settings(name, options)
+    settings = _complete_options(name, options)
     model = MODELS[name](num_classes, shape, **settings)
     config: dict[str, Any] = {"model": name, "num_classes": num_classes, "input_shape": shape, **settings}
     if normalize is not None:
-        mean, std = _mean_and_std(normalize, channels=shape[0])
+        mean, std = _read_normalize(normalize, channels=shape[0])
         model = nn.Sequential(OrderedDict(normalize=Normalize(mean, std), network=model))
         config["normalize"] = [mean, std]
     model.config = config  # type: ignore[assignment]  # a plain attribute; nn.Module declares tensors and modules only
     return model
 
 
-def _settings(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The network's options with its defaults filled in, so that a config keeps its meaning if defaults change."""
+def _complete_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The network's options, defaults included, so that a config keeps its meaning if defaults change."""
     parameters = list(inspect.signature(MODELS[name]).parameters.values())[2:]
     known = {parameter.name: parameter for parameter in parameters}
     for option, value in options.items():
@@ -79,8 +79,8 @@ def _settings(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {key: options.get(key, parameter.default) for key, parameter in known.items()}
 
 
-def _mean_and_std(normalize: Sequence[Sequence[float]], channels: int) -> tuple[list[float], list[float]]:
-    """normalize as two lists of one number per channel."""
+def _read_normalize(normalize: Sequence[Sequence[float]], channels: int) -> tuple[list[float], list[float]]:
+    """(mean, std), with one number per channel each. Raises ValueError for other lengths."""
     if len(normalize) != 2:
         raise ValueError(f"normalize must be (mean, std), got {len(normalize)} values")
     mean, std = ([float(value) for value in values] for values in normalize)

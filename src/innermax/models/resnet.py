@@ -32,11 +32,11 @@ def resnet50(num_classes: int, input_shape: Sequence[int]) -> nn.Sequential:
         for block in range(blocks):
             layers.append(Bottleneck(channels, width, stride=2 if stage and not block else 1))
             channels = 4 * width
-    return _initialised(nn.Sequential(*layers, *_head(channels, num_classes)))
+    return _initialise(nn.Sequential(*layers, *_head(channels, num_classes)))
 
 
 class PreActBlock(nn.Module):
-    """Two 3×3 convolutions, each after BatchNorm and ReLU; a shortcut that changes the shape shares the first pair."""
+    """Two 3×3 convolutions, each after BatchNorm and ReLU; the shortcut's convolution follows the first ReLU."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def _preact(num_classes: int, channels: int, *, stem: int, stages: Sequence[int]
         for block in range(blocks):
             layers.append(PreActBlock(before, after, stride=2 if stage and not block else 1))
             before = after
-    return _initialised(nn.Sequential(*layers, nn.BatchNorm2d(before), nn.ReLU(), *_head(before, num_classes)))
+    return _initialise(nn.Sequential(*layers, nn.BatchNorm2d(before), nn.ReLU(), *_head(before, num_classes)))
 
 
 def _conv(before: int, after: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -90,8 +90,8 @@ def _head(channels: int, num_classes: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
 
 
-def _initialised(model: nn.Sequential) -> nn.Sequential:
-    """The model with He's fan-out initialisation in every convolution; none on the meta device, where it is slow."""
+def _initialise(model: nn.Sequential) -> nn.Sequential:
+    """The model, with He's fan-out initialisation in every convolution, except on the meta device, where it is slow."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

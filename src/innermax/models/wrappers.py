@@ -1,4 +1,4 @@
-"""Normalisation inside a model, and the network inside a wrapper."""
+"""Normalisation as a layer of a model, and the module inside wrappers such as DDP."""
 
 import math
 from collections.abc import Sequence

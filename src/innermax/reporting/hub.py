@@ -1,4 +1,4 @@
-"""Model folders as the Hugging Face Hub has them: safetensors, config.json and a model card; never pickle."""
+"""Model folders in the Hugging Face Hub's form: safetensors, config.json and a model card; never pickle."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +24,10 @@ _TAGS = ["pytorch", "adversarial-robustness", "adversarial-training"]
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, evaluation: Evaluation | None = None, **about: Any) -> None:
-    """Writes what belongs into a repository of the Hub: model.safetensors, config.json and the card, README.md.
+    """Writes the files of a repository on the Hub: model.safetensors, config.json and the card, README.md.
 
-    evaluation, about: what the card tells, see `model_card`. `load_model` and `from_pretrained` take the folder.
-    Raises ValueError where the evaluation is of other weights than the model's.
+    evaluation, about: for the card, see `model_card`. `load_model` and `from_pretrained` read the folder.
+    Raises ValueError where the evaluation measured other weights.
     """
     if evaluation is not None and evaluation.is_of(model) is False:
         raise ValueError(
@@ -50,18 +50,18 @@ def push_to_hub(
     token: str | None = None,
     **about: Any,
 ) -> str:
-    """Uploads what `save_pretrained` writes to a repository of the Hub, made where it is not there; its address.
+    """Uploads what `save_pretrained` writes to a repository on the Hub, and creates that if need be; its address.
 
     Args:
         repo_id: "user/name".
-        evaluation, about: what the card tells, see `model_card`.
-        private: whether a new repository is; None: as the account has it.
-        revision: branch, made where it is not there; None: the main one.
+        evaluation, about: for the card, see `model_card`.
+        private: whether a new repository is private; None: the account's default.
+        revision: branch, created if need be; None: the main one.
         commit_message: of the upload.
-        token: the Hub's; None: the one that `hf auth login` or HF_TOKEN has left.
+        token: for the Hub; None: that of `hf auth login` or HF_TOKEN.
 
     Raises:
-        ValueError: the evaluation is of other weights than the model's; the Hub refuses, or cannot be reached.
+        ValueError: the evaluation measured other weights; the Hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -87,23 +87,23 @@ def model_card(
     license: str | None = None,  # noqa: A002  the card's own word
     described: bool = True,
 ) -> str:
-    """A model card, Markdown with the Hub's metadata in front: what attacks do to the model, and how it was trained.
+    """A model card, Markdown after the Hub's metadata: the model's robustness, and how it was trained.
 
     Args:
-        evaluation: whose table, threat models and audit it holds.
-        repo_id: "user/name", by which the card loads the model.
-        data: name of the data set that it was evaluated on.
-        training: the run's configuration, as its config.yaml has it; its data set is taken where `data` is not told.
+        evaluation: its table, threat models and audit are shown.
+        repo_id: "user/name", for the line that loads the model.
+        data: name of the data set of the evaluation; None: that of `training`.
+        training: the run's configuration, as in its config.yaml.
         license: as the Hub spells it, such as "apache-2.0".
-        described: whether config.json says how to build the network.
+        described: whether config.json describes the network.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    training = None if training is None else _without_places(training)
-    data = _without_places(data or (dict(training or {}).get("settings") or {}).get("data"))
+    training = None if training is None else _shorten_paths(training)
+    data = _shorten_paths(data or (dict(training or {}).get("settings") or {}).get("data"))
     known = None if data is None else hub_id(data)
     name = repo_id.rpartition("/")[2]
-    results = _results(evaluation, data) if evaluation is not None and data is not None else None
+    results = _list_results(evaluation, data) if evaluation is not None and data is not None else None
     metadata = ModelCardData(
         library_name="innermax",
         pipeline_tag="image-classification",
@@ -114,13 +114,13 @@ def model_card(
         model_name=name if results else None,
         eval_results=results,
     )
-    sections = [f"---\n{metadata.to_yaml()}\n---\n\n# {_plain(name)}\n", _use(repo_id, described)]
-    sections += [] if evaluation is None else [_robustness(evaluation, data)]
-    sections += [] if training is None else [_trained(training)]
+    sections = [f"---\n{metadata.to_yaml()}\n---\n\n# {_escape(name)}\n", _write_usage(repo_id, described)]
+    sections += [] if evaluation is None else [_write_robustness(evaluation, data)]
+    sections += [] if training is None else [_write_training(training)]
     return str(ModelCard("\n".join(sections)))
 
 
-def _results(evaluation: Evaluation, data: str) -> "list[EvalResult]":
+def _list_results(evaluation: Evaluation, data: str) -> "list[EvalResult]":
     """The accuracies, as the Hub's index holds them."""
     from huggingface_hub import EvalResult
 
@@ -141,8 +141,8 @@ def _results(evaluation: Evaluation, data: str) -> "list[EvalResult]":
     ]
 
 
-def _use(repo_id: str, described: bool) -> str:
-    """How the model is loaded."""
+def _write_usage(repo_id: str, described: bool) -> str:
+    """The code that loads the model."""
     call = f'im.load_model("{repo_id}")' if described else f'im.load_model("{repo_id}", your_network)'
     return f"""```python
 import innermax as im
@@ -152,55 +152,62 @@ model = {call}  # images in [0, 1] → logits
 """
 
 
-def _robustness(evaluation: Evaluation, data: str | None) -> str:
-    """The evaluation: what it says, and whether that can be believed."""
+def _write_robustness(evaluation: Evaluation, data: str | None) -> str:
+    """The section about the evaluation: its numbers, and whether they can be believed."""
     settings, audit = evaluation.settings, evaluation.audit
-    where = "" if data is None else f" of {_plain(data)}"
+    where = "" if data is None else f" of {_escape(data)}"
     lines = [
         "## Robustness",
         "",
         "| attack | accuracy % | 95 % interval | relative FOSC of survivors, median | gradients per example |",
         "| --- | ---: | ---: | ---: | ---: |",
-        _row(evaluation, "clean", "none", "", ""),
+        _format_row(evaluation, "clean", "none", "", ""),
     ]
     for name, convergence in evaluation.convergence.items():
         gauge = convergence.survivors.relative_fosc_median
         told = "–" if gauge != gauge else f"{gauge:.2g}"
-        lines.append(_row(evaluation, name, _plain(name), told, f"{convergence.gradients:,.1f}"))
-    lines += [_row(evaluation, "worst_case", "**worst case**", "", ""), ""] if evaluation.rows else [""]
+        lines.append(_format_row(evaluation, name, _escape(name), told, f"{convergence.gradients:,.1f}"))
+    lines += [_format_row(evaluation, "worst_case", "**worst case**", "", ""), ""] if evaluation.rows else [""]
     lines += [
         f"On {settings.count:,} test examples{where}, an example's random starts drawn from seed {settings.seed}."
     ]
     lines += ["FOSC is the distance of a search from a stationary point, 0 where it has converged.", ""]
-    lines += [f"- {_plain(name)}: `{attack.replace('`', '')}`" for name, attack in settings.attacks.items()]
+    lines += [f"- {_escape(name)}: `{attack.replace('`', '')}`" for name, attack in settings.attacks.items()]
     if audit is not None:
-        lines += ["", _plain(" ".join([audit.sentence, *(f"Cause: {cause}." for cause in audit.causes), audit.advice]))]
+        lines += [
+            "",
+            _escape(" ".join([audit.sentence, *(f"Cause: {cause}." for cause in audit.causes), audit.advice])),
+        ]
     whose = "which weights were measured is not known" if evaluation.weights is None else evaluation.weights
-    lines += ["", f"Measured by innermax on torch {settings.torch}, {settings.device}; weights: {_plain(whose)}.", ""]
+    lines += [
+        "",
+        f"Measured by innermax on torch {settings.torch}, {settings.device}; weights: {_escape(whose)}.",
+        "",
+    ]
     return "\n".join(lines)
 
 
-def _row(evaluation: Evaluation, name: str, shown: str, fosc: str, gradients: str) -> str:
+def _format_row(evaluation: Evaluation, name: str, shown: str, fosc: str, gradients: str) -> str:
     value = evaluation.worst_case if name == "worst_case" else evaluation.accuracy[name]
     interval = f"{100 * value.low:.2f}–{100 * value.high:.2f}"
     return f"| {shown} | {100 * value.value:.2f} | {interval} | {fosc} | {gradients} |"
 
 
-def _trained(training: Mapping[str, Any]) -> str:
-    """The run's configuration."""
+def _write_training(training: Mapping[str, Any]) -> str:
+    """The section about the run's configuration."""
     text = yaml.safe_dump(dict(training), sort_keys=False, allow_unicode=True).replace("```", "")
     return f"## Training\n\n```yaml\n{text}```\n"
 
 
-def _without_places(value: Any) -> Any:
-    """The same values, of absolute paths on this machine only the last name."""
+def _shorten_paths(value: Any) -> Any:
+    """The same values, with absolute paths of this machine cut to their last part."""
     if isinstance(value, Mapping):
-        return {name: _without_places(part) for name, part in value.items()}
+        return {name: _shorten_paths(part) for name, part in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, in one line of a table or a paragraph."""
+def _escape(text: str) -> str:
+    """The text, escaped so that Markdown shows it unchanged, in one line."""
     for sign in "\\|`*_<>[]":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())

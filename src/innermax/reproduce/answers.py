@@ -29,8 +29,8 @@ class Answers:
 
     def find(self, name: str) -> Record | None:
         """The record of this name, None where there is none. Raises ValueError where its file is not readable."""
-        if name in self._packed:
-            return self._packed[name]
+        if name in self._records:
+            return self._records[name]
         for folder in self.folders:
             path = folder / f"{name}.json"
             if path.exists():
@@ -47,7 +47,7 @@ class Answers:
 
     def pack_up(self, names: Iterable[str]) -> None:
         """Adds the records of these names, where there are any, to the pack. What it holds stays as it is."""
-        found = {name: record for name in names if name not in self._packed and (record := self.find(name))}
+        found = {name: record for name in names if name not in self._records and (record := self.find(name))}
         missing = bool(found)
         while missing:
             try:
@@ -58,7 +58,7 @@ class Answers:
                 time.sleep(0.1)  # another process adds its own
 
     @cached_property
-    def _packed(self) -> Mapping[str, Record]:
+    def _records(self) -> Mapping[str, Record]:
         """The pack as this process first read it. What another one adds meanwhile, it also has as files."""
         return _read_pack(self.pack)
 

@@ -60,20 +60,20 @@ class TableRow:
     paper: Mapping[str, float] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def scored(self, training: Training) -> list[Scored]:
+    def list_scored(self, training: Training) -> list[Scored]:
         """The experiments that test one training."""
         return [Scored(training, attacks, images, **self.options) for attacks, images in self.attacks]
 
     def seeds(self, attack: str) -> list[Scored]:
         """The experiments with an attack, or with "clean", one per seed."""
         place = next((n for n, (attacks, _) in enumerate(self.attacks) if attack in dict(attacks)), 0)
-        return [self.scored(training)[place] for training in self.trainings]
+        return [self.list_scored(training)[place] for training in self.trainings]
 
     def experiments(self) -> list[Experiment]:
         """All experiments of the row."""
         found: list[Experiment] = []
         for training in self.trainings:
-            found += [Trained(training), *self.scored(training)]
+            found += [Trained(training), *self.list_scored(training)]
         return found
 
     def numbers(self, find: Find) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class TableRow:
         seeds = {}
         for training in self.trainings:
             trained = find(Trained(training))
-            results = [result for result in map(find, self.scored(training)) if result is not None]
+            results = [result for result in map(find, self.list_scored(training)) if result is not None]
             if trained is None or not results:
                 continue
             measured: dict[str, Any] = {}

@@ -169,18 +169,18 @@ def _figure_3(scale: Scale) -> dict[str, Training]:
 
 def _figure_3_experiments(scale: Scale) -> list[Experiment]:
     trainings = _figure_3(scale)
-    scored = [_figure_3_scored(scale, training) for training in trainings.values()]
+    scored = [_build_figure_3(scale, training) for training in trainings.values()]
     return [*map(Trained, trainings.values()), *scored]
 
 
-def _figure_3_scored(scale: Scale, training: Training) -> Scored:
+def _build_figure_3(scale: Scale, training: Training) -> Scored:
     return Scored(training, build_attacks(scale.cifar.eps), scale.images["cifar"])
 
 
 def _figure_3_numbers(scale: Scale, find: Find) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, training in _figure_3(scale).items():
-        trained, scored = find(Trained(training)), find(_figure_3_scored(scale, training))
+        trained, scored = find(Trained(training)), find(_build_figure_3(scale, training))
         found[name] = None
         if trained is not None and scored is not None:
             accuracy = {attack: scored[attack]["accuracy"] for attack in ("clean", *TABLE_ATTACKS)}

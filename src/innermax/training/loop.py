@@ -86,13 +86,13 @@ class Loop:
         if folder is not None and not self.state.resume(folder, self.ranks):
             self.save()
 
-    def train_epoch(self, show: TrainingDisplay, interrupted: Callable[[], bool]) -> dict[str, Any]:
+    def train_epoch(self, show: TrainingDisplay, must_stop: Callable[[], bool]) -> dict[str, Any]:
         """Trains from the current batch to the epoch's end; the epoch's row, without what is measured at its end.
 
-        show: is told what happens; interrupted: whether to stop after a batch, asked by all processes together.
+        show: is told what happens; must_stop: whether to stop after a batch, asked by all processes together.
 
         Raises:
-            KeyboardInterrupt: interrupted said so.
+            KeyboardInterrupt: must_stop said so.
             FloatingPointError: a loss, gradient or FOSC is not a finite number.
         """
         state, options = self.state, self.options
@@ -114,7 +114,7 @@ class Loop:
                 state.batch += 1
                 self.whole = True
                 self._show(show)
-                if interrupted():
+                if must_stop():
                     self.agreed = True
                     raise KeyboardInterrupt
                 due = options.folder is not None and self.due()

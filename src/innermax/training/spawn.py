@@ -36,7 +36,7 @@ class _Task:
         return self.folder / "stop"
 
     @property
-    def interrupted(self) -> Path:
+    def unfinished(self) -> Path:
         """Exists once the training has ended before its last epoch."""
         return self.folder / "interrupted"
 
@@ -60,20 +60,20 @@ def train_in_processes(
         KeyboardInterrupt: after the processes have saved.
         TypeError, ChildProcessError, …: as `run_processes`.
     """
-    with TemporaryDirectory(prefix="innermax-") as place, defer_interrupts() as interrupted:
+    with TemporaryDirectory(prefix="innermax-") as place, defer_interrupts() as is_interrupted:
         task = _Task(train, job, replace(launch, starts=False), Path(place))
 
         def watch() -> None:
-            if interrupted():
+            if is_interrupted():
                 task.stop.touch()
 
         try:
             run_processes(_train_share, task, launch.devices, device, watch, nodes=launch.nodes, backend=None)
         except ChildProcessError:
-            if interrupted():  # while they were starting
+            if is_interrupted():  # while they were starting
                 raise KeyboardInterrupt from None
             raise
-        if task.interrupted.exists():
+        if task.unfinished.exists():
             raise KeyboardInterrupt
         tensors, meta = load_tensors(task.result)
         averaged = job.options.ema is not None
@@ -91,7 +91,7 @@ def _train_share(task: _Task, rank: int, processes: int, device: torch.device) -
     try:
         run = task.train(task.job, task.launch, task.stop.exists)
     except KeyboardInterrupt:
-        task.interrupted.touch()
+        task.unfinished.touch()
         return
     networks = {"model": unwrapped(task.job.model), "evaluated": run.model}
     tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in gather_state(net).items()}

@@ -79,7 +79,7 @@ class State:
         return cls(network, wrapped, optimizer, averaged, oracle, perturbations)
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated_network(self) -> nn.Module:
         """The network that is scored and saved."""
         return self.network if self.averaged is None else self.averaged.module
 
@@ -90,7 +90,7 @@ class State:
 
     def save_models(self, folder: Path, ranks: Ranks) -> None:
         """Writes the last model, and the best so far where a validation split says which that is."""
-        model: Any = WholeState(self.network, self.network).gather() if ranks.sharded else self.evaluated
+        model: Any = WholeState(self.network, self.network).gather() if ranks.sharded else self.evaluated_network
         if not ranks.first:
             return
         tensors, config = model.state_dict(), getattr(model, "config", None)

@@ -161,8 +161,8 @@ def train(
     return Run(evaluated, history, options.folder)
 
 
-def _train(job: Job, launch: Launch, stopped: Callable[[], bool] = lambda: False) -> Run:
-    """Trains in this process and those of its group; stopped: whether an interrupt came in another process."""
+def _train(job: Job, launch: Launch, is_stopped: Callable[[], bool] = lambda: False) -> Run:
+    """Trains in this process and those of its group; is_stopped: whether an interrupt came in another process."""
     options, device = job.options, find_device(job.options.device)
     with contextlib.ExitStack() as stack:
         ranks = connect(launch, device, fabric_precision(options.precision, device), options.parallel)
@@ -177,28 +177,28 @@ def _train(job: Job, launch: Launch, stopped: Callable[[], bool] = lambda: False
         show = stack.enter_context(show_progress(options.epochs, ranks.first and options.progress))
         logger = options.logger if ranks.first else None
         log = stack.enter_context(epoch_logger(logger, options.folder, job.configuration))
-        deferred = stack.enter_context(defer_interrupts())
+        is_interrupted = stack.enter_context(defer_interrupts())
 
-        def interrupted() -> bool:
-            return ranks.any(deferred() or stopped())
+        def must_stop() -> bool:
+            return ranks.any(is_interrupted() or is_stopped())
 
         while loop.state.epoch < options.epochs:
-            row = _train_epoch(job, loop, show, interrupted)
+            row = _train_epoch(job, loop, show, must_stop)
             drawn = None if logger is None or ranks.sharded else loop.draw_picture()
             row = _end_epoch(job, loop, row)
             show.epoch(row, loop.clock.left(len(job.train_set), row["gradients"]))
             log(row, drawn)
-            if interrupted():
+            if must_stop():
                 raise KeyboardInterrupt
     loop.state.network.eval()
-    return Run(loop.state.evaluated.eval(), tuple(loop.state.history), options.folder)
+    return Run(loop.state.evaluated_network.eval(), tuple(loop.state.history), options.folder)
 
 
-def _train_epoch(job: Job, loop: Loop, show: TrainingDisplay, interrupted: Callable[[], bool]) -> dict[str, Any]:
+def _train_epoch(job: Job, loop: Loop, show: TrainingDisplay, must_stop: Callable[[], bool]) -> dict[str, Any]:
     """Trains to the epoch's end; the epoch's row. A KeyboardInterrupt saves first where that is possible."""
     folder = job.options.folder
     try:
-        return loop.train_epoch(show, interrupted)
+        return loop.train_epoch(show, must_stop)
     except KeyboardInterrupt:
         if folder is not None and loop.whole and (loop.agreed or not loop.ranks.sharded):
             loop.save()
@@ -245,7 +245,7 @@ def _validate(job: Job, loop: Loop) -> dict[str, Any]:
     attacks = {} if job.validation_attack is None else {"attack": job.validation_attack}
     with normalisation_known():
         scored = evaluate(
-            loop.state.evaluated,
+            loop.state.evaluated_network,
             job.validation_set,
             attacks,
             precision=job.options.precision,

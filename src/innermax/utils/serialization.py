@@ -68,7 +68,7 @@ def _limit(reading: yaml.SafeLoader) -> None:
     """Makes a loader raise ValueError as soon as it meets too many values or levels."""
     compose, count, depth = reading.compose_node, 0, 0
 
-    def limited(parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_limited(parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         nonlocal count, depth
         count, depth = count + 1, depth + 1
         _check(count, depth)
@@ -76,7 +76,7 @@ def _limit(reading: yaml.SafeLoader) -> None:
         depth -= 1
         return node
 
-    reading.compose_node = limited  # type: ignore[method-assign]
+    reading.compose_node = compose_limited  # type: ignore[method-assign]
 
 
 def _check(size: int, depth: int) -> None:
