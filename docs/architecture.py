@@ -1,4 +1,4 @@
-"""The picture of docs/architecture.md: the floors of the house, and the ways of a batch and of a model through them.
+"""The picture of docs/architecture.md: the floors of the code, and the ways of a batch and of a model through them.
 
 python docs/architecture.py
 """
@@ -25,7 +25,7 @@ class Box(NamedTuple):
 
 
 FLOORS = (
-    (Box("cli/", "one file a command", 1, "ways in"),),
+    (Box("cli/", "one file per command", 1, "ways in"),),
     (Box("reproduce/", "the paper's tables, figures and theorem, as declarations", 1, "ways in"),),
     (Box("__init__.py", "the public names: im.train, im.evaluate, im.PGD, …", 1, "ways in"),),
     (Box("reporting/", "the report page, tables, the Hub's card", 1, "ways in", model="F"),),
@@ -99,7 +99,7 @@ def picture() -> str:
         f".name,.holds{{fill:{DARK}}}.mark{{fill:#fff;font-weight:700;font-size:14px;text-anchor:middle}}"
         f".aside,.legend{{fill:{MIDDLE}}}.aside{{text-anchor:middle}}"
     )
-    title = "The folders and files of src/innermax, a floor a row; the steps of a batch and of a model through them"
+    title = "The folders and files of src/innermax, one floor per row; the steps of a batch and of a model through them"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img">',
