@@ -2,8 +2,8 @@
 
 X(x) = {x' : ‖x' − x‖_p ≤ ε} ∩ [low, high]^d. A threat model is a short value; `threat.around(x)` is the set X(x) itself
 for a batch, with the operations an attack needs. The mathematics of each norm is written in terms of the perturbation
-u = x' − x, flattened to (B, d), with one interval [floor, ceiling] ∋ 0 a coordinate: what the bounds leave it, within
-[−ε, ε], which every p-norm ball implies.
+u = x' − x, flattened to (B, d), with an interval [floor, ceiling] ∋ 0 for each coordinate: what the bounds leave of
+[−ε, ε], in which every p-norm ball lies.
 """
 
 import math
@@ -222,7 +222,7 @@ class FeasibleSet:
     def step(
         self, x_adv: Float[Tensor, "b ..."], gradient: Float[Tensor, "b ..."], step_size: float | Float[Tensor, " b"]
     ) -> Float[Tensor, "b ..."]:
-        """One projected steepest-ascent step; of one length for all examples, or of a length each."""
+        """One projected steepest-ascent step; of one length, or of one per example."""
         if isinstance(step_size, Tensor):
             for size in set(step_size.tolist()):
                 rows = (step_size == size).nonzero()[:, 0]
@@ -259,7 +259,7 @@ class FeasibleSet:
         return self._flat(x_adv, "x_adv") - self.x.flatten(1)
 
     def _at(self, u: Flat) -> Float[Tensor, "b ..."]:
-        """x + u, not one rounding beyond the bounds or out of the ball."""
+        """x + u, corrected where rounding would leave the bounds or the ball."""
         point = self.threat._inside((self.x.flatten(1) + u).reshape(self.x.shape), self.x)
         if self.threat.bounds is None:
             return point
@@ -391,7 +391,7 @@ class L1(Threat):
         """sign(u)·clip(|u| − λ, 0, room) with the λ ≥ 0 at which its norm is ε; λ by a sweep over the sorted knots."""
         size, room = u.abs(), torch.where(u > 0, ceiling, -floor)
         knots, order = torch.cat([size, (size - room).clamp(min=0)], dim=1).sort(dim=1, descending=True)
-        # From λ = ∞ downwards the norm grows by one a unit for each coordinate between its two knots.
+        # From λ = ∞ downwards the norm grows at rate 1 for each coordinate between its two knots.
         turn = torch.where(order < size.shape[1], 1.0, -1.0).to(u.dtype)
         slope = turn.cumsum(1)
         mass = torch.nn.functional.pad((slope[:, :-1] * (knots[:, :-1] - knots[:, 1:])).cumsum(1), (1, 0))

@@ -438,7 +438,7 @@ def test_batchnorm_without_running_statistics_is_refused():
         ({"step_size": 0.0}, ValueError, r"step_size must be > 0, got 0\.0"),
         ({"step_size": -0.1}, ValueError, r"step_size must be > 0"),
         ({"step_size": math.nan}, ValueError, r"step_size must be > 0"),
-        ({"step_size": [0.1] * 9}, ValueError, r"step_size must hold one length a step \(10\), got 9"),
+        ({"step_size": [0.1] * 9}, ValueError, r"step_size must hold one length per step \(10\), got 9"),
         ({"step_size": [0.1] * 9 + [0.0]}, ValueError, r"step_size must be > 0"),
         ({"step_size": "anealed"}, ValueError, r"unknown step_size 'anealed'; did you mean 'annealed'\?"),
         ({"step_size": ["a"] * 10}, TypeError, r"step_size must be None, a number, numbers or 'annealed'"),

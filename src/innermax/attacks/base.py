@@ -23,7 +23,7 @@ from innermax.utils.validation import check_labels, unknown
 class Attack(Protocol):
     """What can be evaluated: a threat model, and a search inside it.
 
-    It may tell its `cost`, about how many gradients per example it takes, for the display of the time that is left.
+    It may have a `cost`, about how many gradients per example it takes, for the display of the time left.
     """
 
     @property
@@ -52,7 +52,7 @@ class BaseAttack(ABC):
         accepts: which of the optional arguments "target" and "start" it can follow.
 
     Raises:
-        TypeError: the threat is none, or none that the attack serves.
+        TypeError: the threat is no threat model, or not one that the attack serves.
     """
 
     threat: Threat
@@ -138,8 +138,8 @@ class BaseAttack(ABC):
 class VerdictAttack(BaseAttack):
     """An attack that only asks whether an example falls: those that have fallen leave, and cost nothing more.
 
-    Examples that are misclassified as they are have fallen before it begins. x_adv is the point where an example fell,
-    or else the point of the highest loss found. A class of such attacks implements `search`.
+    Examples that are misclassified as they are count as fallen from the start. x_adv is the point where an example
+    fell, or else the point of the highest loss found. A class of such attacks implements `search`.
     """
 
     def solve(self, problem: Problem, final: Final) -> AttackResult:
@@ -182,7 +182,7 @@ def build_result(
     gradients: int = 0,
     forwards: int = 0,
 ) -> AttackResult:
-    """A result without FOSC; each gradient and forward pass is one of the problem's averages."""
+    """A result without FOSC; each of its gradients and forward passes costs the problem's `samples`."""
     zeros = torch.zeros_like(problem.y)
     return AttackResult(
         x_adv=x_adv,
@@ -201,7 +201,7 @@ def build_result(
 def search_survivors(
     found: AttackResult, once: Callable[[Int[Tensor, " k"]], AttackResult], oracle: Oracle | None = None
 ) -> AttackResult:
-    """The better of what was found and of one search more, `once`, of the rows that have survived so far.
+    """The better of what was found and of one more search, `once`, of the rows that have survived so far.
 
     Where an oracle is given, its threads share the search.
     """

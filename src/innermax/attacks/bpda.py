@@ -1,4 +1,4 @@
-"""A model with the same answers whose gradient passes through what stops or hides it.
+"""A model with the same answers, whose gradient passes through functions that stop or hide it.
 
 BPDA (Athalye et al. 2018), without knowledge of the defence: in every call that a network makes, rounding, detaching,
 comparing, clamping and saturating functions keep their values, and their derivative is replaced by 1.

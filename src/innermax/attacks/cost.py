@@ -4,7 +4,7 @@ import math
 
 FORWARD = 0.45  # gradients' worth of time that a forward pass takes
 SURVIVING = 0.5  # share of the examples that survivors are taken to be
-UNKNOWN = 20.0  # gradients per example, of an attack that does not tell
+UNKNOWN = 20.0  # gradients per example, of an attack that does not say
 
 
 def search_cost(attack: object) -> float:

@@ -125,7 +125,7 @@ class _Approach:
 
 
 def _step(problem: Problem, point: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-    """Beyond the boundary's linearisation, by a mean of the shortest ways there from the iterate and from x."""
+    """A step beyond the boundary's linearisation, by a mean of the shortest ways there from the iterate and from x."""
     threat, x = problem.feasible.threat, problem.feasible.x.flatten(1)
     answer = problem.gradient(point, Paired(difference))
     slope, there, (low, high) = answer.gradient.flatten(1), point.flatten(1), threat.box(problem.feasible.x)

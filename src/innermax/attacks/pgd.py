@@ -25,7 +25,7 @@ class PGD(BaseAttack):
         threat: the threat model.
         steps: K ≥ 1, at most.
         step_size: length of a step in the threat's norm; None for ε/4 (Wang et al. 2019), a number > 0, a sequence of
-            one a step, or "annealed": ε for the first quarter of the steps, then half as long with every quarter.
+            one per step, or "annealed": ε for the first quarter of the steps, then half as long with every quarter.
             math.inf jumps to the maximizer.
         random_start: start from a random point of X(x) instead of x.
         loss: "cross_entropy", "margin", "dlr" or a function (logits, label) → (B,).
@@ -80,7 +80,7 @@ class PGD(BaseAttack):
         except (TypeError, ValueError):
             raise TypeError(f"step_size must be None, a number, numbers or 'annealed', got {self.step_size}") from None
         if len(sizes) != self.steps:
-            raise ValueError(f"step_size must hold one length a step ({self.steps}), got {len(sizes)}")
+            raise ValueError(f"step_size must hold one length per step ({self.steps}), got {len(sizes)}")
         if not all(size > 0 for size in sizes):
             raise ValueError(f"step_size must be > 0, got {self.step_size}")
         return sizes

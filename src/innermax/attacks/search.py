@@ -57,7 +57,7 @@ class AttackResult:
         return self.map(lambda value: value[rows])
 
     def with_rows(self, rows: Int[Tensor, " k"], part: "AttackResult") -> "AttackResult":
-        """The result with some examples replaced by those of `part`; what one of the two lacks, it lacks."""
+        """The result with some examples replaced by those of `part`; a value that either lacks is None."""
         pairs = {name: (value, getattr(part, name)) for name, value in vars(self).items()}
         values: dict[str, Any] = {
             name: None if old is None or new is None else old.index_copy(0, rows, new)
@@ -84,10 +84,10 @@ def search(
 ) -> AttackResult:
     """Climbs the loss from `start` over X(x), one step size after the other.
 
-    Finished examples leave the batch that is sent through the network. The gradient that gauged an iterate is the one
-    its next step follows, so an example that stops at its k-th iterate has cost k + 1 gradients. Where the end is to be
-    scored, an oracle that computes in bf16 is asked in float32 for the last quarter of the steps and for the end, which
-    makes up for rounding in the steps before. An example counts as fallen only where float32 confirms it, for one
+    Finished examples leave the batch that is sent through the network. The gradient that measures an iterate's FOSC
+    also gives its next step, so an example that stops at its k-th iterate has cost k + 1 gradients. Where the end is to
+    be scored, an oracle that computes in bf16 is asked in float32 for the last quarter of the steps and for the end,
+    which makes up for rounding in the steps before. An example counts as fallen only where float32 confirms it, for one
     forward pass.
 
     In the result `misclassified` says where the adversary has what it wants.
@@ -98,7 +98,7 @@ def search(
         start: (B, *features) points of X(x).
         label: (B,) the label to leave, or to reach.
         loss: (logits, label) → (B,), maximised.
-        step_sizes: one a step, in the threat's norm.
+        step_sizes: one per step, in the threat's norm.
         reach: the adversary wants the label predicted, not left.
         gauge: how far from stationary an iterate is: FOSC "exact" over X(x), over the "ball" alone, or "relative".
         stop_at: an example stops at its first iterate after a step whose gauge is ≤ this, unless its gradient is 0.
@@ -160,7 +160,7 @@ def measure(
 
 
 def concatenate(results: Sequence[AttackResult]) -> AttackResult:
-    """The examples of several results, one after the other; what one lacks, the whole lacks."""
+    """The examples of several results, one after the other; a value that one lacks is None."""
     values = {field.name: [getattr(result, field.name) for result in results] for field in fields(AttackResult)}
     columns: dict[str, Any] = {
         name: None if any(part is None for part in parts) else torch.cat(parts) for name, parts in values.items()
@@ -201,7 +201,7 @@ def choose_rows(take: Bool[Tensor, " b"], one: Tensor, other: Tensor) -> Tensor:
 def _has_converged(feasible: FeasibleSet, gradient: Tensor, x_adv: Tensor, gauge: Gauge, stop_at: float) -> Tensor:
     """Whose gauge is at or below the threshold; a zero gradient is nothing to follow, not convergence."""
     converged = measure(feasible, gradient, x_adv, gauge) <= stop_at
-    if converged.is_cuda or bool(converged.any()):  # few are; a GPU looks at all gradients sooner than it waits
+    if converged.is_cuda or bool(converged.any()):  # usually none; on a GPU the check costs less than waiting
         converged &= _is_nonzero(gradient)
     return converged
 

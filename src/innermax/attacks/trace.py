@@ -1,4 +1,4 @@
-"""What a search met on its way: loss and FOSC at its start and after each of its steps."""
+"""The trace of a search: loss and FOSC at its start and after each of its steps."""
 
 from dataclasses import dataclass, replace
 

@@ -138,8 +138,8 @@ class EvaluateSettings:
     Args:
         data: Name of a data set, or a folder. By default the run's own.
         attacks: Attacks by name, separated by commas.
-        limit: Evaluate so many test images, the first ones. By default all.
-        quantize: Round images to so many bits before they are scored.
+        limit: Number of test images to evaluate, from the first. By default all.
+        quantize: Round adversarial images to so many bits before they are scored.
         precision: Precision of the attacks; bf16 and auto are faster and find slightly fewer adversarial images. Scores
             are always float32.
         batch_size: Images at a time.
@@ -147,7 +147,7 @@ class EvaluateSettings:
         device: auto, cpu, cuda or cuda:N.
         devices: Processes that share the images; on GPUs, one per GPU. By default as many as torchrun or SLURM started,
             else one.
-        rows_dir: Folder that keeps a row per example as they are finished. The same command resumes an evaluation from
+        rows_dir: Folder for the rows of each batch, written as soon as they are computed. The same command resumes from
             it. By default one inside the run folder.
         best: Evaluate the best epoch of a run on its validation split instead of the last.
         normalize: Normalise the inputs of a model that expects it: imagenet, or [MEAN,STD] with one number per channel

@@ -44,7 +44,7 @@ def load_data(name_or_path: str | Path, *, validation: float | int | None = None
     """A data set by name (digits, mnist, fashion-mnist, cifar10, cifar100, svhn) or from a folder.
 
     A folder holds train*.parquet and test*.parquet (columns image or img, label or fine_label), or train/ and test/
-    with one folder of images a class; validation*.parquet or validation/ are used where present. Names other than
+    with one folder of images per class; validation*.parquet or validation/ are used where present. Names other than
     digits are looked for in the folder root/name, then on the Hugging Face Hub; NAME@REVISION, a branch, tag or commit,
     on the Hub alone. root: INNERMAX_DATA unless told.
     validation: held out of train, as a fraction in (0, 1) or a count; 0: none; None: 10 %, at most 5,000. Which

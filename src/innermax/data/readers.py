@@ -41,7 +41,7 @@ def from_class_folders(path: Path, class_names: tuple[str, ...]) -> ImageSet:
             raise ValueError(f"{folder} holds an entry with the name of an image that is no file")
         rows.extend(Row(str(file), file, label) for file in images)
     if not rows:
-        raise ValueError(f"{path} holds no images (folders of {', '.join(sorted(_SUFFIXES))} files, one a class)")
+        raise ValueError(f"{path} holds no images (folders of {', '.join(sorted(_SUFFIXES))} files, one per class)")
     return ImageSet(*decode(lambda: iter(rows), len(rows)))
 
 

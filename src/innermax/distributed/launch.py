@@ -17,7 +17,7 @@ Parallel = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class Launch:
-    """The processes of a training: `devices` on each of `nodes` machines, one a device.
+    """The processes of a training: `devices` on each of `nodes` machines, one per device.
 
     starts: whether this process has to start those of its machine; else it is one of them.
     launcher: "torchrun" or "SLURM" where it started them.

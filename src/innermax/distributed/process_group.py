@@ -107,7 +107,7 @@ class Ranks:
 
     @torch.no_grad()
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Copies rank 0's buffers to all: BatchNorm's statistics would otherwise differ, each of its own share."""
+        """Copies rank 0's buffers to all; otherwise BatchNorm's statistics would be those of each one's share."""
         if self.count == 1:
             return
         buffers = [buffer for buffer in model.buffers() if buffer.numel() > 0]

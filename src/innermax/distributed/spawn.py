@@ -1,4 +1,4 @@
-"""Starts processes, one a device, through Lightning Fabric, and runs a function in each."""
+"""Starts processes, one per device, through Lightning Fabric, and runs a function in each."""
 
 import io
 import json
@@ -121,7 +121,7 @@ def _map_file(path: Path) -> Tensor:
 
 
 class _Payload:
-    """What each process unpickles; by that it computes with this process's settings, and Fabric prints nothing."""
+    """What each process unpickles, after it has taken over this process's settings and silenced Fabric."""
 
     def __init__(self, payload: bytes, folder: Path) -> None:
         self.payload, self.folder = payload, folder

@@ -69,8 +69,8 @@ class MinMaxProblem:
     def descent(self) -> float:
         """Δ = L_S(θ⁰) − min L_S, from above, by less than 1e-6.
 
-        L_S is a sum of L-smooth functions, one a coordinate, which grow beyond the ends of the grid: their minimum lies
-        at most L·spacing²/8 below the lowest value on the grid.
+        L_S is a sum of L-smooth functions, one per coordinate, which grow beyond the ends of the grid: their minimum
+        lies at most L·spacing²/8 below the lowest value on the grid.
         """
         pull = self.stiffness * self.reach + self.coupling * (self.eps + float(self.centres.mean(0).abs().max()))
         grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)[:, None] * (pull / self.curvature)

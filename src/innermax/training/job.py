@@ -1,4 +1,4 @@
-"""A training whose arguments were checked, as its processes are given it."""
+"""A training with checked arguments, in the form that its processes receive."""
 
 import contextlib
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ from innermax.utils.validation import check_labels
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is trained, on what and how. It pickles where its parts do.
+    """What is trained, on what and how. It pickles if its parts do.
 
     Attributes:
-        model: that learns, in place.
+        model: learns in place.
         train_set, validation_set: as `train` reads them.
         objective: the function behind options.objective.
         configuration: what identifies the run, as plain YAML.

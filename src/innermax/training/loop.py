@@ -34,7 +34,7 @@ from innermax.utils.generators import seed_randomness
 
 _GAUGED_BATCHES = 20  # batches of an epoch whose gauges are measured, about
 _SHOWN = 8  # examples in a logger's picture
-_AUGMENT, _ATTACK, _MODEL = range(1, 4)  # streams of random numbers, one a purpose; 0 is the order's
+_AUGMENT, _ATTACK, _MODEL = range(1, 4)  # streams of random numbers, one per purpose; 0 is the order's
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Loop:
         ranks: this process in its group.
         state: what changes.
         clock: estimates the time left.
-        due: whether the next checkpoint within an epoch is due; asked once an update.
+        due: whether the next checkpoint within an epoch is due; asked once per update.
         began: when this process began the epoch, as `time.perf_counter` says it.
         whole: whether no update is half done, so that the state may be saved.
         agreed: whether all processes stop at this batch.

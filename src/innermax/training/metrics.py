@@ -115,7 +115,7 @@ def median_halfway_gauge(
 
 
 def warn_of_fosc(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
-    """Warns of a FOSC that explodes: far above the loss, which it could raise by that, and any epoch's before."""
+    """Warns if FOSC explodes: if it is far above the loss, and above FOSC in every epoch before."""
     before = [past["fosc"] for past in history if past.get("fosc")]
     if before and row.get("fosc") is not None and row["fosc"] > _EXPLOSION * max(*before, abs(row["loss"])):
         warnings.warn(

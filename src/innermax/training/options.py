@@ -1,4 +1,4 @@
-"""What a training is asked for, checked."""
+"""The options of a training, and their checks."""
 
 import math
 import os
@@ -37,8 +37,8 @@ _VALUE = {"on_command_line": False}  # a value that no text stands for; the comm
 class TrainingOptions:
     """How to train: the options of `train`, which explains them, in its order and with its defaults.
 
-    A field's metadata: "identifies", whether a run folder is of one value alone; "on_command_line", whether the command
-    line passes the option on to `train` as it is. Both are True where they are left out.
+    A field's metadata: "identifies", whether a run folder belongs to one value of it; "on_command_line", whether the
+    command line passes the option on to `train` as it is. Both are True where they are left out.
 
     Raises:
         ValueError, TypeError: an option is out of range, or of another type.
@@ -102,7 +102,7 @@ class TrainingOptions:
 
 
 def option_names(quality: Literal["identifies", "on_command_line"]) -> set[str]:
-    """The options that have a quality, see TrainingOptions."""
+    """The options that have a quality (see TrainingOptions)."""
     return {option.name for option in fields(TrainingOptions) if option.metadata.get(quality, True)}
 
 

@@ -1,4 +1,4 @@
-"""Copies of networks, of whatever users put into them."""
+"""Copies of networks, whatever users have put into them."""
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
