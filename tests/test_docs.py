@@ -24,6 +24,7 @@ def name(page):
     return str(page.relative_to(DOCS))
 
 
+@pytest.mark.usefixtures("untyped")  # pages run as their readers run them, and in half the time
 @pytest.mark.filterwarnings("default::FutureWarning")  # PyTorch Lightning's own
 @pytest.mark.parametrize("page", CODED, ids=name)
 def test_the_code_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):

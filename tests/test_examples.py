@@ -32,6 +32,7 @@ def test_all_are_here():
     }
 
 
+@pytest.mark.usefixtures("untyped")  # as its readers run it
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script(name, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ TEXT = README.read_text()
 EXAMPLES = [block.text for block in blocks(TEXT) if block.language == "python"]
 
 
+@pytest.mark.usefixtures("untyped")  # as its readers run it
 @pytest.mark.parametrize("number", range(2))
 def test_examples_run_as_written(number, tmp_path, monkeypatch):
     """The first three blocks belong together, as do the other two."""

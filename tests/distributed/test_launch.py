@@ -66,53 +66,79 @@ def within(folder, act):
     return thread
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A run of two processes that was interrupted, went on, and lost its second process; what was said, and when."""
-    folder, told = tmp_path_factory.mktemp("stopped") / "run", {}
+class Alone:
+    """What one process makes of each training, done when it is asked for, and the folders of the runs."""
 
-    def kill():
-        told["at"] = time.monotonic()
-        os.kill(max(child.pid for child in multiprocessing.active_children()), signal.SIGKILL)
+    def __init__(self, place):
+        self.place, self.runs = place, {}
 
-    options = {"devices": 2, "run_dir": folder, "checkpoint_every": 1}
-    within(folder, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        trained("slow", **options)
-    told["interrupted"] = find_checkpoints(folder)[0].name
-    within(folder, kill)
-    with pytest.raises(ChildProcessError) as caught:
-        trained("slow", **options)
-    told["seconds"] = time.monotonic() - told["at"]
-    return folder, caught.value, told
+    def __call__(self, name):
+        if name not in self.runs:
+            self.runs[name] = trained(name, run_dir=self.place / name, keep_checkpoints=99, checkpoint_every=2)
+        return self.runs[name]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process makes of each training, and the folders of some."""
-    place = tmp_path_factory.mktemp("alone")
-    names = ("standard", "dynamic", "warm", "weighted", "frozen", "norm", "spoiled", "slow", "streamed")
-    kept = {"keep_checkpoints": 99, "checkpoint_every": 2}
-    return place, {name: trained(name, run_dir=place / name, **kept) for name in names}
+    return Alone(tmp_path_factory.mktemp("alone"))
+
+
+def torchrun(*words):
+    """Two processes that torchrun starts."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, ranks.__file__, *words], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of two processes that was interrupted, went on, and lost its second process; what was said, and when."""
+    folder, told = tmp_path_factory.mktemp("stopped") / "run", {}
+    within(folder, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trained("slow", devices=2, run_dir=folder, checkpoint_every=1)
+    told["interrupted"] = find_checkpoints(folder)[0].name
+    return folder, told | kill_second(folder)
+
+
+def kill_second(folder):
+    """Loses the second process of a training inside an epoch; the error, and the seconds until it comes."""
+    began = []
+
+    def kill():
+        began.append(time.monotonic())
+        os.kill(max(child.pid for child in multiprocessing.active_children()), signal.SIGKILL)
+
+    within(folder, kill)
+    with pytest.raises(ChildProcessError) as caught:
+        trained("slow", devices=2, run_dir=folder, checkpoint_every=1)
+    return {"error": caught.value, "seconds": time.monotonic() - began[0]}
+
+
+def check_killed(told):
+    """A process that dies ends the job, which says who it was."""
+    assert str(told["error"]).startswith("one of 2 processes ended early: rank 1 terminated with signal SIGKILL")
+    assert "the same command goes on from" in told["error"].__notes__[0]
+    assert told["seconds"] < 30
+    assert not multiprocessing.active_children()
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, alone, stopped):
     """The folder in which two processes of torchrun did everything, and went on with what one or two had begun."""
-    folder, (place, _) = tmp_path_factory.mktemp("together"), alone
-    copied(place / "warm", folder / "warm-of-one-ddp", "epoch-000002-batch-00000004")
-    copied(place / "standard", folder / "standard-of-one-fsdp", "epoch-000002-batch-00000004")
+    folder = tmp_path_factory.mktemp("together")
+    for name in ("warm", "standard"):
+        alone(name)
+    copied(alone.place / "warm", folder / "warm-of-one-ddp", "epoch-000002-batch-00000004")
+    copied(alone.place / "standard", folder / "standard-of-one-fsdp", "epoch-000002-batch-00000004")
     shutil.copytree(stopped[0], folder / "slow-of-two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, ranks.__file__, folder], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    torchrun(folder)
     return folder
 
 
-@pytest.mark.parametrize("name", ["standard", "dynamic", "warm", "weighted", "frozen", "spoiled", "streamed"])
-def test_two_processes_train_as_one_does(alone, together, name):
-    one = alone[1][name]
-    found, told = load_tensors(together / f"{name}.safetensors")
+def check_alike(one, file):
+    """Two processes, which wrote the file, trained as one did."""
+    found, told = load_tensors(file)
     assert len(one.history) == EPOCHS
     assert EPOCHS * -(-COUNT // BATCH) > 20, "updates"
     assert distance(found, one.model.state_dict()) < 1e-4
@@ -125,36 +151,76 @@ def test_two_processes_train_as_one_does(alone, together, name):
             assert row[key] == pytest.approx(other[key], abs=0.01), key
 
 
-def test_what_was_compared_is_more_than_a_start(alone):
+def check_alike_in_parts(one, folder):
+    """Two processes with a part of the network each, whose run's folder it is, trained as one did."""
+    assert distance(weights(folder), one.model.state_dict()) < 1e-4
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one.history], abs=1e-4)
+
+
+def check_alike_evaluated(folder, place):
+    """Two processes made the table of one, and both know all of it."""
+    one = evaluated(rows_dir=place / "rows")
+    assert (folder / "rows" / "rows.parquet").read_bytes() == (place / "rows" / "rows.parquet").read_bytes()
+    for rank in (0, 1):
+        assert json.loads((folder / f"rank{rank}.json").read_text()) == one.examples.to_json()
+
+
+def test_two_processes_train_and_evaluate_as_one_does(alone, tmp_path):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    torchrun(folder, "few")
+    check_alike(alone("dynamic"), folder / "dynamic.safetensors")
+    check_alike_in_parts(alone("standard"), folder / "standard-fsdp")
+    check_alike_evaluated(folder, tmp_path)
+
+
+def test_a_process_that_dies_ends_the_job_which_says_who_it_was(tmp_path):
+    check_killed(kill_second(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["standard", "dynamic", "warm", "weighted", "frozen", "spoiled", "streamed"])
+def test_two_processes_train_in_every_way_as_one_does(alone, together, name):
+    check_alike(alone(name), together / f"{name}.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["standard", "dynamic", "warm", "weighted", "frozen", "norm", "spoiled", "slow", "streamed"]
+)
+def test_what_was_compared_is_more_than_a_start(alone, name):
     """The trainings move the weights, stop some searches early, and leave batches out."""
-    runs = alone[1]
-    for name, run in runs.items():
-        before = network(norm=name in ("norm", "frozen"), frozen=name == "frozen").state_dict()
-        assert distance(run.model.state_dict(), before) > 0.01, name
-    assert any(row["gradients"] < 3 and row["gradients"] % 1 for row in runs["dynamic"].history)
-    assert all(row["skipped_batches"] == 1 for row in runs["spoiled"].history)
+    run, before = alone(name), network(norm=name in ("norm", "frozen"), frozen=name == "frozen").state_dict()
+    assert distance(run.model.state_dict(), before) > 0.01
+    if name == "dynamic":
+        assert any(row["gradients"] < 3 and row["gradients"] % 1 for row in run.history)
+    if name == "spoiled":
+        assert all(row["skipped_batches"] == 1 for row in run.history)
 
 
+@pytest.mark.slow
 def test_batch_norm_of_each_share_is_the_documented_difference(alone, together):
-    one, (found, told) = alone[1]["norm"], load_tensors(together / "norm.safetensors")
+    one, (found, told) = alone("norm"), load_tensors(together / "norm.safetensors")
     assert 1e-4 < distance(found, one.model.state_dict()) < 0.1
     assert [row["loss"] for row in told["history"]] == pytest.approx([row["loss"] for row in one.history], abs=0.05)
     (mine, _), (theirs, _) = (load_tensors(together / f"norm-of-{rank}.safetensors") for rank in (0, 1))
     assert distance(mine, theirs) == 0, "statistics that attacks and files share"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["standard", "warm"])
 def test_a_network_in_parts_trains_as_a_whole_one(alone, together, name):
-    assert distance(weights(together / f"{name}-fsdp"), alone[1][name].model.state_dict()) < 1e-4
-    rows = [json.loads(line) for line in (together / f"{name}-fsdp" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone[1][name].history], abs=1e-4)
+    check_alike_in_parts(alone(name), together / f"{name}-fsdp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["warm-of-one-ddp", "standard-of-one-fsdp"])
 def test_two_processes_go_on_with_what_one_began(alone, together, name):
-    assert distance(weights(together / name), alone[1][name.partition("-")[0]].model.state_dict()) < 1e-4
+    assert distance(weights(together / name), alone(name.partition("-")[0]).model.state_dict()) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the attack network was:UserWarning")  # in parts, and is whole now
 @pytest.mark.parametrize("name", ["standard-ddp", "warm-ddp", "standard-fsdp", "warm-fsdp"])
 def test_one_process_goes_on_with_what_two_began(alone, together, tmp_path, name):
@@ -164,31 +230,18 @@ def test_one_process_goes_on_with_what_two_began(alone, together, tmp_path, name
         warnings.filterwarnings("ignore", "the attack network was 'in 2 parts")  # it is another one now, and says so
         run = trained(kind, run_dir=folder)
     assert len(run.history) == EPOCHS
-    assert distance(run.model.state_dict(), alone[1][kind].model.state_dict()) < 1e-4
-
-
-def test_a_process_that_dies_ends_the_job_which_says_who_it_was(stopped):
-    _, error, told = stopped
-    assert str(error).startswith("one of 2 processes ended early: rank 1 terminated with signal SIGKILL")
-    assert "the same command goes on from" in error.__notes__[0]
-    assert told["seconds"] < 30
-    assert not told["interrupted"].endswith("-00000000.safetensors")
-    assert not multiprocessing.active_children()
+    assert distance(run.model.state_dict(), alone(kind).model.state_dict()) < 1e-4
 
 
 @pytest.mark.slow
 def test_what_was_interrupted_and_killed_goes_on_with_one_process_and_with_two(alone, together, stopped, tmp_path):
-    shutil.copytree(stopped[0], tmp_path / "run")
-    expected = alone[1]["slow"].model.state_dict()
+    folder, told = stopped
+    assert not told["interrupted"].endswith("-00000000.safetensors")
+    check_killed(told)
+    shutil.copytree(folder, tmp_path / "run")
+    expected = alone("slow").model.state_dict()
     assert distance(trained("slow", run_dir=tmp_path / "run").model.state_dict(), expected) < 1e-4
     assert distance(weights(together / "slow-of-two"), expected) < 1e-4
-
-
-def test_the_table_of_an_evaluation_is_the_same_under_torchrun(together, tmp_path):
-    alone = evaluated(rows_dir=tmp_path / "rows")
-    assert (together / "rows" / "rows.parquet").read_bytes() == (tmp_path / "rows" / "rows.parquet").read_bytes()
-    for rank in (0, 1):
-        assert json.loads((together / f"rank{rank}.json").read_text()) == alone.examples.to_json()
 
 
 # Who is there, and what is refused

@@ -1,4 +1,7 @@
-"""Trainings and an evaluation that one process or several do: `torchrun … ranks.py FOLDER` does them all in turn."""
+"""Trainings and an evaluation that one process or several do.
+
+`torchrun … ranks.py FOLDER` does every training in turn, `torchrun … ranks.py FOLDER few` two and the evaluation.
+"""
 
 import io
 import json
@@ -89,18 +92,30 @@ def evaluated(**options):
     return im.evaluate(network(norm=True).eval(), examples(130), attacks, batch_size=20, seed=3, audit=False, **options)
 
 
-def main(folder):
-    """Everything, by processes that are started together; the first writes what came out."""
-    torch.set_num_threads(1)
-    first = os.environ["RANK"] == "0"
+def keep(folder, name, run):
+    """The first process writes what came out."""
+    if os.environ["RANK"] == "0":
+        save_tensors(folder / f"{name}.safetensors", run.model.state_dict(), {"history": list(run.history)})
 
-    def keep(name, run):
-        if first:
-            save_tensors(folder / f"{name}.safetensors", run.model.state_dict(), {"history": list(run.history)})
 
+def evaluate(folder):
+    """An evaluation: its rows, and what each process knows of it."""
+    evaluation = evaluated(devices=2, rows_dir=folder / "rows")
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(evaluation.examples.to_json()))
+
+
+def few(folder):
+    """A training in copies and one in parts, and the evaluation."""
+    keep(folder, "dynamic", trained("dynamic"))
+    trained("standard", parallel="fsdp", run_dir=folder / "standard-fsdp")
+    evaluate(folder)
+
+
+def everything(folder):
+    """Every training, and those that others began."""
     for name in ("dynamic", "weighted", "frozen", "norm", "spoiled", "streamed"):
         run = trained(name)
-        keep(name, run)
+        keep(folder, name, run)
         if name == "norm":
             save_tensors(folder / f"norm-of-{os.environ['RANK']}.safetensors", run.model.state_dict())
     for name, parallel in (("standard", "ddp"), ("warm", "ddp"), ("warm", "fsdp"), ("standard", "fsdp")):
@@ -108,13 +123,12 @@ def main(folder):
             name, parallel=parallel, run_dir=folder / f"{name}-{parallel}", keep_checkpoints=99, checkpoint_every=2
         )
         if parallel == "ddp":
-            keep(name, run)
+            keep(folder, name, run)
     for name, parallel in (("warm", "ddp"), ("standard", "fsdp")):
         trained(name, parallel=parallel, run_dir=folder / f"{name}-of-one-{parallel}")
     trained("slow", run_dir=folder / "slow-of-two")
-    evaluation = evaluated(devices=2, rows_dir=folder / "rows")
-    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(evaluation.examples.to_json()))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    (few if sys.argv[2:] == ["few"] else everything)(Path(sys.argv[1]))

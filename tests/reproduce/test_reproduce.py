@@ -1,11 +1,13 @@
 """The paper reproduced: settings, cache, comparisons, and every artifact at the smallest scale."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from innermax.reproduce.scales import SCALES, Training
 from innermax.training.checkpoints import find_checkpoints
 from innermax.utils.files import load_tensors
 
-pytestmark = pytest.mark.timeout(900)  # every artifact is made once, in about a minute
+pytestmark = pytest.mark.timeout(900)  # the slow tests make every artifact, in minutes on a busy machine
 SMOKE = SCALES["smoke"]
 TINY = replace(SMOKE.mnist, epochs=1, train=100)
 
@@ -353,21 +355,58 @@ def test_seeds_come_one_after_another():
         assert set(seeds) == {0, 1, 2}
 
 
+# The pages
+
+RESULTS = Path(__file__).parents[2] / "results" / "paper"
+
+
+@pytest.mark.parametrize("scale", ["cpu", "full"])
+def test_the_pages_of_the_repository_are_those_of_its_answers(scale, tmp_path):
+    """Numbers, words and pictures of every artifact, measured in whole ("cpu") and in part ("full").
+
+    Where the words of pages have changed: `innermax reproduce all their names --scale SCALE --minutes 0`.
+    """
+    if not RESULTS.exists():
+        pytest.skip("the pages are not tested: the source distribution has no results")
+    (tmp_path / scale).mkdir()
+    shutil.copy2(RESULTS / scale / "answers.json.xz", tmp_path / scale)
+    options = {"scale": scale, "out": tmp_path, "cache": tmp_path / "models", "minutes": 0, "say": lambda line: None}
+    for page in reproduce(list(ARTIFACTS), **options):
+        kept = RESULTS / scale / page.name
+        assert page.read_text() == kept.read_text(), page.name
+        found, expected = (dict(leaves(json.loads(path.with_suffix(".json").read_text()))) for path in (page, kept))
+        assert found.keys() == expected.keys(), page.name
+        for place, value in expected.items():
+            assert found[place] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), place
+        assert page.with_suffix(".png").exists() == kept.with_suffix(".png").exists() == ("![" in page.read_text())
+
+
+def leaves(value, place=""):
+    """(place, value) of everything in a document that is neither a list nor a dictionary."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if inner is None:
+        yield place, value
+    else:
+        for key, part in inner:
+            yield from leaves(part, f"{place}/{key}")
+
+
 # The whole, at the smallest scale
 
+FEW = ("figure1", "figure5", "overfitting")  # which ask for a gauge, iterates and histories
+ALL = pytest.param(tuple(ARTIFACTS), marks=pytest.mark.slow)
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Every artifact, made once."""
+
+@pytest.fixture(scope="module", params=[FEW, ALL], ids=["few", "all"])
+def made(request, tmp_path_factory):
+    """Artifacts, made once: folder and pages."""
     folder = tmp_path_factory.mktemp("paper")
-    lines = []
-    pages = reproduce(list(ARTIFACTS), scale="smoke", out=folder / "results", cache=folder / "models", say=lines.append)
-    return folder, pages, lines
+    out, cache = folder / "results", folder / "models"
+    return folder, reproduce(request.param, scale="smoke", out=out, cache=cache, say=lambda line: None)
 
 
 def test_every_artifact_is_complete(made):
-    _, pages, _ = made
-    assert [page.stem for page in pages] == list(ARTIFACTS)
+    _, pages = made
     for page in pages:
         text = page.read_text()
         document = json.loads(page.with_suffix(".json").read_text())
@@ -378,15 +417,17 @@ def test_every_artifact_is_complete(made):
 
 
 def test_nothing_is_measured_twice(made, monkeypatch):
-    folder, pages, _ = made
+    folder, pages = made
     before = [page.read_text() for page in pages]
     monkeypatch.setattr(cache.Cache, "train", None)
-    again = reproduce(list(ARTIFACTS), scale="smoke", out=folder / "results", cache=folder / "other", say=print)
+    names = [page.stem for page in pages]
+    again = reproduce(names, scale="smoke", out=folder / "results", cache=folder / "other", say=print)
     assert [page.read_text() for page in again] == before
 
 
+@pytest.mark.parametrize("made", [ALL], ids=["all"], indirect=True)
 def test_the_pages_numbers_are_the_answers(made):
-    folder, _, _ = made
+    folder, _ = made
     numbers = json.loads((folder / "results" / "smoke" / "table1.json").read_text())["numbers"]
     store = make_cache(folder)
     for training in SMOKE.trainings("mnist", "dynamic"):
@@ -396,7 +437,7 @@ def test_the_pages_numbers_are_the_answers(made):
 
 
 def test_the_gauge_by_epoch_is_what_was_recorded(made):
-    folder, _, _ = made
+    folder, _ = made
     numbers = json.loads((folder / "results" / "smoke" / "overfitting.json").read_text())["numbers"]
     store = make_cache(folder)
     for name in ("standard", "curriculum", "dynamic"):
