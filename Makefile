@@ -21,15 +21,15 @@ types: $(VENV)/installed
 
 # In a random order, whose seed is printed.
 unit: $(VENV)/installed browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto --dist worksteal
 
 # The tests marked as slow, which `unit` leaves out.
 slow: $(VENV)/installed browser
-	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs --numprocesses auto --dist worksteal -m slow
 
 # Lines and branches that no test passes through; what runs in processes of its own is not seen.
 coverage: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --cov
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal --cov
 
 # The report's page is looked at in Chromium; where it is not there and cannot be installed, those tests are skipped.
 browser:

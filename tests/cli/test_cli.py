@@ -75,8 +75,16 @@ def test_the_papers_numbers():
         assert (recipe["dynamic.c_max"], recipe["attack.gauge"]) == (0.5, "ball")
 
 
-@pytest.mark.parametrize("strategy", ["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "warm-start"])
-@pytest.mark.parametrize("name", recipe_names())
+STRATEGY_NAMES = ["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "warm-start"]
+# Every recipe, and every strategy, in a fast test; every pair in a slow one.
+PAIRS = [
+    pytest.param(name, strategy, marks=() if name == "mnist" or strategy == "dynamic" else pytest.mark.slow)
+    for name in recipe_names()
+    for strategy in STRATEGY_NAMES
+]
+
+
+@pytest.mark.parametrize(("name", "strategy"), PAIRS)
 def test_every_recipe_trains_with_every_strategy(folder, capsys, monkeypatch, name, strategy):
     # One forward pass of WideResNet-34-10 costs as much as all the rest: its smallest sister stands in for it.
     monkeypatch.setitem(MODELS, "wideresnet", lambda classes, shape: wideresnet(classes, shape, depth=10, width=1))

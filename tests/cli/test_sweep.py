@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from innermax.cli import main, sweep_engine
 from innermax.cli.sweep import list_runs, read_values, sweep_parser
 from innermax.cli.sweep_engine import SweepRun, _run_all, combinations
 from innermax.cli.sweep_table import Measure, run_measures, sweep_rows, write_sweep
@@ -170,6 +172,35 @@ def test_student_is_scipys(values, confidence):
         student(values[:1])
 
 
+@pytest.fixture(params=["here", pytest.param("processes", marks=pytest.mark.slow)])
+def local(request, monkeypatch):
+    """The local engine; in the fast tests its runs are calls in this process, without processes and audits."""
+    if request.param == "here":
+        monkeypatch.setattr(sweep_engine, "_local", start_here)
+
+
+def start_here(folder, workers):
+    """A local engine whose runs are over when they have started."""
+
+    class Over(Uninterrupted):
+        def __init__(self, run):
+            with (folder / "logs" / f"{run.name}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+                self.exit_status = main(sweep_engine._command(folder, run))
+
+        def status(self):
+            return self.exit_status
+
+    return Over
+
+
+def test_a_run_is_a_process_whose_output_is_its_log(tmp_path):
+    (tmp_path / "logs").mkdir()
+    runs = [SweepRun("bad", ["digits", "--lr", "-1"], {})]
+    failed = _run_all(tmp_path, runs, sweep_engine._local(tmp_path, 1), 1, lambda _: None)
+    assert failed == {"bad": "--lr must be a finite number > 0, got -1.0"}
+
+
+@pytest.mark.usefixtures("local")
 def test_a_sweep_with_runs_that_fail(tmp_path, capsys):
     """One table, whose numbers are the runs' own; the failing are named, and tried again, the finished are not."""
     folder = tmp_path / "sweep"
@@ -352,6 +383,7 @@ def test_what_identifies_a_run_of_a_sweep():
     assert options - runs[0].settings.keys() == left_out | {"validation_attack", "settings"}
 
 
+@pytest.mark.slow
 def test_jobs_on_slurm_outlive_the_sweep_and_are_found_again(tmp_path, capsys, monkeypatch):
     """SLURM's own commands, played by scripts: a job goes on in the background, whoever handed it in."""
     pytest.importorskip("submitit", reason="the engine submitit is not tested: pip install 'innermax[slurm]'")

@@ -43,7 +43,7 @@ def test_the_command(runs, capsys, monkeypatch):
     assert result.accuracy["run"][str(runs / "run")] == {name: evaluation.accuracy[name] for name in attacks}
     expected = im.transfer(model, {"bare": im.load_model("bare")}, test, attacks, batch_size=30, precision="auto")
     assert result.accuracy["run"]["bare"] == expected.accuracy["surrogate"]["bare"]
-    again = ("--rows-dir", "rows", "--devices", "2")
+    again = ("--rows-dir", "rows", "--devices", "1")
     assert said(capsys, "transfer", "run", "bare", str(runs / "run"), *words, *again) == (status, out, "")
     assert im.Transfer.from_json(Path("t.json").read_text()).to_json() == result.to_json()
     assert Path("rows/rows.parquet").is_file()
@@ -72,6 +72,7 @@ def test_the_command_asks_where_runs_differ(runs, capsys, monkeypatch):
         (["run", "large"], "target 'large': the model fails on x of shape (32, 1, 8, 8)"),
         (["run", "bare", "--attacks", "pdg-10"], "did you mean 'pgd-10'"),
         (["run", "bare", "--attacks", ""], "at least one attack"),
+        (["run", "bare", "--devices", "0"], "devices must be at least 1, got 0"),
         (["run", "bare", "--limit", "0"], "limit must be at least 1, got 0"),
         (["run", "bare", "--json", "no/where.json"], "its folder does not exist"),
         (["run", "bare", "--json", "run"], "it is a folder"),

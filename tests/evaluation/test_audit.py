@@ -80,6 +80,7 @@ def test_probabilities_are_found(trained, images):
     assert "probabilities" in audit.causes[0]
 
 
+@pytest.mark.usefixtures("untyped")  # tens of thousands of gradients
 def test_an_honest_evaluation_is_left_alone_and_costs_what_is_counted(trained, images):
     strong = {"apgd": im.APGD(LINF, steps=100, loss="margin", targets=9)}
     evaluation = im.evaluate(trained, images, strong)

@@ -306,6 +306,10 @@ def test_two_processes_find_the_same(tmp_path):
     found = evaluated(devices=2, rows_dir=tmp_path / "rows", progress=lambda *step: told.append(step))
     assert found.to_json() == evaluated().to_json()
     assert {step for step in told if step[1] == 40} == {(name, 40, 40) for name in ("clean", *TITLES)}
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_of_one_model_and_refuse_a_broken_one():
     model = network(0)
     once, twice = (evaluated(surrogates={"a": model}, targets={"a": model}, devices=n) for n in (1, 2))
     assert once.to_json() == twice.to_json()
