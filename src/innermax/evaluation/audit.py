@@ -1,6 +1,6 @@
-"""Did the search fail? From what was measured on an evaluation to a verdict, its causes and advice.
+"""Did the search fail? A verdict on an evaluation, with causes and advice, from what the audit measured.
 
-Gauges screen, they do not prove: whatever they say, an evaluation has failed only where a stronger search gains, or
+Gauges screen, they do not prove. Whatever they say, an evaluation has failed only where a stronger search gains, or
 where the model draws random numbers that no attack averaged over.
 """
 
@@ -23,9 +23,9 @@ _PROXIES = ("straight-through", "smoothed", "score-based")
 _DIFFERENT = 1e-3  # change of a logit, over the spread of the example's logits, beyond what rounding does
 _NO_GRADIENT = 0.5  # share of examples
 _VANISHING = 0.25  # share of examples
-_FORETOLD = 0.5  # share of examples whose gradient tells the sign and size of a small step's effect
+_FORETOLD = 0.5  # share of examples whose gradient predicts the effect of a small step, in sign and size
 _FEW = 10  # steps
-_ACROSS = 2.0  # ε: the way from one end of the ball to the other
+_ACROSS = 2.0  # in ε: from one end of the ball to the other
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Quantiles:
 
     @classmethod
     def of(cls, values: npt.NDArray[Any]) -> "Quantiles":
-        """The quantiles of the values that are no NaN."""
+        """The quantiles of the values that are not NaN."""
         values = values[~np.isnan(values)]
         return cls(*(map(float, np.quantile(values, (0.1, 0.5, 0.9))) if len(values) else (math.nan,) * 3))
 
 
 @dataclass(frozen=True)
 class SearchEvidence:
-    """How far one attack got on its survivors, the examples it left correct; NaN where it does not report.
+    """How far one attack got on its survivors, the examples it left correct; NaN where it does not report that.
 
     Attributes:
         fosc, relative_fosc: at the final iterates whose gradient is not zero.
@@ -83,15 +83,15 @@ class Evidence:
         zero_gradient: share of points in X(x) where the gradient of the cross-entropy is zero or not finite.
         zero_margin_gradient: the same for the margin, which is free of the logits' scale.
         float64_agreement: median cosine of float32 and float64 gradients of the cross-entropy.
-        foretold: share of points whose gradient foretells what a small step does to the margin, within a half.
+        foretold: share of points whose gradient predicts what a small step does to the margin, within a half.
         passed: functions of the network that stop or dampen its gradient.
-        fallen: by search, how many of the sample fell to it that had not fallen to one before.
-        gain: by search, the share of all examples that its falls make certain, as `certain_gain` counts them.
+        fallen: by search, how many of the sample fell to it that had survived every search before it.
+        gain: by search, the robust accuracy that it certainly takes away, as `certain_gain` counts it.
         total_gain: the same for all searches together.
-        hidden_gain: the same for those that do not follow the model's own gradient.
-        large_eps: share of the sample that withstands a short search when ε is as large as the bounds.
+        hidden_gain: the same for the searches that do not follow the model's own gradient.
+        large_eps: share of the sample that survives a short search when ε is as large as the bounds.
         untried: by search that could not be tried, or failed, the reason.
-        gradients, forwards: what the audit cost, over all examples.
+        gradients, forwards: the cost of the audit, over all examples.
     """
 
     examples: int
@@ -155,13 +155,13 @@ class Audit:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Audit":
-        """What `to_dict` gave, after JSON without NaN. Raises ValueError where it is something else."""
+        """The audit in a document that `to_dict` made, NaN as null. Raises ValueError for any other document."""
         read: Audit = convert(cls, document, "audit")
         return read
 
 
 def _describe_untried(untried: Mapping[str, str]) -> str:
-    """A sentence on the searches that could not be tried, after a space; nothing where all were."""
+    """A sentence on the searches that could not be tried, after a space; empty where all were."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in untried.items():
         by_reason.setdefault(reason, []).append(name)
@@ -170,27 +170,27 @@ def _describe_untried(untried: Mapping[str, str]) -> str:
 
 
 def certain_gain(likeliest: int, others: int, others_tried: int, others_all: int, examples: int) -> float:
-    """The share of all examples that falls in a sample make certain, with 95 % confidence.
+    """The share of all examples that, with 95 % confidence, would fall, judged by those of a sample that did.
 
     The sample is the survivors nearest to an error, of whom `likeliest` fell, and `others_tried` random ones of the
-    `others_all` that are left, of whom `others` fell: those stand for the rest, by the lower end of Wilson's interval.
+    `others_all` that are left, of whom `others` fell. These stand for the rest, by the lower end of Wilson's interval.
     """
     low = wilson(others, others_tried, 0.9)[0] if others_tried else 0.0
     return (likeliest + max(others, low * others_all)) / examples
 
 
 def is_proxy(search: str) -> bool:
-    """Whether a search of this name does not follow the model's own gradient."""
+    """Whether the search of this name follows something other than the model's own gradient."""
     return search in _PROXIES or search.startswith(SURROGATE)
 
 
 def is_randomised(evidence: Evidence) -> bool:
-    """Whether the same image twice gives different answers."""
+    """Whether the model answers the same image differently twice."""
     return evidence.repeat_difference > _DIFFERENT
 
 
 def judge(evidence: Evidence) -> Audit:
-    """The verdict on what was measured."""
+    """The audit of what was measured: its verdict, causes and advice."""
     if is_randomised(evidence) and not (evidence.averaged and evidence.total_gain <= TOLERANCE):
         cause = f"the same image twice gives logits that differ by {evidence.repeat_difference:.2g} of their spread"
         advice = (

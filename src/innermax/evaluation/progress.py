@@ -1,4 +1,4 @@
-"""How far an evaluation is: what is called after each batch, and a display with the time left.
+"""The progress of an evaluation: what is called after each batch, and a display with the time left.
 
 Colours are rich's, which leaves them out where NO_COLOR is set.
 """
@@ -21,7 +21,7 @@ from innermax.utils.validation import shorten
 ProgressCallback = Callable[[str, int, int], None]  # (name, examples done, examples in all)
 _AUDITED = 350.0  # gradients per example of an audit's sample
 _KEPT = 1e-3  # seconds; a batch that took less was read from a folder
-_SPARSE = 30.0  # seconds between two lines, at least: a shorter evaluation prints none
+_SPARSE = 30.0  # seconds between two lines, at least; a shorter evaluation prints none
 _AUDIT = "audit"
 
 
@@ -33,12 +33,12 @@ def check_progress(progress: object) -> None:
 
 def audit_cost(examples: int) -> float:
     """About how many gradients per example an audit of so many examples takes."""
-    return _AUDITED * min(SURVIVING / 2, max(100 / examples, 1 / 50))  # of the sample that `probes` draws
+    return _AUDITED * min(SURVIVING / 2, max(100 / examples, 1 / 50))  # the sample of `run_audit`
 
 
 @dataclass
 class EvaluationClock:
-    """The time that an evaluation has spent on each of its parts, and about how much is left.
+    """The time that an evaluation has spent on each of its parts, and an estimate of what is left.
 
     Args:
         costs: part → about how many gradients per example it takes, in order.
@@ -77,7 +77,7 @@ class EvaluationClock:
 
 
 class _Count(MofNCompleteColumn):
-    """How many examples are done; nothing of an audit, which has no count."""
+    """How many examples are done; empty for an audit, which has no count."""
 
     def render(self, task: Task) -> Text:
         return Text("") if task.total is None else super().render(task)
@@ -123,13 +123,13 @@ class _EvaluationDisplay:
 def show_evaluation(
     progress: bool | ProgressCallback | None, attacks: Mapping[str, Attack], audit: bool = False
 ) -> Iterator[ProgressCallback | None]:
-    """Context manager: a function for an evaluation to call after each batch; None where it is to be silent.
+    """Context manager: yields the function that an evaluation calls after each batch; None where it is to be silent.
 
     Args:
-        progress: True for a display on standard error, live bars on a terminal, else now and then a line; or a function
-            of the user's.
+        progress: True for a display on standard error, live bars on a terminal, else now and then a line; or the user's
+            own function.
         attacks: by the names that are shown.
-        audit: whether the evaluation ends with one.
+        audit: whether the evaluation ends with an audit.
     """
     check_progress(progress)
     if progress is None or progress is False or callable(progress):
