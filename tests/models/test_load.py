@@ -14,7 +14,7 @@ from torch import nn
 
 import innermax as im
 from innermax.data.readers import as_image_set
-from innermax.evaluation.model_checks import misgivings
+from innermax.evaluation.model_checks import find_mismatches
 from innermax.models.load import Exported
 from tests.helpers.commands import said
 from tests.helpers.evaluation import Noise, network
@@ -289,10 +289,10 @@ def test_normalisation_outside_is_noticed_and_the_advice_works(digits, mean, std
     assert right > 0.7 > 0.3 > raw.accuracy["clean"].value
 
 
-def test_misgivings_are_the_same_in_smaller_batches(digits):
+def test_mismatches_are_the_same_in_smaller_batches(digits):
     data, _ = digits
     model = Normalised(bare(digits), 0.31, 0.37, 0.7)
-    whole, parts = (list(misgivings(model, im.Oracle(model), data, CPU, batch_size)) for batch_size in (256, 7))
+    whole, parts = (list(find_mismatches(model, im.Oracle(model), data, CPU, batch_size)) for batch_size in (256, 7))
     assert len(whole) == 1
     assert parts == whole
 
@@ -304,7 +304,7 @@ def test_a_model_that_needs_no_normalisation_is_left_in_peace(digits):
         x, y = (data.images, data.labels) if model is not weak else (data.images, data.labels.flip(0))
         if isinstance(model[0], nn.Conv2d):
             x, y = images(300)
-        assert list(misgivings(model, im.Oracle(model), as_image_set((x, y)), CPU)) == []
+        assert list(find_mismatches(model, im.Oracle(model), as_image_set((x, y)), CPU)) == []
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_running_statistics_of_a_few_batches_are_no_lack_of_a_normalisation(digi
     norm = nn.BatchNorm2d(1, momentum=momentum).eval()
     norm.num_batches_tracked.fill_(batches)
     model = nn.Sequential(norm, Normalised(bare(digits), 0.31, 0.37, 0.7))
-    assert bool(list(misgivings(model, im.Oracle(model), data, CPU))) == noticed
+    assert bool(list(find_mismatches(model, im.Oracle(model), data, CPU))) == noticed
 
 
 def test_a_model_of_more_classes(digits):
@@ -332,16 +332,16 @@ def test_a_model_of_more_classes(digits):
         im.evaluate(model, few, {})
 
 
-def test_misgivings_change_no_answer(digits, monkeypatch):
+def test_mismatches_change_no_answer(digits, monkeypatch):
     data, _ = digits
     model = nn.Sequential(Normalised(bare(digits), 0.5, 0.5), Noise())
     state = torch.get_rng_state()
-    assert list(misgivings(model, im.Oracle(model), data, CPU))
+    assert list(find_mismatches(model, im.Oracle(model), data, CPU))
     assert torch.equal(state, torch.get_rng_state())
     with pytest.warns(UserWarning, match="normalised"):
         one = im.evaluate(model, data[:100], {"pgd": PGD})
     assert torch.equal(state, torch.get_rng_state())
-    monkeypatch.setattr("innermax.evaluation.evaluate.misgivings", lambda *_: ())
+    monkeypatch.setattr("innermax.evaluation.evaluate.find_mismatches", lambda *_: ())
     other = im.evaluate(model, data[:100], {"pgd": PGD})
     assert (one.rows["pgd"].loss == other.rows["pgd"].loss).all()
 

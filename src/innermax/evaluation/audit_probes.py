@@ -1,6 +1,6 @@
-"""What an audit measures: how a model behaves under search, and whether anything stronger makes its survivors fall.
+"""What an audit measures: how a model behaves under attack, and whether stronger searches make its survivors fall.
 
-Everything happens on a sample of the survivors with bounded searches, a tenth of what AutoAttack costs at most.
+All of it is done on a sample of the survivors, with bounded searches, for at most a tenth of AutoAttack's cost.
 """
 
 import logging
@@ -43,7 +43,7 @@ from innermax.utils.copying import copy_model
 
 Column = npt.NDArray[Any]
 _LARGEST = 100  # survivors in a sample; one in 50 examples where that is more
-_PROBED = 32  # of them where a few are enough
+_PROBED = 32  # of the sample, where a few are enough
 _OWN = 40  # gradients per survivor, on average, for an attack's own steps and starts; half as many for its trace
 _STREAM = 0xA0D17
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Rows(Protocol):
-    """What an evaluation says of each example under an attack, (N,) each."""
+    """What an evaluation records of each example under an attack, (N,) each."""
 
     @property
     def correct(self) -> Column: ...
@@ -70,13 +70,13 @@ class Subject:
     """An evaluation under audit.
 
     Attributes:
-        model, exact: the model, and its oracle as it is, which decides.
-        oracle: what searches ask.
-        images: what was attacked.
-        attacks, rows: the attacks and what each found.
-        survived: (N,) bool, who is right whatever was tried.
+        model, exact: the model, and its exact oracle, which decides.
+        oracle: what searches attack.
+        images: the test set.
+        attacks, rows: the attacks, and what each found.
+        survived: (N,) bool, correct under every attack.
         surrogates: oracles of other models, by name, whose images may mislead this one.
-        admit: from an attack's result and X(x) the images that count.
+        admit: makes the images that count from an attack's result and X(x).
         seed, batch_size, device: the evaluation's.
     """
 
@@ -101,13 +101,13 @@ class Subject:
 
     @property
     def threats(self) -> list[Threat]:
-        """The threat models, each once."""
+        """The distinct threat models."""
         return list({repr(attack.threat): attack.threat for attack in self.attacks.values()}.values())
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Survivors, the `likeliest` first ones nearest to an error, the others drawn at random; rows are examples."""
+    """A sample of the survivors: first the `likeliest` that are nearest to an error, then random ones."""
 
     x: Float[Tensor, "n ..."]
     y: Int[Tensor, " n"]
@@ -123,8 +123,8 @@ class Sample:
 
 
 @dataclass(frozen=True, eq=False)
-class Search:
-    """A stronger search on some `rows` of the sample; each of its images is shown so often, the mean answer decides."""
+class StrongerSearch:
+    """A search on some `rows` of the sample; the mean of `shown` answers to each of its images decides."""
 
     name: str
     attack: Any
@@ -161,7 +161,7 @@ def run_audit(subject: Subject) -> Audit:
 
 
 def _summarize_gauges(rows: Rows) -> SearchEvidence:
-    """What an attack's own gauges say of its survivors."""
+    """The evidence of an attack's own gauges on its survivors."""
     left = rows.correct.astype(bool)
     zero, relative = rows.zero_gradient[left].astype(float), rows.relative_fosc[left]
     known = ~np.isnan(relative)
@@ -188,7 +188,7 @@ def _draw_sample(subject: Subject) -> Sample:
 
 
 def _probe_model(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
-    """How the model answers, and what its gradients are worth, at random points of X(x)."""
+    """Checks the model's answers, and its gradients at random points of X(x)."""
     some = sample[_spread_rows(len(sample), _PROBED, subject.device)]
     exact, feasible = subject.exact, subject.threats[0].around(some.x)
     point = feasible.sample(randomness.hash_keys(subject.seed, some.index, _STREAM))
@@ -229,7 +229,7 @@ def _compare_float64(model: nn.Module, point: Tensor, y: Tensor, single: Answer)
 
 
 def _share_foretold(exact: Oracle, feasible: FeasibleSet, point: Tensor, y: Tensor, answer: Answer) -> float:
-    """Share of points whose gradient tells within a half what a step of ε/20 along it does to the margin."""
+    """Share of points whose gradient predicts, within a half, what a step of ε/20 along it does to the margin."""
     moved = feasible.step(point, answer.gradient, feasible.threat.eps / 20)
     expected = (answer.gradient * (moved - point)).flatten(1).sum(1)
     found = margin(exact.logits(moved), y) - answer.loss
@@ -239,7 +239,7 @@ def _share_foretold(exact: Oracle, feasible: FeasibleSet, point: Tensor, y: Tens
 
 
 def _trace_attacks(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
-    """How the attacks' searches went; those of PGD are followed step by step on a few of the sample."""
+    """Adds how the attacks' searches went; PGD's are traced step by step on a few examples of the sample."""
     clean = cross_entropy(subject.exact.logits(sample.x), sample.y).double().cpu().numpy()
     index = sample.index.cpu().numpy()
     searches, gradients = {}, evidence.gradients
@@ -258,7 +258,7 @@ def _trace_attacks(subject: Subject, sample: Sample, evidence: Evidence) -> Evid
 
 
 def _trace_pgd(attack: PGD, subject: Subject, some: Sample, found: SearchEvidence) -> SearchEvidence:
-    """The evidence with what PGD's own search does on some examples."""
+    """Adds what PGD's own search does on some examples."""
     trace = trace_search(attack, subject.exact, some.x, some.y, seed=subject.seed, index=some.index)
     late = max(attack.steps // 10, 1)
     first, before, last = trace.loss[0], trace.loss[-1 - late], trace.loss[-1]
@@ -275,7 +275,7 @@ def _trace_pgd(attack: PGD, subject: Subject, some: Sample, found: SearchEvidenc
 
 
 def _search_further(subject: Subject, sample: Sample, evidence: Evidence) -> Evidence:
-    """Whom stronger searches make fall, one after the other on those that stand."""
+    """Adds whom stronger searches make fall, one search after the other on those still standing."""
     standing = torch.ones(len(sample), dtype=torch.bool, device=subject.device)
     fallen: dict[str, Tensor] = {}
     untried: dict[str, str] = {}
@@ -312,42 +312,42 @@ def _search_further(subject: Subject, sample: Sample, evidence: Evidence) -> Evi
     return evidence if is_randomised(evidence) else _add_large_eps(subject, sample[standing.nonzero()[:, 0]], evidence)
 
 
-def _plan_searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[Search | Untried]:
-    """The searches, the nearest to the evaluation's own first."""
+def _plan_searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iterator[StrongerSearch | Untried]:
+    """The searches; those most like the evaluation's own come first."""
     everyone = torch.arange(len(sample), device=subject.device)
     if is_randomised(evidence):
         for threat in subject.threats:
-            yield Search("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.oracle, everyone, 8)
+            yield StrongerSearch("averaged", APGD(threat, steps=20, loss="margin", eot=10), subject.oracle, everyone, 8)
             yield from _search_surrogates(subject, threat, everyone, 8)
         return
     yield from _search_longer(subject, sample)
     for threat in subject.threats:
-        yield Search("margin", APGD(threat, steps=50, loss="margin"), subject.oracle, everyone)
-        yield Search("targeted", APGD(threat, steps=40, loss="margin", targets=3), subject.oracle, everyone)
+        yield StrongerSearch("margin", APGD(threat, steps=50, loss="margin"), subject.oracle, everyone)
+        yield StrongerSearch("targeted", APGD(threat, steps=40, loss="margin", targets=3), subject.oracle, everyone)
         if evidence.passed:
             through = Oracle(StraightThrough(subject.model))
-            yield Search("straight-through", APGD(threat, steps=40, loss="margin"), through, everyone)
+            yield StrongerSearch("straight-through", APGD(threat, steps=40, loss="margin"), through, everyone)
         if evidence.foretold < 0.9:
             smooth = Oracle(_Smoothed(subject.model, threat))
-            yield Search("smoothed", APGD(threat, steps=15, loss="margin", eot=8), smooth, everyone)
+            yield StrongerSearch("smoothed", APGD(threat, steps=15, loss="margin", eot=8), smooth, everyone)
         if sample.x.ndim != 4:
             yield Untried("score-based", f"inputs of shape {tuple(sample.x.shape[1:])} are no images")
         elif not Square.serves(threat):
             yield Untried("score-based", f"Square does not serve {type(threat).__name__}")
         else:
-            yield Search("score-based", Square(threat, queries=300), subject.oracle, everyone)
+            yield StrongerSearch("score-based", Square(threat, queries=300), subject.oracle, everyone)
         yield from _search_surrogates(subject, threat, everyone)
 
 
 def _search_surrogates(
     subject: Subject, threat: Threat, everyone: Int[Tensor, " n"], shown: int = 1
-) -> Iterator[Search]:
-    """Searches on the surrogates. They do not end where a surrogate errs: its boundary is not the model's."""
+) -> Iterator[StrongerSearch]:
+    """Searches on the surrogates. They go on where a surrogate errs, because its boundary is not the model's."""
     for name, oracle in subject.surrogates.items():
-        yield Search(SURROGATE + name, PGD(threat, steps=20), oracle, everyone, shown)
+        yield StrongerSearch(SURROGATE + name, PGD(threat, steps=20), oracle, everyone, shown)
 
 
-def _search_longer(subject: Subject, sample: Sample) -> Iterator[Search | Untried]:
+def _search_longer(subject: Subject, sample: Sample) -> Iterator[StrongerSearch | Untried]:
     """The strongest attack itself with four times the steps, and from four other starts; on the unconverged first."""
     attack = subject.attacks[subject.strongest]
     if not isinstance(attack, BaseAttack):
@@ -362,7 +362,7 @@ def _search_longer(subject: Subject, sample: Sample) -> Iterator[Search | Untrie
     cost = 4 * attack.steps * attack.restarts * targets * samples
     rows = order[: max(_OWN * len(sample) // cost, 1)]
     for name, stronger in (("more steps", _with_more_steps(attack)), ("restarts", _with_restarts(attack))):
-        yield Search(name, stronger, subject.oracle, rows)
+        yield StrongerSearch(name, stronger, subject.oracle, rows)
 
 
 def _with_more_steps(attack: PGD | APGD) -> PGD | APGD:
@@ -384,8 +384,8 @@ def _with_restarts(attack: PGD | APGD) -> PGD | APGD:
     return replace(attack, restarts=4 * attack.restarts, random_start=True, stop_on_success=True)
 
 
-def _run_search(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, list[AttackResult], str | None]:
-    """(n,) whom a search makes fall, its results, and why some of it failed, if so."""
+def _run_search(subject: Subject, sample: Sample, one: StrongerSearch) -> tuple[Tensor, list[AttackResult], str | None]:
+    """(n,) which examples a search makes fall, its results, and why a part of it failed, if one did."""
     fell, results = torch.zeros(len(sample), dtype=torch.bool, device=subject.device), []
     failure = None
     seed = randomness.derive_seed(subject.seed, _STREAM) if one.name != "more steps" else subject.seed
@@ -405,7 +405,7 @@ def _run_search(subject: Subject, sample: Sample, one: Search) -> tuple[Tensor, 
 
 
 def _add_large_eps(subject: Subject, standing: Sample, evidence: Evidence) -> Evidence:
-    """The share that withstands a search for any image at all: it can only be more than 0 where searches fail."""
+    """Adds the share that survives a search over all images. It is above 0 only where the search itself fails."""
     some = standing[_spread_rows(len(standing), _PROBED, subject.device)]
     if len(some) == 0:
         return replace(evidence, large_eps=0.0)

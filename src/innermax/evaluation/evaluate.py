@@ -16,7 +16,7 @@ from innermax.evaluation.arguments import check_arguments, check_models, find_ra
 from innermax.evaluation.audit import Audit
 from innermax.evaluation.audit_probes import Subject, run_audit
 from innermax.evaluation.measure import Measurement, Search, describe_measurement, identify
-from innermax.evaluation.model_checks import misgivings
+from innermax.evaluation.model_checks import find_mismatches
 from innermax.evaluation.progress import ProgressCallback, show_evaluation
 from innermax.evaluation.result import Evaluation
 from innermax.evaluation.scoring import PROBABLE, AttackedBatch, Bench, Settings, attack_rows, scoring_logits
@@ -141,7 +141,7 @@ def _evaluate(
     measurement.open_folder(partial(_identify_evaluation, bench, model, attacks, settings))
     with note_kept_rows(parts.folder), warnings.catch_warnings():
         measurement.score_clean(scorer)
-        for sentence in misgivings(model, scorer.exact, bench.images, bench.device, bench.batch_size):
+        for sentence in find_mismatches(model, scorer.exact, bench.images, bench.device, bench.batch_size):
             warnings.warn(sentence, stacklevel=3)
         if parts.join(CLEAN).columns["probable"].all():
             warnings.warn(f"{PROBABLE}; attacks and gauges need logits (leave the softmax out)", stacklevel=3)

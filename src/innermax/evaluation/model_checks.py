@@ -1,4 +1,4 @@
-"""What seems wrong between a model and the images it is given, as far as a few hundred answers show."""
+"""Signs that a model and the images it is given do not fit, as far as a few hundred answers show."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,22 +14,22 @@ from innermax.models.wrappers import IMAGENET_STATISTICS, Normalize
 from innermax.oracle.oracle import Oracle
 
 _IMAGES = 256
-_MARKED = 0.6  # of the accuracy with a normalisation in front; what has hardly learned can gain by contrast alone
-_SIGMAS = 4.0  # by which that must exceed chance: several normalisations are tried
-_REMEMBERED = 0.01  # of its start in a BatchNorm's running statistics, below which they are those of its images
+_MARKED = 0.6  # of the accuracy with a normalisation in front; a model that has hardly learned gains by contrast alone
+_SIGMAS = 4.0  # by which the gain must exceed chance: several normalisations are tried
+_REMEMBERED = 0.01  # share of the start in a BatchNorm's running statistics below which they describe its images
 _UNNORMALISED = "the model is right on"  # how the sentence about a missing normalisation begins
-_CHANCE = 1e-6  # that a class the model has is missing from the images by accident
+_CHANCE = 1e-6  # probability that one of the model's classes is missing from the images by accident
 
 Statistics = tuple[list[float], list[float]]  # mean and std, one number per channel or one for all
 Batches = Iterator[tuple[Tensor, Tensor]]  # images and labels
 
 
-def misgivings(
+def find_mismatches(
     model: nn.Module, oracle: Oracle, images: ImageSet, device: torch.device, batch_size: int = _IMAGES
 ) -> Iterator[str]:
-    """One sentence for each thing that seems wrong; what to do is in it. Costs at most six passes over 256 images.
+    """A sentence for each sign, which says what to do. Costs at most six passes over 256 images.
 
-    The oracle answers for the model; the images' labels must be among its classes.
+    oracle: of the model. The images' labels must be among its classes.
     """
     chosen = torch.linspace(0, len(images) - 1, min(_IMAGES, len(images))).round().long()
 
@@ -38,15 +38,15 @@ def misgivings(
             x, y = images.batch(index.to(images.images.device))
             yield x.to(device), y.to(device)
 
-    with oracle.private_randomness(0):  # a model that draws random numbers draws them later as if nothing had been
+    with oracle.private_randomness(0):  # later draws of the model stay the same
         classes, right = _answered(oracle, batches())
-        yield from _other_classes(classes, images)
-        if len(images.shape) == 3 and float(right.double().mean()) < _MARKED and not _still_starting(model):
+        yield from _check_classes(classes, images)
+        if len(images.shape) == 3 and float(right.double().mean()) < _MARKED and not _is_still_starting(model):
             yield from _normalised_outside(oracle, batches, right)
 
 
 def _answered(oracle: Oracle, batches: Batches, before: Statistics | None = None) -> tuple[int, Bool[Tensor, " n"]]:
-    """How many classes the model has, and which answers are right; with a normalisation before it where told."""
+    """The model's number of classes, and which answers are right; before: a normalisation in front of it."""
     classes, right = 0, []
     for x, y in batches:
         logits = oracle.logits(x if before is None else Normalize(*before).to(x)(x))
@@ -56,14 +56,14 @@ def _answered(oracle: Oracle, batches: Batches, before: Statistics | None = None
 
 
 @contextmanager
-def normalisation_known() -> Iterator[None]:
-    """Inside, nobody is warned of images that seem to lack a normalisation: the model learned on such images."""
+def trust_normalisation() -> Iterator[None]:
+    """Context manager: nothing warns of a missing normalisation, as the model learned on such images."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_UNNORMALISED)
         yield
 
 
-def _other_classes(classes: int, images: ImageSet) -> Iterator[str]:
+def _check_classes(classes: int, images: ImageSet) -> Iterator[str]:
     known = int(images.labels.max()) + 1
     if (known / classes) ** len(images) < _CHANCE:
         yield (
@@ -72,8 +72,8 @@ def _other_classes(classes: int, images: ImageSet) -> Iterator[str]:
         )
 
 
-def _still_starting(model: nn.Module) -> bool:
-    """Whether a BatchNorm's running statistics still hold much of what they began with: then contrast alone helps."""
+def _is_still_starting(model: nn.Module) -> bool:
+    """Whether a BatchNorm's running statistics still hold much of their start: then more contrast alone helps."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     batches = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     return any(
@@ -102,8 +102,8 @@ def _normalised_outside(oracle: Oracle, batches: Callable[[], Batches], right: T
 
 
 def _candidates(batches: Batches) -> Iterator[Statistics]:
-    """Normalisations in common use: the data set's own, and fixed ones."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())  # of each channel's pixels; exact enough in float64
+    """Normalisations in common use: by the images' own statistics, and by fixed ones."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())  # per channel; exact enough in float64
     for x, _ in batches:
         pixels = x.double().transpose(0, 1).flatten(1).cpu()
         count, total = count + pixels.shape[1], total + pixels.sum(1)

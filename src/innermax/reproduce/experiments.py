@@ -13,7 +13,7 @@ from innermax.attacks.base import Attack
 from innermax.attacks.trace import trace_search
 from innermax.data.image_set import ImageSet
 from innermax.distributed.launch import find_device
-from innermax.evaluation.model_checks import normalisation_known
+from innermax.evaluation.model_checks import trust_normalisation
 from innermax.evaluation.result import Evaluation
 from innermax.reproduce.cache import Cache, Result, hash_name, load_data
 from innermax.reproduce.scales import Training
@@ -64,7 +64,7 @@ class Scored:
             columns = {name: found.correct("surrogate", "target", name) for name, _ in self.attacks}
             return {name: _pack_correct(column) for name, column in columns.items()}
         rows = cache.models / f"{hash_name(self)}-rows"  # an interrupted evaluation resumes from there
-        with normalisation_known():
+        with trust_normalisation():
             evaluation = im.evaluate(model, images, dict(self.attacks), rows_dir=rows, audit=False)
         return {
             name: _pack_correct(evaluation.correct(name)) | _cost(evaluation, name)
@@ -84,7 +84,7 @@ class Gauged:
         """{"fosc", "relative_fosc", "loss", "correct"}: lists of one number per image."""
         images = load_data(self.training.setting).test[: self.images]
         model = cache.network(self.training)
-        with normalisation_known():
+        with trust_normalisation():
             rows = im.evaluate(model, images, {"attack": self.attack}, audit=False).rows["attack"]
         return {name: _round_values(getattr(rows, name)) for name in ("fosc", "relative_fosc", "loss", "correct")}
 

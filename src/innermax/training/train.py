@@ -15,7 +15,7 @@ from innermax.attacks.pgd import PGD
 from innermax.distributed.launch import Launch, Parallel, find_device, plan_launch
 from innermax.distributed.process_group import connect
 from innermax.evaluation.evaluate import evaluate
-from innermax.evaluation.model_checks import normalisation_known
+from innermax.evaluation.model_checks import trust_normalisation
 from innermax.evaluation.progress import ProgressCallback
 from innermax.models.wrappers import unwrapped
 from innermax.objectives import Objective
@@ -243,7 +243,7 @@ def _validate(job: Job, loop: Loop) -> dict[str, Any]:
     if job.validation_set is None:
         return {}
     attacks = {} if job.validation_attack is None else {"attack": job.validation_attack}
-    with normalisation_known():
+    with trust_normalisation():
         scored = evaluate(
             loop.state.evaluated_network,
             job.validation_set,
