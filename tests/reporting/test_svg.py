@@ -1,0 +1,41 @@
+"""Axes and charts."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from innermax.reporting import svg
+from innermax.reporting.page import format_eps
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
+def test_a_linear_axis_holds_its_values(values):
+    axis = svg.linear_axis("x", values)
+    rounding = 1e-6 * (axis.high - axis.low)
+    assert axis.low <= min(values) + rounding
+    assert axis.high >= max(values) - rounding
+    assert 2 <= len(axis.ticks) <= 9
+    shares = [axis.share(value) for value in sorted(values)]
+    assert shares == sorted(shares)
+    assert all(0 <= share <= 1 for share in shares)
+
+
+def test_axes_by_hand():
+    assert [tick for tick, _ in svg.linear_axis("x", [], low=0, high=100).ticks] == [0, 25, 50, 75, 100]
+    axis = svg.log_axis("x", 2e-4, 0.5, below=True)
+    assert (axis.low, axis.high) == (pytest.approx(1e-4), 1.0)
+    assert [text for _, text in axis.ticks] == ["≤10⁻⁴", "0.001", "0.01", "0.1", "1"]
+    assert axis.share(0.0) == 0
+    assert axis.share(0.01) == pytest.approx(0.5)
+    assert (format_eps(8 / 255), format_eps(0.3), format_eps(0.5)) == ("8/255", "0.3", "0.5")
+
+
+def test_series_differ_without_colour():
+    """Seven of them, each with dashes and a mark of its own."""
+    series = [svg.Series(str(n), [0, 1], [n, n], n, kind="marked") for n in range(svg._STYLES)]
+    x, y = svg.linear_axis("x", [0, 1]), svg.linear_axis("y", [0, 7])
+    drawn = [svg.draw_chart([one], x, y, "") for one in series]
+    assert len({re.search(r'stroke-dasharray="([^"]*)"', one)[1] for one in drawn}) == svg._STYLES
+    assert len({re.search(r'class="mark s\d" d="M[\d.]+ [\d.]+([^"]*)"', one)[1] for one in drawn}) == svg._STYLES
