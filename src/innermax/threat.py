@@ -20,7 +20,7 @@ from innermax.utils.validation import check_inputs, check_labels, unknown
 
 Bounds = tuple[float | Tensor, float | Tensor] | None
 Flat = Float[Tensor, "b d"]
-Column = Float[Tensor, "b 1"]
+Scalar = Float[Tensor, "b 1"]
 _ROUNDING = 1 + 1e-6  # an ε as large as the bounds may come out a little larger in float32
 _UNITS = 64  # coordinates of which an own norm is checked
 
@@ -349,11 +349,11 @@ class L2(Threat):
         return size * (terms.clamp(min=0).sum(1) + multiplier[:, 0] / 2 * slack)
 
     @staticmethod
-    def _along(direction: Flat, scale: Column, floor: Flat, ceiling: Flat) -> Flat:
+    def _along(direction: Flat, scale: Scalar, floor: Flat, ceiling: Flat) -> Flat:
         """clip(s·direction) for s up to infinity, where a coordinate without direction stays at 0."""
         return torch.where(direction == 0, 0.0, scale * direction).clamp(floor, ceiling)
 
-    def _scale(self, v: Flat, floor: Flat, ceiling: Flat) -> Column:
+    def _scale(self, v: Flat, floor: Flat, ceiling: Flat) -> Scalar:
         """The s with ‖clip(s·v, floor, ceiling)‖ = ε; infinite where no s reaches ε.
 
         In s² the squared norm Σ min(s²·v², room²) is concave and piecewise linear, so Newton's method from the left
@@ -447,7 +447,7 @@ def build_threat(norm: str, eps: float) -> Threat:
     return NORMS[norm](eps)
 
 
-def fill(worth: Flat, room: Flat, amount: float | Column) -> Flat:
+def fill(worth: Flat, room: Flat, amount: float | Scalar) -> Flat:
     """How much of `amount` each coordinate takes when the worthiest are filled to their room first."""
     order = worth.argsort(dim=1, descending=True, stable=True)
     room = room.clamp(max=amount).gather(1, order)

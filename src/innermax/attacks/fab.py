@@ -14,7 +14,7 @@ from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
 from innermax.attacks.search import AttackResult, has_won, reassemble
 from innermax.losses import Paired, difference, margin
-from innermax.threat import L1, L2, Column, Flat, Linf, Threat, fill
+from innermax.threat import L1, L2, Flat, Linf, Scalar, Threat, fill
 from innermax.utils.validation import check_count
 
 _TOWARDS_X = 0.1  # α_max: largest share of the step that starts from x
@@ -138,7 +138,7 @@ def _step(problem: Problem, point: Float[Tensor, "b ..."]) -> Float[Tensor, "b .
     return mean.clamp(low, high).reshape(point.shape)
 
 
-def shortest_way(threat: Threat, slope: Flat, amount: Column, down: Flat, up: Flat) -> Flat:
+def shortest_way(threat: Threat, slope: Flat, amount: Scalar, down: Flat, up: Flat) -> Flat:
     """The d in [down, up] with ⟨slope, d⟩ = amount whose norm is smallest; where there is none, as far as it goes.
 
     The projection onto a hyperplane within a box (Croce & Hein 2020b).
@@ -156,7 +156,7 @@ def shortest_way(threat: Threat, slope: Flat, amount: Column, down: Flat, up: Fl
     return direction * torch.where(room > 0, length.minimum(room), 0.0)
 
 
-def _level(pace: Flat, worth: Flat, room: Flat, amount: Column) -> Column:
+def _level(pace: Flat, worth: Flat, room: Flat, amount: Scalar) -> Scalar:
     """The least s ≥ 0 with Σ worth·min(s·pace, room) = amount; infinite where none reaches it.
 
     The sum is concave and piecewise linear in s, so Newton's method climbs to the root from the left in finitely many

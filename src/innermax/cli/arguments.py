@@ -186,7 +186,7 @@ def describe_type(kind: Any) -> str:
     return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, "text")
 
 
-def check_count(option: str, count: int | None) -> None:
+def check_given_count(option: str, count: int | None) -> None:
     """Raises ValueError where a count that was given is not positive."""
     if count is not None and count < 1:
         raise ValueError(f"{option} must be at least 1, got {count}")

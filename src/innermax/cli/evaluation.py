@@ -6,7 +6,7 @@ from typing import Any
 
 from innermax.attacks.base import Attack
 from innermax.attacks.named import list_names, parse_attacks
-from innermax.cli.arguments import Parser, build_parser, check_count, check_file
+from innermax.cli.arguments import Parser, build_parser, check_file, check_given_count
 from innermax.cli.settings import TABLE, EvaluateSettings, NormName, ThreatSettings
 from innermax.distributed.launch import count_processes, find_device
 from innermax.threat import NORMS
@@ -53,7 +53,7 @@ def choose_attacks(sources: Sequence[str], chosen: Any) -> dict[str, Attack]:
 
 def choose_options(chosen: Any) -> dict[str, Any]:
     """The options that `im.evaluate` and `im.transfer` take alike, checked before anything is loaded."""
-    check_count("--limit", chosen.limit)
+    check_given_count("--limit", chosen.limit)
     check_file("--json", chosen.json)
     devices = count_processes() if chosen.devices is None else chosen.devices
     passed_on = {name: getattr(chosen, name) for name in _PASSED_ON}

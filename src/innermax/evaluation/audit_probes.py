@@ -7,10 +7,9 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -35,34 +34,18 @@ from innermax.evaluation.audit import (
     is_randomised,
     judge,
 )
+from innermax.evaluation.store import AttackRows, Column
 from innermax.losses import cross_entropy, margin
 from innermax.oracle.oracle import Answer, Oracle
 from innermax.threat import FeasibleSet, Linf, Threat
 from innermax.utils import randomness
 from innermax.utils.copying import copy_model
 
-Column = npt.NDArray[Any]
 _LARGEST = 100  # survivors in a sample; one in 50 examples where that is more
 _PROBED = 32  # of the sample, where a few are enough
 _OWN = 40  # gradients per survivor, on average, for an attack's own steps and starts; half as many for its trace
 _STREAM = 0xA0D17
 _log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Rows(Protocol):
-    """What an evaluation records of each example under an attack, (N,) each."""
-
-    @property
-    def correct(self) -> Column: ...
-    @property
-    def loss(self) -> Column: ...
-    @property
-    def fosc(self) -> Column: ...
-    @property
-    def relative_fosc(self) -> Column: ...
-    @property
-    def zero_gradient(self) -> Column: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +68,7 @@ class Subject:
     oracle: Oracle
     images: ImageSet
     attacks: Mapping[str, Any]
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, AttackRows]
     survived: Column
     surrogates: Mapping[str, Oracle]
     admit: Callable[[AttackResult, FeasibleSet], Tensor]
@@ -160,7 +143,7 @@ def run_audit(subject: Subject) -> Audit:
     return judge(_search_further(subject, sample, evidence))
 
 
-def _summarize_gauges(rows: Rows) -> SearchEvidence:
+def _summarize_gauges(rows: AttackRows) -> SearchEvidence:
     """The evidence of an attack's own gauges on its survivors."""
     left = rows.correct.astype(bool)
     zero, relative = rows.zero_gradient[left].astype(float), rows.relative_fosc[left]

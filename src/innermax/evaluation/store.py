@@ -13,7 +13,7 @@ import numpy.typing as npt
 import yaml
 
 from innermax.utils.files import is_vacant, read_config, write_bytes
-from innermax.utils.serialization import differences, is_number
+from innermax.utils.serialization import differences, is_finite_number
 
 Column = npt.NDArray[Any]
 CLEAN = "clean"
@@ -176,7 +176,7 @@ class Parts:
                 check_column(column, key, self._length(start), self.kinds[name][key])
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise ValueError(" ".join(str(error).split())[:120]) from error
-        if not is_number(seconds):
+        if not is_finite_number(seconds):
             raise ValueError(f"it took {seconds} seconds")
         if not np.array_equal(index, np.arange(start, start + self._length(start))):
             raise ValueError(f"it does not hold the examples {start}…{start + self._length(start) - 1}")
@@ -234,7 +234,7 @@ def write_table(folder: Path, columns: Mapping[str, Column]) -> None:
 def _compare_configurations(before: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How two configurations differ; a model's answers count as equal up to rounding."""
     old, new = before.get("answers"), now["answers"]
-    same = isinstance(old, list) and len(old) == len(new) and all(is_number(v) or v != v for v in old)
+    same = isinstance(old, list) and len(old) == len(new) and all(is_finite_number(v) or v != v for v in old)
     if same and np.allclose(np.array(old), np.array(new), 1e-3, 1e-6, equal_nan=True):
         return differences(before | {"answers": new}, now)
     return [*differences(before | {"answers": new}, now), "the model answers the first examples in another way"]

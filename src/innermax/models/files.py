@@ -75,7 +75,7 @@ def hash_weights(state: Mapping[str, Any]) -> str:
     return hash_tensors(sorted((name, value) for name, value in state.items() if isinstance(value, Tensor)))
 
 
-def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Loads weights into a network; a network on the meta device takes the tensors themselves.
 
     Raises ValueError where names or shapes differ, or one number is floating-point and the other is not.
@@ -93,7 +93,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _fill_from_file(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
     """The model, with the weights of a file loaded into it."""
     try:
-        fill(model, tensors)
+        load_weights(model, tensors)
     except ValueError as error:
         raise ValueError(f"{path} does not fit the model: {error}") from error
     return model

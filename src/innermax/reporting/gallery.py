@@ -83,7 +83,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class EpsCurve:
     """Accuracy under PGD-10 with a shrinking step on the first test images, by size of the perturbation."""
 
     eps: tuple[float, ...]
@@ -99,7 +99,7 @@ class Gallery:
     """
 
     pictures: tuple[Picture, ...]
-    sweep: Sweep | None
+    sweep: EpsCurve | None
     class_names: tuple[str, ...] | None
 
 
@@ -150,7 +150,7 @@ def gallery(
             oracle, exact = bench.attack_oracle(model, "float32"), Oracle(model)
             if len(images.shape) == 3 and images.shape[0] in (1, 3):
                 shown = tuple(_limit_bytes(_make_pictures(bench, attacks, oracle, exact, chosen), _BYTES))
-            swept = _measure_sweep(bench, model, sizes)
+            swept = _measure_curve(bench, model, sizes)
     return Gallery(shown[:pictures], swept, names)
 
 
@@ -266,12 +266,12 @@ def _attacks_by_size(images: ImageSet, threat: Threat) -> dict[str, PGD]:
     return attacks
 
 
-def _measure_sweep(bench: Bench, model: nn.Module, attacks: Mapping[str, PGD]) -> Sweep:
+def _measure_curve(bench: Bench, model: nn.Module, attacks: Mapping[str, PGD]) -> EpsCurve:
     """Accuracy by size of the perturbation."""
     few, tell = bench.images[:_SWEPT], bench.progress
     found = evaluate(model, few, attacks, seed=bench.seed, device=bench.device, audit=False, progress=tell)
     eps = (0.0, *(attack.threat.eps for attack in attacks.values()))
-    return Sweep(eps, tuple(found.accuracy.values()), len(few))
+    return EpsCurve(eps, tuple(found.accuracy.values()), len(few))
 
 
 def _to_pixels(image: Tensor) -> Pixels:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from innermax.distributed.fsdp import WholeState
-from innermax.models.files import fill
+from innermax.models.files import load_weights
 from innermax.training.run_folder import CHECKPOINTS
 from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_bytes
-from innermax.utils.serialization import is_number, is_row
+from innermax.utils.serialization import is_finite_number, is_row
 
 _PACE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)?")
 _NAME = re.compile(r"epoch-(\d+)-batch-(\d+)\.safetensors")
@@ -145,18 +145,18 @@ def _is_valid(name: str, value: Any) -> bool:
         case "micro_batch", None | int():
             return value is None or value >= 1
         case "totals", dict():
-            return all(map(is_number, value.values())) and (
+            return all(map(is_finite_number, value.values())) and (
                 "examples" not in value or {"loss", "correct"} <= set(value)
             )
         case "gauged", dict():
-            lists = all(isinstance(v, list) and v and all(map(is_number, v)) for v in value.values())
+            lists = all(isinstance(v, list) and v and all(map(is_finite_number, v)) for v in value.values())
             return lists and set(value) in (set(), _GAUGES)
         case "history", list():
             return all(map(is_row, value))
         case "attack_network", str():
             return True
         case "seconds", _:
-            return is_number(value)
+            return is_finite_number(value)
     return False
 
 
@@ -178,7 +178,7 @@ def _fill(
         for prefix, network in networks.items():
             own = {name.removeprefix(f"{prefix}/"): v for name, v in tensors.items() if name.startswith(f"{prefix}/")}
             if isinstance(network, nn.Module):
-                fill(network, own)
+                load_weights(network, own)
             else:
                 network.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

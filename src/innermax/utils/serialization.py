@@ -120,7 +120,7 @@ def convert(kind: Any, value: Any, name: str) -> Any:
     if isinstance(kind, UnionType) and (value is None or type(value) in arguments):
         return value
     if kind is float and (value is None or type(value) in (int, float)):
-        if value is not None and not is_number(value):
+        if value is not None and not is_finite_number(value):
             raise ValueError(f"{name} must be a finite number, got {str(value)[:20]}")
         return math.nan if value is None else value
     if kind in (int, str, bool) and type(value) is kind:
@@ -133,7 +133,7 @@ def is_row(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_measure, value, value.values()))
 
 
-def is_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
     """Whether a value is a finite float or a 64-bit integer."""
     if isinstance(value, int):
         return abs(value) < 2**63
@@ -146,8 +146,8 @@ def _is_measure(name: str, value: Any) -> bool:
     if name == "epoch":
         return isinstance(value, int) and 0 <= value < 10**9
     if name.endswith("_percentiles"):
-        return isinstance(value, list) and len(value) > 0 and all(map(is_number, value))
-    return value is None or is_number(value)
+        return isinstance(value, list) and len(value) > 0 and all(map(is_finite_number, value))
+    return value is None or is_finite_number(value)
 
 
 def added_field(default: Any) -> Any:
