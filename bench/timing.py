@@ -26,7 +26,8 @@ def timed(variants: Mapping[str, Callable[[], object]], rounds: int, warm_up: in
 
 def ratio(above: list[float], below: list[float]) -> dict[str, float]:
     """Median and quartiles of the ratios, turn by turn."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
     return {"median": middle, "low": low, "high": high}
 
 

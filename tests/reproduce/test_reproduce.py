@@ -300,6 +300,14 @@ def test_a_table_of_differences_leaves_out_what_was_not_run(store):
     assert body[0].endswith(f"| {comparison.format_points(found)} |")
 
 
+def test_fosc_is_shown_at_the_papers_moments():
+    """Of 120 epochs, after 10, 60 and 100 of them; of Curriculum's, which attacks late, after 60, 90 and 119."""
+    history = [{"ball_fosc_percentiles": [epoch]} for epoch in range(120)]
+    for shares, epochs in ((figures._SHARES, (10, 60, 100)), (figures._LATE_SHARES, (60, 90, 119))):
+        shown = figures._moments(history, shares)
+        assert shown == {f"epoch {epoch + 1}": [epoch] for epoch in epochs}
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans(), st.floats(0, 9)), min_size=1, max_size=50))
 def test_bins_hold_every_example_up_to_the_last_edge_once(examples):
     fosc, correct, loss = zip(*examples, strict=True)
