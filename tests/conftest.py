@@ -21,9 +21,15 @@ def _draws_do_not_depend_on_the_tests_before():
 
 
 @pytest.fixture(autouse=True)
+def _caches_of_its_own(tmp_path_factory, monkeypatch):
+    """No test finds the rows that another has left."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+
+
+@pytest.fixture(autouse=True)
 def _audits_only_where_they_are_tested(request, monkeypatch):
     """An audit's searches take longer than what most tests look at."""
-    if request.module.__name__.rpartition(".")[2] not in ("test_audit", "test_docs"):
+    if request.module.__name__.rpartition(".")[2] not in ("test_audit", "test_bounds", "test_docs"):
         monkeypatch.setattr("innermax.evaluation.evaluate._audit", lambda *_: None)
 
 

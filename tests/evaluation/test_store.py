@@ -23,7 +23,7 @@ from torch import nn
 import innermax as im
 from innermax.distributed import spawn
 from innermax.distributed.spawn import run_processes
-from innermax.evaluation.store import ATTACK_KINDS, CLEAN_KINDS, AttackRows, Part, Parts
+from innermax.evaluation.store import ATTACK_KINDS, CLEAN_KINDS, AttackRows, OtherRows, Part, Parts, open_rows
 
 THREAT = im.Linf(0.01)
 ATTACKS = {"fgsm": im.FGSM(THREAT), "pgd/20": im.PGD(THREAT, 20), "PGD/20": im.PGD(THREAT, 20, restarts=2)}
@@ -290,6 +290,37 @@ def test_the_last_bits_of_the_models_answers_are_no_other_model(whole):
     path.write_text(yaml.safe_dump(config))
     evaluated(whole)
     path.write_text(before)
+
+
+def test_the_number_of_threads_is_no_other_evaluation(whole, monkeypatch):
+    threads = torch.get_num_threads()
+    for kind in {type(attack) for attack in ATTACKS.values()}:
+        monkeypatch.setattr(kind, "__call__", lambda *_, **__: pytest.fail("attacked again"))
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        evaluated(whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("2 BatchNorm folded, channels last, float32", "as the model is, float32, 8 threads", True),
+        ("unfolded (bf16 is not traced), float32 (bf16 changes logits by 1e+00)", "0 BatchNorm folded, float32", True),
+        ("0 BatchNorm folded, bf16, CUDA graphs", "0 BatchNorm folded, bf16", True),
+        ("0 BatchNorm folded, bf16, 2 threads", "0 BatchNorm folded, float32, 2 threads", False),
+        ("one: 0 BatchNorm folded, bf16; two: 0 BatchNorm folded, float32", "one: 0 BatchNorm folded, float32", False),
+    ],
+)
+def test_of_an_attacks_network_the_precision_counts(tmp_path, before, now, same):
+    told = {"answers": [0.5], "seed": 0}
+    open_rows(tmp_path, told | {"attack_network": before})
+    if same:
+        open_rows(tmp_path, told | {"attack_network": now})
+        return
+    with pytest.raises(OtherRows, match="attack_network: bf16 there, float32 here"):
+        open_rows(tmp_path, told | {"attack_network": now})
 
 
 def test_other_folders_are_left_alone(tmp_path):

@@ -1,9 +1,11 @@
 """What loggers are given: the rows of metrics.jsonl, distributions of FOSC, pictures of attacked images."""
 
 import json
+import os
 import sqlite3
 import sys
 import time
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -162,3 +164,65 @@ def test_mlflow_in_a_file(tmp_path, monkeypatch):
         rows = database.execute("SELECT step FROM metrics WHERE key = 'loss' AND run_uuid = ?", (name,)).fetchall()
     database.close()
     assert sorted(step for (step,) in rows) == [0, 1]
+
+
+@pytest.fixture
+def no_tracking(monkeypatch):
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    pytest.importorskip("pytorch_lightning")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.mark.filterwarnings("default")
+def test_mlflow_keeps_each_run_in_its_own_folder(no_tracking, tmp_path):
+    """Whatever the folder is called; one opened after the other, and a first one again."""
+    import mlflow
+
+    place = mlflow.get_tracking_uri()
+    names = ("robust?", "50%25 of ε")
+    for number, name in enumerate((*names, names[0])):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with epoch_logger("mlflow", folder, {}) as write:
+            write({"epoch": number, "loss": 0.5}, np.zeros((8, 8, 1), np.uint8))
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert mlflow.get_tracking_uri() == place
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
+    for name, steps in zip(names, ([0, 2], [1]), strict=True):
+        with sqlite3.connect(tmp_path / "runs" / name / "mlflow.db") as database:
+            assert sorted(step for (step,) in database.execute("SELECT step FROM metrics")) == steps
+        database.close()
+        assert list((tmp_path / "runs" / name / "mlflow").rglob("*attacked*.png"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_mlflow_runs_that_are_not_there(no_tracking, tmp_path):
+    (tmp_path / "logger.json").write_text('{"mlflow": "0123456789abcdef0123456789abcdef"}')
+    message = r"logger 'mlflow' cannot be opened: .*0123456789abcdef.*; .*logger.json names the run to go on with"
+    with pytest.raises(ValueError, match=message), epoch_logger("mlflow", tmp_path, {}):
+        pass
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_file_of_the_users_own_with_a_loggers_name(name, tmp_path, monkeypatch):
+    own = ModuleType(name)
+    own.__file__ = f"/home/me/{name}.py"
+    monkeypatch.setitem(sys.modules, name, own)
+    message = rf"logger '{name}' needs .*/home/me/{name}\.py goes by the name of the library {name}: rename it"
+    with pytest.raises(ValueError, match=message):
+        train(logger=name, run_dir=tmp_path / "run")
+
+
+def test_a_named_logger_that_fails_does_not_end_the_training(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+    def fails(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(TensorBoardLogger, "log_metrics", fails)
+    with pytest.warns(UserWarning, match=r"^logger 'tensorboard' failed: OSError: no space left; metrics.jsonl"):
+        run = train(logger="tensorboard", run_dir=tmp_path / "run")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(run.history) == 2

@@ -27,6 +27,9 @@ _COMMANDS = ("train", "sweep", "evaluate", "transfer", "report", "export", "reci
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    from innermax.utils.encoding import accept_all_text
+
+    accept_all_text()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_HELP, end="")

@@ -1,7 +1,7 @@
 """`innermax evaluate`: attacks a trained model with test images."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from innermax.cli.arguments import SOURCES, check_file, split_words
 from innermax.cli.evaluation import choose_attacks, choose_data, choose_options, evaluation_parser, is_run_folder
 from innermax.data.image_set import Data
 from innermax.distributed.launch import find_device, is_first
+from innermax.evaluation.store import OtherRows
 from innermax.models.wrappers import IMAGENET_STATISTICS
 from innermax.reporting.tables import format_audit, format_table
 from innermax.utils.files import hash_tensors
@@ -39,22 +40,23 @@ def _evaluate(source: str, chosen: Any) -> None:
     surrogates = None
     if chosen.surrogate is not None:
         surrogates = {chosen.surrogate: im.load_model(chosen.surrogate, allow_code=chosen.allow_code)}
-    rows_dir = chosen.rows_dir
-    if rows_dir is None and is_run_folder(source) and os.access(source, os.W_OK):
-        rows_dir = _own_rows(Path(source), model, data_name, attacks, options | {"limit": chosen.limit})
-    evaluation = im.evaluate(
-        model,
-        data.test[: chosen.limit],
-        attacks,
-        rows_dir=rows_dir,
-        surrogates=surrogates,
-        progress=is_first(),
-        **options,
-    )
+    test = data.test[: chosen.limit]
+
+    def evaluate(rows_dir: Path | None) -> im.Evaluation:
+        return im.evaluate(
+            model, test, attacks, rows_dir=rows_dir, surrogates=surrogates, progress=is_first(), **options
+        )
+
+    if chosen.rows_dir is not None:
+        rows_dir: Path | None = Path(chosen.rows_dir)
+        evaluation = evaluate(rows_dir)
+    else:
+        own = _own_rows(source, model, data_name, attacks, options | {"limit": chosen.limit})
+        rows_dir, evaluation = _in_a_folder_of_its_own(own, evaluate)
     if is_first():
         _write_results(source, chosen, model, data, attacks, evaluation)
         if rows_dir is not None:
-            where = f"Example by example: {Path(rows_dir) / 'rows.parquet'}"
+            where = f"Example by example: {rows_dir / 'rows.parquet'}"
             Console().print(where, highlight=False, soft_wrap=True)
 
 
@@ -87,7 +89,32 @@ def _load_model(source: str, chosen: Any) -> nn.Module:
     return nn.Sequential(im.Normalize(*pair), model)
 
 
-def _own_rows(run: Path, model: nn.Module, data: str, attacks: Mapping[str, Any], options: dict[str, Any]) -> Path:
-    """A folder inside a run folder, another for each evaluation that is asked for."""
+def _own_rows(
+    source: str, model: nn.Module, data: str, attacks: Mapping[str, Any], options: dict[str, Any]
+) -> Path | None:
+    """A folder for each evaluation that is asked for: inside a run folder, or among the user's caches; None where
+    neither can be written.
+    """
     asked = describe([data, attacks, options, __version__, torch.__version__])
-    return run / "rows" / hash_tensors([(str(asked), torch.empty(0)), *model.state_dict().items()])
+    name = hash_tensors([(str(asked), torch.empty(0)), *model.state_dict().items()])
+    if is_run_folder(source) and os.access(source, os.W_OK):
+        return Path(source) / "rows" / name
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "innermax" / "rows"
+    try:
+        caches.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # there is no home
+        return None
+    return caches / name if os.access(caches, os.W_OK) else None
+
+
+def _in_a_folder_of_its_own(
+    folder: Path | None, evaluate: Callable[[Path | None], im.Evaluation]
+) -> tuple[Path | None, im.Evaluation]:
+    """The evaluation, and its folder: this one, or with a number where it holds the rows of another one."""
+    own, number = folder, 1
+    while True:
+        try:
+            return own, evaluate(own)
+        except OtherRows:  # of other images under the same name, or in another precision
+            number += 1
+            own = folder and folder.with_name(f"{folder.name}-{number}")

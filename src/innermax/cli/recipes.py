@@ -35,7 +35,7 @@ def recipe_text(name: str) -> str:
             raise ValueError(f"recipe {name} is not readable: {error}") from error
     if name not in recipe_names():
         raise unknown("recipe", name, recipe_names())
-    return (resources.files("innermax") / "recipes" / f"{name}.yaml").read_text()
+    return (resources.files("innermax") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read_yaml(text: str) -> Any:

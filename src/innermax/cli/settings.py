@@ -148,7 +148,7 @@ class EvaluateSettings:
         devices: Processes that share the images; on GPUs, one per GPU. By default as many as torchrun or SLURM started,
             else one.
         rows_dir: Folder for the rows of each batch, written as soon as they are computed. The same command resumes from
-            it. By default one inside the run folder.
+            it. By default one inside the run folder, or innermax/rows among your caches (XDG_CACHE_HOME, ~/.cache).
         best: Evaluate the best epoch of a run on its validation split instead of the last.
         normalize: Normalise the inputs of a model that expects it: imagenet, or [MEAN,STD] with one number per channel
             each, or one for all, such as [[0.1307],[0.3081]].

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from innermax.utils.files import LOCK, LockHeld, lock_file, write_json
+from innermax.utils.optional import import_library
 from innermax.utils.serialization import differences, parse_json
 from innermax.utils.validation import check_count
 
@@ -298,9 +299,9 @@ class _ClusterJob:
 def _submitit(folder: Path, parameters: Mapping[str, Any]) -> Start:
     """Submits jobs to SLURM, or to what submitit's `cluster` names."""
     try:
-        import submitit
+        submitit = import_library("submitit", "AutoExecutor")
     except ImportError as error:
-        raise ValueError("the engine submitit needs an extra: pip install 'innermax[slurm]'") from error
+        raise ValueError(f"the engine submitit needs an extra: pip install 'innermax[slurm]' ({error})") from error
     asked = {"name": "innermax"} | dict(parameters)
     cluster = asked.pop("cluster", "slurm")
     try:

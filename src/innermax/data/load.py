@@ -20,6 +20,7 @@ from innermax.data.readers import (
     read_class_names,
     subfolders,
 )
+from innermax.utils.optional import import_library
 from innermax.utils.randomness import permutation
 from innermax.utils.validation import unknown
 
@@ -132,14 +133,15 @@ def _load_named(name: str, root: Path | None) -> _Splits:
 
 
 def _from_hub(name: str, revision: str | None) -> _Splits:
-    import datasets
-
     source = _HUB[name]
     try:
+        datasets = import_library("datasets", "load_dataset")
         parts = {
             split: datasets.load_dataset(source.hub_id, source.configuration, split=split, revision=revision)
             for split in ("train", "test")
         }
+    except ImportError as error:
+        raise ValueError(f"{name} from the Hugging Face Hub needs the library datasets: {error}") from error
     except Exception as error:  # a lost connection comes as the Hub client's own, httpx's or the system's error
         raise ValueError(
             f"cannot get {name} ({source.hub_id}) from the Hugging Face Hub: {type(error).__name__}: {error}. Without "

@@ -1,7 +1,6 @@
 """Image sets from folders, parquet files, Hugging Face data sets and tensors."""
 
 import operator
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from innermax.data.decoding import Row, decode, stack
 from innermax.data.image_set import ImageSet
+from innermax.utils.optional import find_loaded
 from innermax.utils.serialization import parse_json
 from innermax.utils.validation import unknown
 
@@ -102,8 +102,7 @@ def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
         dataset = _from_tensors(*dataset)
     if isinstance(dataset, ImageSet):
         return dataset if limit is None else dataset[:limit]
-    hugging_face = sys.modules.get("datasets")  # its objects cannot exist before it is imported
-    if hugging_face is not None and isinstance(dataset, hugging_face.Dataset):
+    if _is_hugging_face(dataset):
         rows = len(dataset) if limit is None else min(limit, len(dataset))
         return from_hugging_face(dataset, rows, "the Hugging Face data set", follow_paths=True)
     if isinstance(dataset, torch.utils.data.Dataset) and hasattr(dataset, "__len__"):
@@ -112,6 +111,11 @@ def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
         "a data set must be an ImageSet, a tuple of two tensors (images, labels), a torch Dataset with a length "
         f"or a Hugging Face Dataset (one split), got {type(dataset).__name__}"
     )
+
+
+def _is_hugging_face(dataset: Any) -> bool:
+    kind = find_loaded("datasets", "Dataset")  # its objects cannot exist before it is imported
+    return isinstance(kind, type) and isinstance(dataset, kind)
 
 
 def _count_rows(file: Path) -> int:

@@ -75,7 +75,7 @@ def run_processes(
             fabric.launch(_worker, _Payload(payload, Path(folder)))
         except ProcessException as error:
             for failure in sorted(Path(folder).glob("*.json")):
-                name, message, notes = json.loads(failure.read_text())
+                name, message, notes = json.loads(failure.read_text(encoding="utf-8"))
                 known = _ERRORS[name](message)
                 for note in notes:
                     known.add_note(note)

@@ -414,7 +414,9 @@ def _spread_rows(count: int, most: int, device: torch.device) -> Int[Tensor, " k
 
 
 class _Smoothed(nn.Module):
-    """A model that sees its images with noise of half the ball's size: averaged, its gradients are smoother."""
+    """A model that sees its images, within the bounds, with noise of half the ball's size: averaged, its gradients are
+    smoother.
+    """
 
     def __init__(self, model: nn.Module, threat: Threat) -> None:
         super().__init__()
@@ -426,5 +428,6 @@ class _Smoothed(nn.Module):
             noise = noise.sign()
         else:
             noise = noise / self.threat.norm(noise.flatten(1)).reshape(-1, *[1] * (x.ndim - 1))
-        answer: Tensor = self.model(x + self.threat.eps / 2 * noise)
+        low, high = (side.reshape(x.shape) for side in self.threat.box(x))
+        answer: Tensor = self.model((x + self.threat.eps / 2 * noise).clamp(low, high))
         return answer

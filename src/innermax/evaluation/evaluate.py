@@ -32,6 +32,7 @@ from innermax.evaluation.store import (
 )
 from innermax.models.files import hash_weights
 from innermax.oracle.oracle import Oracle, Precision
+from innermax.utils.validation import summarize_error
 
 
 def evaluate(
@@ -158,7 +159,11 @@ def _evaluate(
         )
         measurement.write_table(evaluation.columns)
         if audit and attacks:
-            evaluation = replace(evaluation, audit=_audit(bench, model, scorer, others, attacks, evaluation))
+            try:
+                evaluation = replace(evaluation, audit=_audit(bench, model, scorer, others, attacks, evaluation))
+            except Exception as failure:  # noqa: BLE001  whatever the model raises where only the audit asks
+                told = f"the audit failed ({summarize_error(failure)}): the results are whole, but nothing checked them"
+                warnings.warn(told, stacklevel=3)
     return evaluation
 
 

@@ -1,5 +1,6 @@
 """Signs that a model and the images it is given do not fit, as far as a few hundred answers show."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from innermax.data.image_set import ImageSet
 from innermax.models.wrappers import IMAGENET_STATISTICS, Normalize
 from innermax.oracle.oracle import Oracle
 
+_log = logging.getLogger(__name__)
 _IMAGES = 256
 _MARKED = 0.6  # of the accuracy with a normalisation in front; a model that has hardly learned gains by contrast alone
 _SIGMAS = 4.0  # by which the gain must exceed chance: several normalisations are tried
@@ -85,7 +87,14 @@ def _is_still_starting(model: nn.Module) -> bool:
 def _normalised_outside(oracle: Oracle, batches: Callable[[], Batches], right: Tensor) -> Iterator[str]:
     """Whether the model knows the images much better with a normalisation in front."""
     tried = {repr(statistics): statistics for statistics in _candidates(batches())}
-    verdicts = {name: _answered(oracle, batches(), pair)[1] for name, pair in tried.items()}
+    verdicts = {}
+    for name, pair in tried.items():
+        try:
+            verdicts[name] = _answered(oracle, batches(), pair)[1]
+        except ValueError as refusal:  # of a model that takes values in [0, 1] alone, so that it needs none
+            _log.info("not tried with the normalisation %s: %s", pair, refusal)
+    if not verdicts:
+        return
     best = max(verdicts, key=lambda name: int(verdicts[name].sum()))
     gained, lost = int((verdicts[best] & ~right).sum()), int((right & ~verdicts[best]).sum())
     # McNemar's statistic for two classifiers on the same examples.

@@ -194,16 +194,21 @@ def check_column(column: Column, name: str, count: int, kinds: str | None = None
         raise ValueError(f"column {name} holds a class below 0")
 
 
+class OtherRows(ValueError):
+    """A folder holds the rows of another configuration; the message says in what they differ."""
+
+
 def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
     """Makes or finds a folder of rows of this configuration.
 
     Raises:
-        ValueError: the folder holds the rows of another configuration, or files that are no rows.
+        OtherRows: the folder holds the rows of another configuration.
+        ValueError: it holds files that are no rows.
     """
     if (folder / _CONFIGURATION).exists():
         differing = _compare_configurations(read_config(folder), configuration)
         if differing:
-            raise ValueError(
+            raise OtherRows(
                 f"rows_dir {folder} belongs to another evaluation ({'; '.join(map(_shorten, differing[:4]))}); "
                 "choose another folder, or remove it"
             )
@@ -232,12 +237,21 @@ def write_table(folder: Path, columns: Mapping[str, Column]) -> None:
 
 
 def _compare_configurations(before: dict[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How two configurations differ; a model's answers count as equal up to rounding."""
+    """How two configurations differ; a model's answers count as equal up to rounding.
+
+    Of how the attack's network is computed only the precision counts: threads and the like change no answer.
+    """
+    before, now = (told | {"attack_network": _arithmetic(told.get("attack_network"))} for told in (before, dict(now)))
     old, new = before.get("answers"), now["answers"]
     same = isinstance(old, list) and len(old) == len(new) and all(is_finite_number(v) or v != v for v in old)
     if same and np.allclose(np.array(old), np.array(new), 1e-3, 1e-6, equal_nan=True):
         return differences(before | {"answers": new}, now)
     return [*differences(before | {"answers": new}, now), "the model answers the first examples in another way"]
+
+
+def _arithmetic(plan: object) -> str:
+    """What an oracle's plan says of its precision."""
+    return "bf16" if re.search(r"(^|[,:] )bf16\b", str(plan)) else "float32"
 
 
 def _shorten(text: str) -> str:

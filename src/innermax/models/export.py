@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from innermax.models.files import find_description
 from innermax.models.wrappers import unwrapped
 from innermax.utils.copying import copy_model
+from innermax.utils.optional import import_library
 from innermax.utils.randomness import hash_keys, uniform
 from innermax.utils.validation import summarize_error, unknown
 
@@ -69,8 +70,8 @@ def _write_program(network: nn.Module, example: Tensor, path: Path) -> Predict:
 def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Predict:
     """Writes an ONNX file; a function that runs it in ONNX Runtime."""
     try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch.onnx.export asks for it
+        onnxruntime = import_library("onnxruntime", "InferenceSession")
+        import_library("onnxscript", "onnx_opset")  # torch.onnx.export asks for it
     except ImportError as error:
         raise ValueError(f"ONNX needs pip install 'innermax[onnx]': {summarize_error(error)}") from error
     options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "external_data": False}

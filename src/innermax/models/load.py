@@ -18,6 +18,7 @@ from torch.fx.graph import CodeGen
 
 from innermax.models.files import load_saved_model
 from innermax.models.wrappers import Normalize
+from innermax.utils.optional import import_library
 from innermax.utils.validation import summarize_error
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -104,7 +105,7 @@ def _check_allowed(allowed: bool, what: str) -> None:
 def _load_timm(name: str) -> nn.Module:
     """timm's network, with its normalisation in front: for images in [0, 1]."""
     try:
-        timm = importlib.import_module("timm")
+        timm = import_library("timm", "create_model")
     except Exception as error:  # its torchvision, built for another torch, raises what it likes
         raise ValueError(f"timm:{name} needs timm (pip install 'innermax[timm]'): {summarize_error(error)}") from error
     try:

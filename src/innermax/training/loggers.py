@@ -4,11 +4,14 @@ The rows of metrics.jsonl go through the loggers of Lightning Fabric and PyTorch
 FOSC and a picture of attacked examples where the logger takes them.
 """
 
+import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from innermax.utils.files import write_json
+from innermax.utils.optional import find_loaded, import_library
 from innermax.utils.serialization import parse_json
 from innermax.utils.validation import summarize_error
 
@@ -51,24 +55,55 @@ def epoch_logger(
         configuration: what identifies the run.
 
     Raises:
-        ValueError: a name was given without a run folder, or its packages are not installed.
+        ValueError: a name was given without a run folder, its packages are not installed, or it cannot be opened.
     """
     if logger is None:
         yield lambda row, picture: None
         return
-    if isinstance(logger, str) and folder is None:
+    if not isinstance(logger, str):
+        with _finalized(logger):
+            yield _opened(logger, configuration)
+        return
+    if folder is None:
         raise ValueError(f"logger {logger!r} writes into the run folder: give run_dir")
-    opened = _open_logger(logger, cast(Path, folder)) if isinstance(logger, str) else logger
+    with ExitStack() as stack:
+        opened = _open_logger(logger, folder, stack)
+        stack.enter_context(_finalized(opened, partial(_only_warned, logger)))
+        write = _opened(opened, configuration)
+
+        def write_or_warn(row: Mapping[str, Any], picture: Picture | None) -> None:
+            with _only_warned(logger):
+                write(row, picture)
+
+        yield write_or_warn
+
+
+def _opened(logger: Logger, configuration: Mapping[str, Any]) -> Write:
     with suppress(NotImplementedError):  # Fabric's CSVLogger takes none
-        opened.log_hyperparams(dict(configuration))
+        logger.log_hyperparams(dict(configuration))
+    return partial(_write, logger)
+
+
+@contextmanager
+def _finalized(logger: Logger, guard: Callable[[], AbstractContextManager[None]] = nullcontext[None]) -> Iterator[None]:
+    """Context manager: the logger is told, within the guard, how it ended."""
     status = "failed"
     try:
-        yield partial(_write, opened)
+        yield
         status = "success"
     finally:
-        opened.finalize(status)
-        if logger == "wandb":
-            cast(Any, opened).experiment.finish()  # otherwise the next run of this process would be logged as this one
+        with guard():
+            logger.finalize(status)
+
+
+@contextmanager
+def _only_warned(name: str) -> Iterator[None]:
+    """Context manager: a logger that fails, for want of a connection or of space, is no reason to lose a training."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  the logger's own
+        told = f"logger {name!r} failed: {summarize_error(error)}; metrics.jsonl in the run folder has every epoch"
+        warnings.warn(told, stacklevel=4)
 
 
 def draw_picture(x: Tensor, x_adv: Tensor) -> Picture | None:
@@ -87,18 +122,28 @@ def draw_picture(x: Tensor, x_adv: Tensor) -> Picture | None:
     return pixels.repeat(scale, 0).repeat(scale, 1)
 
 
-def _open_logger(name: LoggerName, folder: Path) -> Logger:
-    """The logger of a name, on the run to which this folder was logged before, if it was."""
-    try:
-        if name == "tensorboard":
-            from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+def _open_logger(name: LoggerName, folder: Path, stack: ExitStack) -> Logger:
+    """The logger of a name, on the run to which this folder was logged before, if it was.
 
-            return cast(Logger, TensorBoardLogger(folder, "tensorboard", "", default_hp_metric=False))
-        logger = (
-            _wandb(folder, _known_run(folder, name)) if name == "wandb" else _mlflow(folder, _known_run(folder, name))
-        )
+    stack: closed once the logger has ended.
+    """
+    known = None if name == "tensorboard" else _known_run(folder, name)
+    try:
+        match name:
+            case "tensorboard":
+                from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+                return cast(Logger, TensorBoardLogger(folder, "tensorboard", "", default_hp_metric=False))
+            case "wandb":
+                logger = _wandb(folder, known, stack)
+            case "mlflow":
+                logger = _mlflow(folder, known, stack)
     except ImportError as error:
         raise ValueError(f"logger {name!r} needs pip install 'innermax[loggers]': {summarize_error(error)}") from error
+    except Exception as error:  # the logger's own: no such server, run, or permission
+        reason = f"logger {name!r} cannot be opened: {summarize_error(error)}"
+        where = f"; {folder / FILE} names the run to go on with: without it, a new one is made" if known else ""
+        raise ValueError(reason + where) from error
     write_json(folder / FILE, {name: logger.version})
     return cast(Logger, logger)
 
@@ -113,24 +158,57 @@ def _known_run(folder: Path, name: str) -> str | None:
     return known
 
 
-def _wandb(folder: Path, known: str | None) -> Any:
+def _wandb(folder: Path, known: str | None, stack: ExitStack) -> Any:
+    wandb = import_library("wandb", "init")
     from pytorch_lightning.loggers import WandbLogger
 
+    if wandb.run is None:  # otherwise a run of the caller's is logged to, and stays open
+        stack.callback(wandb.finish)  # else the next run of this process would be logged as this one
     project = os.environ.get("WANDB_PROJECT", "innermax")
-    logger = WandbLogger(folder.name, save_dir=folder, id=known, project=project)
+    logger = WandbLogger(folder.resolve().name, save_dir=folder, id=known, project=project)
     logger.experiment  # noqa: B018  opens the run, which has no id before
     return logger
 
 
-def _mlflow(folder: Path, known: str | None) -> Any:
-    import mlflow  # noqa: F401  its own ImportError names what is missing
+def _mlflow(folder: Path, known: str | None, stack: ExitStack) -> Any:
+    import_library("mlflow", "set_tracking_uri")
     from pytorch_lightning.loggers import MLFlowLogger
 
-    own = folder.absolute() / "mlflow"
     uri = os.environ.get("MLFLOW_TRACKING_URI")
-    place = {"tracking_uri": f"sqlite:///{own}.db", "artifact_location": own.as_uri()} if uri is None else {}
+    artifacts = None
+    if uri is None:
+        uri, artifacts = _database(folder.absolute() / "mlflow.db", stack), (folder.absolute() / "mlflow").as_uri()
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "innermax")
-    return MLFlowLogger(experiment, folder.name, run_id=known, **({"tracking_uri": uri} | place))
+    name = folder.resolve().name
+    logger = MLFlowLogger(experiment, name, run_id=known, tracking_uri=uri, artifact_location=artifacts)
+    with _tracking_kept():
+        logger.experiment  # noqa: B018  opens the run
+    return logger
+
+
+def _database(file: Path, stack: ExitStack) -> str:
+    """The URI of a SQLite file, at its own path or, until the stack is closed, at one that fits into a URI."""
+    make_url = importlib.import_module("sqlalchemy").make_url
+    if make_url(f"sqlite:///{file}").database != str(file):  # it holds ? or %
+        link = Path(stack.enter_context(TemporaryDirectory(prefix="innermax-"))) / "run"
+        link.symlink_to(file.parent, target_is_directory=True)
+        file = link / file.name
+    return f"sqlite:///{file}"
+
+
+@contextmanager
+def _tracking_kept() -> Iterator[None]:
+    """Context manager: afterwards MLflow's own place of tracking, and its variable, are as they were."""
+    service = "mlflow.tracking._tracking_service.utils"
+    told, variable = find_loaded(service, "_tracking_uri"), os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        yield
+    finally:
+        importlib.import_module("mlflow").set_tracking_uri(told)
+        if variable is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = variable
 
 
 def _write(logger: Logger, row: Mapping[str, Any], picture: Picture | None) -> None:
