@@ -81,13 +81,13 @@ def test_parquet_errors_name_the_file(folder):
     parquet(train, [], pa.array([], pa.int64()))
     check("holds no rows")
     parquet(train, good, ["a", "b"])
-    check("must hold integers, none missing, got string")
+    check("must hold integers, got text")
     parquet(train, good, [0, None])
     check("must hold integers, none missing")
     parquet(train, [good[0], None], [0, 1])
     check("row 1 of .*: the image is missing")
     parquet(train, [good[0], b"no image"], [0, 1])
-    check("row 1 of .*: not a readable PNG")
+    check("row 1 of .*: not a readable image")
     parquet(train, [good[0], good[1][:-30]], [0, 1])
     check("row 1 of ")
     parquet(train, [good[0], encoded(pixels(1, height=4)[0])], [0, 1])
@@ -114,7 +114,6 @@ def test_image_folder(tmp_path, kind, channels):
     counts = {"train": {"zebra": 2, "ant": 3, "owl": 1}, "test": {"owl": 2, "ant": 1}}
     written = write_folder(tmp_path / "zoo", counts, kind, channels)
     (tmp_path / "zoo" / "train" / ".hidden").mkdir()
-    (tmp_path / "zoo" / "train" / "ant" / "notes.txt").write_text("not an image")
     data = load_data(tmp_path / "zoo", validation=0)
     assert (data.name, data.num_classes, data.class_names) == ("zoo", 3, ("ant", "owl", "zebra"))
     assert torch.equal(data.train.images, as_tensor(written["train"]))
@@ -149,7 +148,7 @@ def test_image_folder_errors(tmp_path):
     with pytest.raises(ValueError, match=r"owl.wide.png: 9×5 pixels, but the first image has 6×5"):
         load_data(tmp_path)
     (tmp_path / "train" / "owl" / "wide.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"wide.png: not a readable PNG, JPEG, WEBP, BMP image"):
+    with pytest.raises(ValueError, match=r"wide.png: not a readable image"):
         load_data(tmp_path)
     (tmp_path / "train" / "owl" / "wide.png").unlink()
     (tmp_path / "test" / "owl" / "000.png").unlink()

@@ -7,11 +7,12 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
@@ -30,7 +31,10 @@ _PART = 4 * 2**20  # bytes of images decoded at a time
 _MOST_ROWS = 256  # images decoded at a time
 _GREY_MODES = ("1", "L", "LA", "La")
 _COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_ORIENTED_BY = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where Pillow looks for an orientation
+_COMMON = ("PNG", "JPEG", "WEBP", "BMP")
+# EPS would run Ghostscript; the others Pillow knows without being able to decode them.
+_UNREADABLE = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 _MOST_PIXELS = 4096 * 4096  # of one image; checked on its header, before anything is decoded
 _THREADED_PIXELS = 128 * 128  # measured: below this, threads waiting for Python's lock cost more than they bring
 Array = npt.NDArray[Any]
@@ -46,10 +50,31 @@ class Row(NamedTuple):
     label: int
 
 
+@cache
+def image_formats() -> tuple[str, ...]:
+    """The formats that images are read in: what Pillow decodes, as it calls them."""
+    from PIL import Image
+
+    Image.init()
+    known = set(Image.OPEN) - _UNREADABLE
+    common = [name for name in _COMMON if name in known]  # first, since Pillow tries one after the other
+    return (*common, *sorted(known - set(common)))
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The endings of files in these formats, in small letters, such as .png."""
+    from PIL import Image
+
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, kind in known if kind in image_formats())
+
+
 def decode(rows: Callable[[], Iterator[Row]], count: int) -> tuple[Tensor, Tensor]:
     """The images as uint8 (count, C, H, W), grey if all are, else RGB, and their labels.
 
-    Alpha is dropped. Where the tensor is in a file, only a few parts of it are in memory at a time.
+    They are upright, as their EXIF orientation says; of several frames the first is taken; alpha is dropped. Where the
+    tensor is in a file, only a few parts of it are in memory at a time.
 
     Args:
         rows: each call starts reading the `count` ≥ 1 rows anew.
@@ -59,10 +84,11 @@ def decode(rows: Callable[[], Iterator[Row]], count: int) -> tuple[Tensor, Tenso
     """
     reading = rows()
     first = next(reading)
-    with _open_image(first) as image:
+    with _open_image(first) as opened:
+        if math.prod(opened.size) > _MOST_PIXELS:
+            raise ValueError(f"{opened.size[0]}×{opened.size[1]} pixels are more than the {_MOST_PIXELS:,} allowed")
+        image = _first_frame(opened, first)
         size, grey = image.size, image.mode in _GREY_MODES
-        if math.prod(size) > _MOST_PIXELS:
-            raise ValueError(f"{size[0]}×{size[1]} pixels are more than the {_MOST_PIXELS:,} allowed")
     reading = chain([first], reading)
     if grey:
         found = _decode(reading, count, size, "L")
@@ -202,9 +228,14 @@ def read_pixels(rows: list[Row], size: tuple[int, int], mode: str) -> Array | No
     width, height = size
     pixels = np.empty((len(rows), height, width, len(mode)), np.uint8)
     for place, row in enumerate(rows):
-        with _open_image(row) as image:
-            if image.size != size:  # from the header: an image's pixels are not touched before its size is known
-                raise ValueError(f"{image.size[0]}×{image.size[1]} pixels, but the first image has {width}×{height}")
+        with _open_image(row) as opened:
+            # From the header: an image's pixels are not touched before its size is known.
+            image = _first_frame(opened, row) if opened.size in (size, size[::-1]) else opened
+            if image.size != size:
+                raise ValueError(
+                    f"{image.size[0]}×{image.size[1]} pixels, but the first image has {width}×{height}: images must "
+                    "have one size"
+                )
             if image.mode not in _GREY_MODES + _COLOUR_MODES:
                 raise ValueError(f"mode {image.mode} is not 8 bits per channel")
             if mode == "L" and image.mode not in _GREY_MODES:
@@ -212,6 +243,21 @@ def read_pixels(rows: list[Row], size: tuple[int, int], mode: str) -> Array | No
             converted = image if image.mode == mode else image.convert(mode)
             pixels[place] = np.asarray(converted).reshape(height, width, len(mode))
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def _first_frame(image: "Image.Image", row: Row) -> "Image.Image":
+    """The image as it is meant to be seen: of encoded ones the first frame, upright."""
+    from PIL import ExifTags, Image, ImageOps
+
+    if isinstance(row.image, Image.Image):  # its pixels are what its owner sees
+        return image
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # where the others are previews
+        warnings.warn("images hold several frames (GIF, TIFF and the like): of each the first is taken", stacklevel=2)
+    image.load()  # some formats tell their orientation behind the pixels
+    told = image.format == "TIFF" or not image.info.keys().isdisjoint(_ORIENTED_BY)
+    if not told or image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 @contextmanager
@@ -226,9 +272,9 @@ def _open_image(row: Row) -> "Iterator[Image.Image]":
         elif source is None:
             raise ValueError("the image is missing")
         else:
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=image_formats()) as image:
                 yield image
     except UnidentifiedImageError as error:
-        raise ValueError(f"{row.name}: not a readable {', '.join(_FORMATS)} image") from error
+        raise ValueError(f"{row.name}: not a readable image") from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, its bomb errors and more
         raise ValueError(f"{row.name}: {' '.join(str(error).split())}") from error

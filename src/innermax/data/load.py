@@ -10,16 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from innermax.data.class_folders import from_class_folders, subfolders
 from innermax.data.decoding import to_rgb
 from innermax.data.image_set import Data, ImageSet
-from innermax.data.readers import (
-    from_class_folders,
-    from_hugging_face,
-    from_parquet,
-    open_parquet,
-    read_class_names,
-    subfolders,
-)
+from innermax.data.readers import from_hugging_face, from_parquet, open_parquet, read_class_names
 from innermax.utils.optional import import_library
 from innermax.utils.randomness import permutation
 from innermax.utils.validation import unknown

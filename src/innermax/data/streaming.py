@@ -19,7 +19,8 @@ from torch import Tensor
 
 from innermax.data.decoding import Row, decode, map_ahead, read_pixels
 from innermax.data.image_set import ImageSet
-from innermax.data.readers import as_image_set, find_columns
+from innermax.data.items import RedrawnItems, draws_anew, read_items
+from innermax.data.readers import as_image_set, find_columns, find_items
 from innermax.utils import randomness
 from innermax.utils.validation import check_count
 
@@ -149,27 +150,36 @@ class ImageStream:
         return index, mine, torch.from_numpy(images), torch.tensor([row.label for row in rows], dtype=torch.int64)
 
 
-def as_training_set(dataset: Any) -> ImageSet | ImageStream:
-    """A training set as an ImageSet, or the ImageStream as it is."""
-    return dataset if isinstance(dataset, ImageStream) else as_image_set(dataset)
+TrainingSet = ImageSet | ImageStream | RedrawnItems
 
 
-def batch_count(data: ImageSet | ImageStream, size: int) -> int:
+def as_training_set(dataset: Any) -> TrainingSet:
+    """A training set as an ImageSet in memory; an ImageStream as it is; what its transforms draw anew, item by item."""
+    if isinstance(dataset, ImageStream):
+        return dataset
+    items = find_items(dataset)
+    if items is None:
+        return as_image_set(dataset)
+    source, columns = items
+    redrawn = draws_anew(source, len(source), columns)
+    return RedrawnItems(source, columns) if redrawn else read_items(source, len(source), columns)
+
+
+def batch_count(data: TrainingSet, size: int) -> int:
     """How many batches an epoch has; they differ by at most one example."""
     return math.ceil(len(data) / size)
 
 
-def batches(
-    data: ImageSet | ImageStream, size: int, seed: int, epoch: int, first: int, share: Share
-) -> Generator[Batch]:
+def batches(data: TrainingSet, size: int, seed: int, epoch: int, first: int, share: Share) -> Generator[Batch]:
     """An epoch's batches from number `first` on, in an order that seed and epoch alone decide."""
     if isinstance(data, ImageStream):
         yield from data.batches(size, seed, epoch, first, share)
         return
-    order = randomness.permutation(seed, len(data), ORDER, epoch).to(data.labels.device)
+    order = randomness.permutation(seed, len(data), ORDER, epoch).to(data.head.labels.device)
     for index in order.tensor_split(batch_count(data, size))[first:]:
         mine = share(index)
-        yield Batch(index, mine, *data.batch(mine))
+        x, y = data.batch(mine) if isinstance(data, ImageSet) else data.draw(mine, seed, epoch)
+        yield Batch(index, mine, x, y)
 
 
 def _rows(source: Any) -> Iterator[Row]:

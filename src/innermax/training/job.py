@@ -12,7 +12,7 @@ from innermax.attacks.base import Attack
 from innermax.data.augmentation import augment
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
-from innermax.data.streaming import ImageStream, as_training_set
+from innermax.data.streaming import TrainingSet, as_training_set
 from innermax.objectives import Objective, find_objective
 from innermax.oracle.oracle import Oracle
 from innermax.training import run_folder
@@ -33,7 +33,7 @@ class Job:
     """
 
     model: nn.Module
-    train_set: ImageSet | ImageStream
+    train_set: TrainingSet
     validation_set: ImageSet | None
     options: TrainingOptions
     objective: Objective
@@ -49,7 +49,7 @@ class Job:
         data = as_training_set(train_set)
         validation = None if validation_set is None else as_image_set(validation_set)
         classes = _check_sets(model, data, validation, options)
-        if isinstance(data, ImageStream):
+        if not isinstance(data, ImageSet):
             data = data.with_classes(classes)
         configuration = describe_training(options, model, data, validation)
         return cls(model, data, validation, options, find_objective(options.objective), configuration)
@@ -69,11 +69,14 @@ class Job:
 
 
 def _check_sets(
-    model: nn.Module, train_set: ImageSet | ImageStream, validation_set: ImageSet | None, options: TrainingOptions
+    model: nn.Module, train_set: TrainingSet, validation_set: ImageSet | None, options: TrainingOptions
 ) -> int:
     """The model's classes; raises, before anything is written, where it does not take the images or lacks a class."""
-    if isinstance(train_set, ImageStream) and getattr(options.strategy, "warm_start", False):
-        raise ValueError("strategy WarmStart keeps every example's perturbation, which a stream has no place for")
+    if not isinstance(train_set, ImageSet) and getattr(options.strategy, "warm_start", False):
+        raise ValueError(
+            "strategy WarmStart keeps every example's perturbation, which neither a stream nor images that random "
+            "transforms draw anew have a place for"
+        )
     oracle, classes = Oracle(model), 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for name, images in (("train_set", train_set.head), ("validation_set", validation_set)):

@@ -14,8 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from innermax.attacks.pgd import PGD
 from innermax.data.augmentation import augment
-from innermax.data.image_set import ImageSet
-from innermax.data.streaming import Batch, ImageStream, batch_count, batches
+from innermax.data.streaming import Batch, TrainingSet, batch_count, batches
 from innermax.distributed.fsdp import as_float
 from innermax.distributed.process_group import Ranks
 from innermax.objectives import Objective
@@ -56,7 +55,7 @@ class Loop:
 
     options: TrainingOptions
     objective: Objective
-    data: ImageSet | ImageStream
+    data: TrainingSet
     ranks: Ranks
     state: State
     clock: TrainingClock
@@ -69,7 +68,7 @@ class Loop:
     def start(
         cls,
         model: nn.Module,
-        data: ImageSet | ImageStream,
+        data: TrainingSet,
         options: TrainingOptions,
         objective: Objective,
         ranks: Ranks,

@@ -14,7 +14,7 @@ from torch import nn
 from innermax.attacks.base import Attack
 from innermax.attacks.pgd import PGD
 from innermax.data.image_set import ImageSet
-from innermax.data.streaming import ImageStream
+from innermax.data.streaming import TrainingSet
 from innermax.distributed.launch import Launch, Parallel, find_device
 from innermax.evaluation.progress import ProgressCallback, check_progress
 from innermax.models.wrappers import unwrapped
@@ -107,7 +107,7 @@ def option_names(quality: Literal["identifies", "on_command_line"]) -> set[str]:
 
 
 def describe_training(
-    options: TrainingOptions, model: nn.Module, data: ImageSet | ImageStream, validation: ImageSet | None
+    options: TrainingOptions, model: nn.Module, data: TrainingSet, validation: ImageSet | None
 ) -> dict[str, Any]:
     """What identifies a run, as plain YAML: only a call with the same configuration resumes its folder."""
     names = [option.name for option in described_fields(options) if option.name in option_names("identifies")]
@@ -120,7 +120,7 @@ def describe_training(
 
 
 def check_parallel(
-    options: TrainingOptions, launch: Launch, device: torch.device, data: ImageSet | ImageStream, validated: bool
+    options: TrainingOptions, launch: Launch, device: torch.device, data: TrainingSet, validated: bool
 ) -> None:
     """Raises where the options do not go with the processes; validated: whether there is a validation split."""
     smallest = len(data) // math.ceil(len(data) / options.batch_size)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from innermax.data.image_set import ImageSet
-from innermax.data.streaming import ImageStream
+from innermax.data.streaming import TrainingSet
 from innermax.distributed.fsdp import WholeState
 from innermax.distributed.process_group import Ranks, set_up
 from innermax.models.files import write_model
@@ -56,7 +55,7 @@ class State:
     seconds: float = 0.0
 
     @classmethod
-    def start(cls, model: nn.Module, data: ImageSet | ImageStream, options: TrainingOptions, ranks: Ranks) -> "State":
+    def start(cls, model: nn.Module, data: TrainingSet, options: TrainingOptions, ranks: Ranks) -> "State":
         """The state before the first update; data: on this process's device."""
         network = unwrapped(model)
         if not network.training:
