@@ -39,7 +39,7 @@ def from_class_folders(path: Path, class_names: tuple[str, ...]) -> ImageSet:
             empty.append(name)
         rows.extend(Row(str(file), file, label) for file in images)
     if not rows:
-        raise ValueError(f"{path} holds no images (folders of .png, .jpg or other image files, one a class)")
+        raise ValueError(f"{path} holds no images (folders of .png, .jpg or other image files, one per class)")
     if empty:
         raise ValueError(f"classes without an image in {path}: {', '.join(empty)}; remove their folders, or fill them")
     for file in (row.image for row in rows):
