@@ -12,7 +12,7 @@ from tests.helpers.commands import said
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_is_complete(name):
     """Nothing that identifies a training is left to a default that may change."""
-    of_the_run = {"seed", "device", "run_dir", "overwrite", "logger", "progress", "init", "attacks"}
+    of_the_run = {"label_column", "seed", "device", "run_dir", "overwrite", "logger", "progress", "init", "attacks"}
     of_the_run |= {"checkpoint_every", "keep_checkpoints", "on_nan", "devices", "nodes", "parallel", "sync_batch_norm"}
     options = {a.dest for a in train_parser({})._actions} - {
         "help",

@@ -101,7 +101,7 @@ def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="must be a folder, got the file"):
         load_data(tmp_path / "file")
     parquet(tmp_path / "train.parquet", [encoded(pixels(1)[0])], [0])
-    with pytest.raises(ValueError, match=r"but no test\*.parquet"):
+    with pytest.raises(ValueError, match=r"but neither test\*.parquet"):
         load_data(tmp_path)
     with pytest.raises(ValueError, match="root must name a folder"):
         load_data("mnist", root=tmp_path / "missing")

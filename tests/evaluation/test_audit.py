@@ -158,7 +158,8 @@ def test_flat_inputs_two_threats_and_nobody_left():
     assert "score-based" not in found.evidence.fallen
     assert found.evidence.untried == {"score-based": "inputs of shape (6,) are no images"}
     nobody = im.evaluate(model, (x, 1 - y), both).audit
-    assert (nobody.verdict, nobody.evidence.sampled) == ("no failure found", 0)
+    assert (nobody.verdict, nobody.evidence.sampled) == ("nothing to audit", 0)
+    assert nobody.sentence == "Audit: nothing to audit. None of the 30 images survived the attacks."
 
 
 def test_a_threat_model_of_ones_own_from_training_to_report(tmp_path):

@@ -92,6 +92,20 @@ def test_an_evaluation_says_little_where_nothing_is_live(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_comes_before_the_batches_is_no_part_of_them(monkeypatch, capsys):
+    """A minute of compiling, seven images, a second of clean ones: not an hour is left."""
+    time = Time()
+    monkeypatch.setattr("innermax.evaluation.progress.time", time)
+    with show_evaluation(True, {"fgsm": ATTACKS["fgsm"], "pgd-20": ATTACKS["pgd-20"]}, audit=True) as show:
+        for name, before, seconds in (("clean", 60.0, 0.045), ("fgsm", 30.0, 0.245), ("pgd-20", 0.0, 2.145)):
+            time.now += before
+            show.begin_batch()
+            time.now += seconds
+            show(name, 7, 7)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["clean  7/7  left 0:00:11", "fgsm  7/7  left 0:00:11"]
+
+
 PROGRAM = """
 from innermax.evaluation.progress import show_evaluation
 from innermax.training.progress import show_progress

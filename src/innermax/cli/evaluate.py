@@ -11,8 +11,16 @@ from torch import nn
 
 import innermax as im
 from innermax.cli.arguments import SOURCES, check_file, split_words
-from innermax.cli.evaluation import choose_attacks, choose_data, choose_options, evaluation_parser, is_run_folder
-from innermax.data.image_set import Data
+from innermax.cli.evaluation import (
+    TestImages,
+    check_classes,
+    choose_attacks,
+    choose_data,
+    choose_options,
+    evaluation_parser,
+    is_run_folder,
+    load_images,
+)
 from innermax.distributed.launch import find_device, is_first
 from innermax.evaluation.store import OtherRows
 from innermax.models.wrappers import IMAGENET_STATISTICS
@@ -36,15 +44,15 @@ def _evaluate(source: str, chosen: Any) -> None:
     options = choose_options(chosen)
     check_file("--html", chosen.html)
     model = _load_model(source, chosen)
-    data = im.load_data(data_name, validation=0)
+    test = load_images(data_name, [source], chosen)
+    check_classes(model, test, chosen)
     surrogates = None
     if chosen.surrogate is not None:
         surrogates = {chosen.surrogate: im.load_model(chosen.surrogate, allow_code=chosen.allow_code)}
-    test = data.test[: chosen.limit]
 
     def evaluate(rows_dir: Path | None) -> im.Evaluation:
         return im.evaluate(
-            model, test, attacks, rows_dir=rows_dir, surrogates=surrogates, progress=is_first(), **options
+            model, test.images, attacks, rows_dir=rows_dir, surrogates=surrogates, progress=is_first(), **options
         )
 
     if chosen.rows_dir is not None:
@@ -54,22 +62,21 @@ def _evaluate(source: str, chosen: Any) -> None:
         own = _own_rows(source, model, data_name, attacks, options | {"limit": chosen.limit})
         rows_dir, evaluation = _in_a_folder_of_its_own(own, evaluate)
     if is_first():
-        _write_results(source, chosen, model, data, attacks, evaluation)
+        _write_results(source, chosen, model, test, attacks, evaluation)
         if rows_dir is not None:
             where = f"Example by example: {rows_dir / 'rows.parquet'}"
             Console().print(where, highlight=False, soft_wrap=True)
 
 
 def _write_results(
-    source: str, chosen: Any, model: nn.Module, data: Data, attacks: Mapping[str, Any], evaluation: im.Evaluation
+    source: str, chosen: Any, model: nn.Module, test: TestImages, attacks: Mapping[str, Any], evaluation: im.Evaluation
 ) -> None:
     """Writes the files that are asked for, and prints the table and the audit."""
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
     if chosen.html is not None:
-        test, names = data.test[: chosen.limit], data.class_names
-        device = find_device(chosen.device)
-        shown = im.gallery(model, test, attacks, evaluation, class_names=names, device=device) if attacks else None
+        device, (images, names) = find_device(chosen.device), test
+        shown = im.gallery(model, images, attacks, evaluation, class_names=names, device=device) if attacks else None
         im.report({source: im.Exhibit(evaluation, source, shown)}, chosen.html)
     console = Console()
     console.print(format_table(evaluation))

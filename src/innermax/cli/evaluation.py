@@ -2,13 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from innermax.attacks.base import Attack
 from innermax.attacks.named import list_names, parse_attacks
 from innermax.cli.arguments import Parser, build_parser, check_file, check_given_count
 from innermax.cli.settings import TABLE, EvaluateSettings, NormName, ThreatSettings
+from innermax.data.class_names import match_classes, read_classes
+from innermax.data.image_set import ImageSet
+from innermax.data.load import load_test_set
 from innermax.distributed.launch import count_processes, find_device
+from innermax.oracle.oracle import Oracle
 from innermax.threat import NORMS
 from innermax.training.run_folder import read_settings
 
@@ -34,6 +41,40 @@ def choose_data(sources: Sequence[str], chosen: Any) -> str:
         folders = f"{sources[0]} is no run folder" if len(sources) == 1 else "none of the sources is a run folder"
         raise ValueError(f"{folders}, so the data set is not known: give --data")
     return data
+
+
+class TestImages(NamedTuple):
+    """The images to attack, labelled as the models number their classes, and the names of those."""
+
+    images: ImageSet
+    class_names: tuple[str, ...] | None
+
+
+def load_images(data: str, sources: Sequence[str], chosen: Any) -> TestImages:
+    """The first test images of a data set, so many as were asked for.
+
+    Raises ValueError where the data set, or the file that names the models' classes, is not readable, or they do not
+    fit each other.
+    """
+    label_column = chosen.label_column or find_setting(sources, "label_column", "--label-column")
+    images, names = load_test_set(data, label_column=label_column)
+    if chosen.classes is not None:
+        if names is None:
+            raise ValueError(f"--classes needs classes that have names, and {data} names none")
+        classes = read_classes(chosen.classes)
+        numbers = torch.tensor(match_classes(names, classes), device=images.labels.device)
+        images, names = ImageSet(images.images, numbers[images.labels]), tuple(name for name, *_ in classes)
+    return TestImages(images[: chosen.limit], names)
+
+
+def check_classes(model: nn.Module, test: TestImages, chosen: Any) -> None:
+    """Raises ValueError where --classes names another number of classes than a model has."""
+    if chosen.classes is None or test.class_names is None:
+        return
+    x, _ = test.images.batch(torch.arange(1))
+    found = Oracle(model).logits(x).shape[1]
+    if found != len(test.class_names):
+        raise ValueError(f"--classes {chosen.classes} names {len(test.class_names)} classes, the model has {found}")
 
 
 def choose_attacks(sources: Sequence[str], chosen: Any) -> dict[str, Attack]:

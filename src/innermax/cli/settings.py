@@ -69,6 +69,8 @@ class RecipeSettings:
 
     Args:
         data: digits, mnist, fashion-mnist, cifar10, cifar100, svhn, or a folder.
+        label_column: Column of the labels in parquet files, where it has another name than label or several could be
+            meant.
         model: A network that comes with innermax, such as mnist-cnn.
         validation: Images held out of the training set, a share or a number. They choose the best epoch; with 0 the
             last epoch is the result.
@@ -81,6 +83,7 @@ class RecipeSettings:
 
     data: str
     model: str
+    label_column: str | None = None
     validation: float = 0.1
     init: str | None = None
     strategy: StrategyName = "dynamic"
@@ -136,7 +139,11 @@ class EvaluateSettings:
     """What is evaluated, and against which attacks.
 
     Args:
-        data: Name of a data set, or a folder. By default the run's own.
+        data: Name of a data set, or a folder, of which the test images are enough. By default the run's own.
+        label_column: Column of the labels in parquet files, where it has another name than label or several could be
+            meant. By default the run's own.
+        classes: How the model numbers its classes, where the data set numbers them otherwise: a file with a name per
+            line, such as "n01440764 tench, Tinca tinca", or imagenet. The data set's classes are found by their names.
         attacks: Attacks by name, separated by commas.
         limit: Number of test images to evaluate, from the first. By default all.
         quantize: Round adversarial images to so many bits before they are scored.
@@ -151,7 +158,7 @@ class EvaluateSettings:
             it. By default one inside the run folder, or innermax/rows among your caches (XDG_CACHE_HOME, ~/.cache).
         best: Evaluate the best epoch of a run on its validation split instead of the last.
         normalize: Normalise the inputs of a model that expects it: imagenet, or [MEAN,STD] with one number per channel
-            each, or one for all, such as [[0.1307],[0.3081]].
+            each, or one for all, such as [0.1307,0.3081].
         surrogate: Another model, given like the first. The audit also tries adversarial images made on it.
         allow_code: Allow the code of module:function or of a .pt2 program to run.
         json: File to write the whole result to, with every example.
@@ -159,6 +166,8 @@ class EvaluateSettings:
     """
 
     data: str | None = None
+    label_column: str | None = None
+    classes: str | None = None
     attacks: str = TABLE
     limit: int | None = None
     quantize: int | None = None
@@ -169,7 +178,7 @@ class EvaluateSettings:
     devices: int | None = None
     rows_dir: str | None = None
     best: bool = False
-    normalize: list[list[float]] | Literal["imagenet"] | None = None
+    normalize: list[list[float]] | list[float] | Literal["imagenet"] | None = None
     surrogate: str | None = None
     allow_code: bool = False
     json: str | None = None

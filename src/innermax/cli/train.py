@@ -108,7 +108,8 @@ def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> No
     attack, attacks = chosen.attack.build(threat), parse_attacks(chosen.attacks, threat)
     strategy = build_strategy(chosen.strategy, attack, chosen.dynamic, chosen.curriculum, chosen.warm, chosen.switch)
     device = find_device(chosen.device)
-    data = im.load_data(chosen.data, validation=_share_or_count(chosen.validation))
+    held_out = _share_or_count(chosen.validation)
+    data = im.load_data(chosen.data, validation=held_out, label_column=chosen.label_column)
     folder = Path(chosen.run_dir or f"runs/{Path(recipe).stem}-{chosen.strategy}-seed{chosen.seed}")
     options = {name: value for name, value in chosen.as_dict().items() if name in _OPTIONS}
     run = im.train(
@@ -118,7 +119,7 @@ def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> No
         objective=chosen.objective,
         validation_set=data.validation,
         validation_attack=attack,
-        settings={name: stated[name] for name in _RECORDED},
+        settings={name: stated[name] for name in _RECORDED} | _given(label_column=chosen.label_column),
         **options | {"run_dir": folder, "logger": chosen.logger, "progress": chosen.progress},
     )
     processes = count_processes()
@@ -167,6 +168,11 @@ def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
         group, _, option = name.rpartition(".")
         (found.setdefault(group, {}) if group else found)[option] = value
     return found
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    """The settings that were given: what is left out is no part of a run's configuration."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _share_or_count(validation: float) -> float:

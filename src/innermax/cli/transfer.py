@@ -9,7 +9,14 @@ from torch import nn
 
 import innermax as im
 from innermax.cli.arguments import SOURCES, split_words
-from innermax.cli.evaluation import choose_attacks, choose_data, choose_options, evaluation_parser
+from innermax.cli.evaluation import (
+    check_classes,
+    choose_attacks,
+    choose_data,
+    choose_options,
+    evaluation_parser,
+    load_images,
+)
 from innermax.distributed.launch import is_first
 from innermax.reporting.tables import format_transfer
 
@@ -33,11 +40,13 @@ def _transfer(sources: Sequence[str], chosen: Any) -> None:
     data, attacks, options = choose_data(sources, chosen), choose_attacks(sources, chosen), choose_options(chosen)
     models = _load_models(sources, chosen.allow_code)
     surrogate, *targets = sources
-    test = im.load_data(data, validation=0).test[: chosen.limit]
+    test = load_images(data, sources, chosen)
+    for model in models.values():
+        check_classes(model, test, chosen)
     transfer = im.transfer(
         {surrogate: models[surrogate]},
         {target: models[target] for target in targets},
-        test,
+        test.images,
         attacks,
         rows_dir=chosen.rows_dir,
         progress=is_first(),

@@ -122,7 +122,8 @@ def draws_anew(source: Any, count: int, columns: tuple[str, str] | None = None) 
                 seed_randomness(derive_seed(attempt, _DRAWN, number))
                 image = _read_item(source, number, columns).image
                 found.append(image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
-            if found[0].shape != found[1].shape or not np.array_equal(found[0], found[1]):
+            first, second = found
+            if first.shape != second.shape or not np.array_equal(first, second, equal_nan=True):
                 return True
     return False
 

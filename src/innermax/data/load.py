@@ -4,6 +4,8 @@ pyarrow, PIL, scikit-learn and datasets are imported where they are used: traini
 """
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,40 +34,78 @@ _HUB = {
     "svhn": _Source("ufldl-stanford/svhn", "cropped_digits"),
 }
 _NAMES = ("digits", *_HUB)
+_SPLITS = ("train", "validation", "test")
 _SPLIT_SEED = 20190609  # of the held-out examples; never the training's seed, so that runs share their splits
 
 
-def load_data(name_or_path: str | Path, *, validation: float | int | None = None, root: Path | None = None) -> Data:
+def load_data(
+    name_or_path: str | Path,
+    *,
+    validation: float | int | None = None,
+    root: Path | None = None,
+    label_column: str | None = None,
+) -> Data:
     """A data set by name (digits, mnist, fashion-mnist, cifar10, cifar100, svhn) or from a folder.
 
     A folder holds train*.parquet and test*.parquet (columns image or img, label or fine_label), or train/ and test/
-    with one folder of images per class; validation*.parquet or validation/ are used where present. Names other than
-    digits are looked for in the folder root/name, then on the Hugging Face Hub; NAME@REVISION, a branch, tag or commit,
-    on the Hub alone. root: INNERMAX_DATA unless told.
-    validation: held out of train, as a fraction in (0, 1) or a count; 0: none; None: 10 %, at most 5,000. Which
-    examples are held out depends on nothing but their number. Images are decoded a few at a time; where a split has
-    more than 2 GiB of them, into a file (see ImageSet). Raises ValueError, naming what cannot be found or read.
+    with a folder of images per class, at any depth and in any format that Pillow decodes; validation*.parquet or
+    validation/ are used where present. Names other than digits are looked for in the folder root/name, then on the
+    Hugging Face Hub; NAME@REVISION, a branch, tag or commit, on the Hub alone.
+
+    Images are upright, as their EXIF orientation says. They are decoded a few at a time; where a split has more than
+    2 GiB of them, into a file (see ImageSet).
+
+    Args:
+        validation: held out of train, as a fraction in (0, 1) or a count; 0: none; None: 10 %, at most 5,000. Which
+            examples are held out depends on nothing but their number.
+        root: INNERMAX_DATA unless told.
+        label_column: the column of labels, where it has another name or several could be meant.
+
+    Raises:
+        ValueError: something cannot be found or read; it is named.
     """
-    name = str(name_or_path)
-    known, _, revision = name.partition("@")
-    if isinstance(name_or_path, str) and known in _HUB and revision:
-        splits = _from_hub(known, revision)
-    elif isinstance(name_or_path, str) and name in _NAMES:
-        splits = _digits() if name == "digits" else _load_named(name, _root(root))
-    elif Path(name_or_path).is_dir():
-        name, splits = Path(name_or_path).resolve().name, _folder(Path(name_or_path))
-    elif Path(name_or_path).exists():
-        raise ValueError(f"a data set's path must be a folder, got the file {name}")
-    else:
-        raise unknown("data set or folder", name, _NAMES)
-    train, held_out = splits.train, splits.validation
+    name, splits = _read(name_or_path, root, label_column, ("train", "validation", "test"))
+    train, held_out, test = splits.images["train"], splits.images.get("validation"), splits.images["test"]
     if held_out is None:
         train, held_out = _hold_out(train, validation)
     elif validation is not None:
         raise ValueError(f"{name} has a validation split of its own: leave validation out, got {validation!r}")
-    largest = max(int(split.labels.max()) for split in (train, held_out, splits.test) if split is not None)
+    largest = max(int(split.labels.max()) for split in (train, held_out, test) if split is not None)
     classes = len(splits.class_names) if splits.class_names else largest + 1
-    return Data(name, train, held_out, splits.test, classes, splits.class_names)
+    return Data(name, train, held_out, test, classes, splits.class_names)
+
+
+def load_test_set(
+    name_or_path: str | Path, *, root: Path | None = None, label_column: str | None = None
+) -> tuple[ImageSet, tuple[str, ...] | None]:
+    """The test split alone, and the names of its classes where they are known; the arguments are `load_data`'s.
+
+    A folder needs no training split, and may hold nothing but a folder of images per class.
+    """
+    _, splits = _read(name_or_path, root, label_column, ("test",))
+    return splits.images["test"], splits.class_names
+
+
+def _read(
+    name_or_path: str | Path, root: Path | None, label_column: str | None, wanted: Sequence[str]
+) -> tuple[str, "_Splits"]:
+    """A data set's name, and those of the wanted splits that are there."""
+    name = str(name_or_path)
+    known, _, revision = name.partition("@")
+    if isinstance(name_or_path, str) and known in _HUB and revision:
+        return name, _from_hub(known, revision, label_column, wanted)
+    if isinstance(name_or_path, str) and name in _NAMES:
+        local = None if name == "digits" else _root(root)
+        if name == "digits":
+            return name, _digits()
+        if local is not None and (local / name).is_dir():
+            return name, _folder(local / name, label_column, wanted)
+        return name, _from_hub(name, None, label_column, wanted)
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path).resolve().name, _folder(Path(name_or_path), label_column, wanted)
+    if Path(name_or_path).exists():
+        raise ValueError(f"a data set's path must be a folder, got the file {name}")
+    raise unknown("data set or folder", name, _NAMES)
 
 
 def hub_id(name: str) -> str | None:
@@ -75,9 +115,7 @@ def hub_id(name: str) -> str | None:
 
 
 class _Splits(NamedTuple):
-    train: ImageSet
-    validation: ImageSet | None
-    test: ImageSet
+    images: Mapping[str, ImageSet]  # by split
     class_names: tuple[str, ...] | None
 
 
@@ -110,7 +148,7 @@ def _digits() -> _Splits:
     order = permutation(_SPLIT_SEED, len(everything), 0)
     cut = len(everything) // 5
     train, test = everything[order[cut:].sort().values], everything[order[:cut].sort().values]
-    return _Splits(train, None, test, tuple(str(digit) for digit in range(10)))
+    return _Splits({"train": train, "test": test}, tuple(str(digit) for digit in range(10)))
 
 
 def _root(root: Path | None) -> Path | None:
@@ -121,18 +159,14 @@ def _root(root: Path | None) -> Path | None:
     return Path(told) if told else None
 
 
-def _load_named(name: str, root: Path | None) -> _Splits:
-    """A data set by its name: the local folder where there is one, else the Hub."""
-    return _folder(root / name) if root is not None and (root / name).is_dir() else _from_hub(name, None)
-
-
-def _from_hub(name: str, revision: str | None) -> _Splits:
+def _from_hub(name: str, revision: str | None, label_column: str | None, wanted: Sequence[str]) -> _Splits:
     source = _HUB[name]
     try:
         datasets = import_library("datasets", "load_dataset")
         parts = {
             split: datasets.load_dataset(source.hub_id, source.configuration, split=split, revision=revision)
             for split in ("train", "test")
+            if split in wanted
         }
     except ImportError as error:
         raise ValueError(f"{name} from the Hugging Face Hub needs the library datasets: {error}") from error
@@ -141,32 +175,41 @@ def _from_hub(name: str, revision: str | None) -> _Splits:
             f"cannot get {name} ({source.hub_id}) from the Hugging Face Hub: {type(error).__name__}: {error}. Without "
             f"a connection, put {name}/train*.parquet and test*.parquet into a folder that INNERMAX_DATA names"
         ) from error
-    # What comes from elsewhere names no file of this machine.
-    train, test = (
-        from_hugging_face(part, len(part), f"{source.hub_id} {split}", follow_paths=False)
-        for split, part in parts.items()
-    )
-    return _Splits(train, None, test, read_class_names(parts["train"].features.arrow_schema))
+    found = {}
+    for split, part in parts.items():  # what comes from elsewhere names no file of this machine
+        where = f"{source.hub_id} {split}"
+        found[split] = from_hugging_face(part, len(part), where, follow_paths=False, label_column=label_column)
+    return _Splits(found, read_class_names(parts["test"].features.arrow_schema, label_column))
 
 
-def _folder(path: Path) -> _Splits:
+def _folder(path: Path, label_column: str | None, wanted: Sequence[str]) -> _Splits:
     """A folder of parquet files or of image folders."""
-    if any(path.glob("train*.parquet")):
-        shards = {split: sorted(path.glob(f"{split}*.parquet")) for split in ("train", "validation", "test")}
-        if not shards["test"]:
-            raise ValueError(f"{path} holds train*.parquet but no test*.parquet")
-        with open_parquet(shards["train"][0]) as first:
-            names = read_class_names(first.schema_arrow)
-        found = {split: from_parquet(files) for split, files in shards.items() if files}
-    elif (path / "train").is_dir() and (path / "test").is_dir():
-        names = subfolders(path / "train")
-        present = [split for split in ("train", "validation", "test") if (path / split).is_dir()]
-        found = {split: from_class_folders(path / split, names) for split in present}
+    shards = {split: sorted(path.glob(f"{split}*.parquet")) for split in _SPLITS}
+    folders = {split: path / split for split in _SPLITS if (path / split).is_dir()}
+    readers: dict[str, Callable[[], ImageSet]]
+    if any(shards.values()):
+        readers = {split: partial(from_parquet, files, label_column) for split, files in shards.items() if files}
+        with open_parquet(next(files for files in shards.values() if files)[0]) as first:
+            names = read_class_names(first.schema_arrow, label_column)
     else:
-        raise ValueError(f"{path} holds neither train*.parquet and test*.parquet nor the folders train/ and test/")
+        if not folders and "train" not in wanted and subfolders(path):
+            folders = {"test": path}
+        names = subfolders(next(iter(folders.values()))) if folders else ()
+        readers = {split: partial(from_class_folders, folder, names) for split, folder in folders.items()}
+    missing = [split for split in ("train", "test") if split in wanted and split not in readers]
+    if missing:
+        files, places = (" and ".join(f"{split}{end}" for split in missing) for end in ("*.parquet", "/"))
+        there = ", ".join(f"{split}*.parquet" if any(shards.values()) else f"{split}/" for split in readers)
+        raise ValueError(
+            f"{path} holds {f'{there}, but ' if there else ''}neither {files} nor {places} with a folder of images per "
+            "class"
+        )
+    found = {split: read() for split, read in readers.items() if split in wanted}
+    if list(found) == ["test"] and found["test"].shape[0] == 1 and "train" in readers:
+        found["train"] = readers["train"]()  # a model that learned from images with colour takes grey ones in colour
     if len({images.shape[0] for images in found.values()}) > 1:  # one split grey throughout, another with colour
         found = {split: _in_colour(images) for split, images in found.items()}
-    return _Splits(found["train"], found.get("validation"), found["test"], names)
+    return _Splits(found, names)
 
 
 def _in_colour(images: ImageSet) -> ImageSet:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from innermax.utils.intervals import wilson
 from innermax.utils.serialization import convert
 
-Verdict = Literal["no failure found", "not converged", "gradients masked", "randomised"]
+Verdict = Literal["no failure found", "not converged", "gradients masked", "randomised", "nothing to audit"]
 TOLERANCE = 0.005  # of robust accuracy; an evaluation that is wrong by more has failed
 UNCONVERGED = 0.02  # relative FOSC above which a search is not at a stationary point
 SURROGATE = "surrogate "  # begins the name of a search on another model, whose own name follows
@@ -124,7 +124,7 @@ class Audit:
     Attributes:
         verdict: "no failure found": nothing stronger gained more than half a point of robust accuracy; "not converged":
             something did; "gradients masked": something did, and the model's gradients mislead a search; "randomised":
-            the model draws random numbers, and no attack averages over them.
+            the model draws random numbers, and no attack averages over them; "nothing to audit": no example survived.
         causes: what went wrong, in short; empty where no failure was found.
         advice: what to do about it; empty where no failure was found.
         evidence: what was measured.
@@ -140,6 +140,8 @@ class Audit:
         """The verdict in words, with the numbers it rests on."""
         found = self.evidence
         untried = _describe_untried(found.untried)
+        if self.verdict == "nothing to audit":
+            return f"Audit: nothing to audit. None of the {found.examples:,} images survived the attacks."
         if self.verdict == "randomised":
             return f"Audit: the model is randomised; these attacks do not average over its answers.{untried}"
         sample = f"{found.sampled:,} of {found.survivors:,} survivors"
@@ -191,6 +193,8 @@ def is_randomised(evidence: Evidence) -> bool:
 
 def judge(evidence: Evidence) -> Audit:
     """The audit of what was measured: its verdict, causes and advice."""
+    if evidence.survivors == 0:
+        return Audit("nothing to audit", (), "", evidence)
     if is_randomised(evidence) and not (evidence.averaged and evidence.total_gain <= TOLERANCE):
         cause = f"the same image twice gives logits that differ by {evidence.repeat_difference:.2g} of their spread"
         advice = (

@@ -70,7 +70,8 @@ def _check_classes(classes: int, images: ImageSet) -> Iterator[str]:
     if (known / classes) ** len(images) < _CHANCE:
         yield (
             f"the model has {classes} classes, the labels of test_set only {known}: an answer among the others counts "
-            "as wrong"
+            f"as wrong. Where the labels are other classes than the model's first {known}, number them as the model "
+            "does, on the command line with --classes"
         )
 
 

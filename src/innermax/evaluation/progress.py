@@ -83,8 +83,8 @@ class _Count(MofNCompleteColumn):
         return Text("") if task.total is None else super().render(task)
 
 
-class _EvaluationDisplay:
-    """What `evaluate` calls after each batch."""
+class EvaluationDisplay:
+    """What `evaluate` calls after each batch, and before it with `begin_batch`."""
 
     def __init__(self, attacks: Mapping[str, Attack], audit: bool, console: Console, bar: Bar | None) -> None:
         self._audit = audit and bool(attacks)
@@ -95,6 +95,10 @@ class _EvaluationDisplay:
         self._tasks: dict[str, TaskID] = {}
         self._said = time.perf_counter()
         self._clock.begin(self._said)
+
+    def begin_batch(self) -> None:
+        """Leaves out of the clock what came before: compiling the network and checking the model are no batch."""
+        self._clock.begin(time.perf_counter())
 
     def __call__(self, name: str, done: int, total: int) -> None:
         """Notes that so many of an attack's examples are done, and shows it."""
@@ -137,8 +141,8 @@ def show_evaluation(
         return
     console = Console(stderr=True)
     if not is_live(console):
-        yield _EvaluationDisplay(attacks, audit, console, None)
+        yield EvaluationDisplay(attacks, audit, console, None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), _Count(), TimeLeft())
     with Bar(*columns, console=console, transient=True) as bar:
-        yield _EvaluationDisplay(attacks, audit, console, bar)
+        yield EvaluationDisplay(attacks, audit, console, bar)

@@ -18,7 +18,7 @@ from innermax.attacks.base import Attack
 from innermax.attacks.search import AttackResult
 from innermax.data.image_set import ImageSet
 from innermax.evaluation.arguments import TOLERANCE
-from innermax.evaluation.progress import ProgressCallback
+from innermax.evaluation.progress import EvaluationDisplay, ProgressCallback
 from innermax.evaluation.store import AttackRows
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle, Precision
@@ -130,6 +130,8 @@ class Bench:
                 x, y = self.images.batch(index.to(self.images.images.device))
                 # For models that draw random numbers; the caller's random state was set aside.
                 seed_randomness(derive_seed(self.seed, start))
+                if isinstance(self.progress, EvaluationDisplay):
+                    self.progress.begin_batch()
                 yield index.to(self.device), x.to(self.device), y.to(self.device)
             if self.progress is not None:
                 self.progress(title, stop, len(self.images))

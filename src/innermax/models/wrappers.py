@@ -32,8 +32,9 @@ class Normalize(nn.Module):
     std is not positive.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
         super().__init__()
+        mean, std = ([told] if isinstance(told, int | float) else list(told) for told in (mean, std))  # [0.5] for 0.5
         if len(mean) != len(std) or len(mean) == 0:
             raise ValueError(f"mean and std must hold one number per channel each, got {len(mean)} and {len(std)}")
         if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:

@@ -12,7 +12,7 @@ from torch import nn
 
 from innermax.attacks.named import build_attack
 from innermax.data.image_set import ImageSet
-from innermax.data.load import load_data
+from innermax.data.load import load_test_set
 from innermax.evaluation.arguments import place_model
 from innermax.evaluation.result import Evaluation
 from innermax.models.files import hash_weights
@@ -195,12 +195,11 @@ def _make_gallery(
         raise ValueError("the run folder does not record its data set and threat model; use innermax.gallery")
     threat = build_threat(**settings["threat"])
     attacks = {name: build_attack(name, threat) for name in evaluation.rows}
-    data = load_data(settings["data"], validation=0)
-    test = data.test[: len(evaluation.label)]
+    images, names = load_test_set(settings["data"], label_column=settings.get("label_column"))
+    test = images[: len(evaluation.label)]
     for file in _model_files(folder) if source is None else [source]:
         model = load_model(file)
         if source is not None or _predicts_alike(model, test, evaluation, device):
-            names = data.class_names
             return gallery(model, test, attacks, evaluation, pictures=pictures, class_names=names, device=device)
     raise ValueError("the evaluation in the run folder is not of its model")
 

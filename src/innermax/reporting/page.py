@@ -26,7 +26,14 @@ from innermax.utils.environment import environment
 from innermax.utils.files import write_bytes
 
 _SYMBOLS = {norm.__name__: norm.symbol for norm in NORMS.values()}
-_MARKS = {"no failure found": "✓", "not converged": "!", "gradients masked": "✕", "randomised": "~"}
+_TONES = {"no failure found": "good", "nothing to audit": "none"}  # of a verdict; all others are bad
+_MARKS = {
+    "no failure found": "✓",
+    "not converged": "!",
+    "gradients masked": "✕",
+    "randomised": "~",
+    "nothing to audit": "–",
+}
 _MATRIX = 20  # classes; with more of them the most frequent confusions are listed
 _LISTED = 20
 
@@ -103,6 +110,7 @@ def _describe_model(number: int, entry: Entry) -> dict[str, Any]:
         "evaluation": found,
         "audit": None if found is None else found.audit,
         "sentence": "" if found is None or found.audit is None else _audit_sentence(found.audit),
+        "tone": "none" if found is None or found.audit is None else _TONES.get(found.audit.verdict, "bad"),
         "mark": _MARKS[found.audit.verdict] if found is not None and found.audit is not None else "–",
         "evidence": None if found is None or found.audit is None else _describe_evidence(found.audit),
         "spent": charts.sum_gradients(entry) if any("gradients" in row for row in entry.history) else None,

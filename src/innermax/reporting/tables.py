@@ -42,9 +42,9 @@ def format_table(evaluation: Evaluation) -> Table:
 
 def format_audit(audit: Audit) -> Text:
     """The audit's verdict and, where it found a failure, its causes, evidence and advice."""
-    text = Text(audit.sentence, style="" if audit.verdict == "no failure found" else "bold")
-    if audit.verdict == "no failure found":
-        return text
+    if audit.verdict in ("no failure found", "nothing to audit"):
+        return Text(audit.sentence)
+    text = Text(audit.sentence, style="bold")
     found = audit.evidence
     lines = [f"Cause: {cause}." for cause in audit.causes]
     fallen = [f"{name} {count}" for name, count in found.fallen.items() if count]

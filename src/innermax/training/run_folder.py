@@ -76,17 +76,21 @@ def check_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a run's configuration says of its data set and threat model: "data", and "threat" with "norm" and "eps".
+    """What a run's configuration says of its data set and threat model.
 
-    Either may be missing. Raises ValueError where config.yaml is not readable, or says something else.
+    "data", "label_column", and "threat" with "norm" and "eps".
+
+    Each may be missing. Raises ValueError where config.yaml is not readable, or says something else.
     """
     settings = read_config(folder).get("settings") or {}
     path = folder / "config.yaml"
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: settings must be a mapping, got {shorten(settings)}")
-    data, threat = settings.get("data"), settings.get("threat")
+    data, threat, column = (settings.get(name) for name in ("data", "threat", "label_column"))
     if data is not None and not isinstance(data, str):
         raise ValueError(f"{path}: settings.data must be a name or a folder, got {shorten(data)}")
+    if column is not None and not isinstance(column, str):
+        raise ValueError(f"{path}: settings.label_column must be a name, got {shorten(column)}")
     if threat is not None and not (
         isinstance(threat, dict)
         and threat.keys() == {"norm", "eps"}
@@ -94,7 +98,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         and isinstance(threat["eps"], int | float)
     ):
         raise ValueError(f"{path}: settings.threat must hold norm and eps, got {shorten(threat)}")
-    return {name: value for name, value in (("data", data), ("threat", threat)) if value is not None}
+    found = {"data": data, "threat": threat, "label_column": column}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _clear(folder: Path) -> None:
