@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from innermax.attacks.pgd import PGD
 from innermax.attacks.problem import Problem
+from innermax.attacks.search import AttackResult
 from innermax.oracle.oracle import Answer, Oracle
 from innermax.threat import FeasibleSet
 
@@ -43,6 +44,19 @@ def trace_search(
 
     Raises ValueError or TypeError where x, y or index do not fit.
     """
+    return search_traced(attack, model, x, y, seed=seed, index=index)[1]
+
+
+def search_traced(
+    attack: PGD,
+    model: nn.Module | Oracle,
+    x: Float[Tensor, "b ..."],
+    y: Int[Tensor, " b"],
+    *,
+    seed: int = 0,
+    index: Int[Tensor, " b"] | None = None,
+) -> tuple[AttackResult, Trace]:
+    """What such a search finds, and its trace; arguments and errors as for `trace_search`."""
     attack = replace(attack, stop_at=None, stop_on_success=False)
     problem = Problem.of(attack.threat, model, x, y, seed=seed, index=index)
     met: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -54,6 +68,6 @@ def trace_search(
         points[1:] = [x_adv]  # the start stays first
 
     with problem.oracle.private_randomness(seed):
-        attack.search_once(problem, attack.checked_objective(problem), 0, "gradient", observe)
+        result = attack.search_once(problem, attack.checked_objective(problem), 0, "gradient", observe)
     loss, fosc, relative_fosc = (torch.stack(values) for values in zip(*met, strict=True))
-    return Trace(loss, fosc, relative_fosc, points[0], points[-1])
+    return result, Trace(loss, fosc, relative_fosc, points[0], points[-1])

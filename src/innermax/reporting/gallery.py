@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from innermax.attacks.base import Attack
 from innermax.attacks.pgd import PGD
-from innermax.attacks.trace import trace_search
+from innermax.attacks.search import AttackResult
+from innermax.attacks.trace import Trace, search_traced, trace_search
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
 from innermax.evaluation.arguments import check_images, place_model
@@ -209,13 +210,12 @@ def _attack_batch(
 ) -> list[Picture]:
     """One attack's pictures of a batch: (images, labels, numbers, clean predictions)."""
     x, y, index, before = batch
-    result = attack(oracle, x.clone(), y.clone(), seed=bench.seed, index=index, final="gradient")
+    result, trace = _search(bench, attack, oracle, x, y, index)
     x_adv = bench.admit(name, result, attack.threat.around(x))
     after = scoring_logits(exact, x_adv, y).argmax(1)
     loss: list[list[float]] = [[]] * len(x)
     fosc = loss
-    if isinstance(attack, PGD):
-        trace = trace_search(attack, exact, x, y, seed=bench.seed, index=index)
+    if trace is not None:
         loss, fosc = trace.loss.T.tolist(), trace.relative_fosc.T.tolist()
     relative = [math.nan] * len(x) if result.relative_fosc is None else result.relative_fosc.tolist()
     zero = [None] * len(x) if result.zero_gradient is None else result.zero_gradient.tolist()
@@ -242,6 +242,17 @@ def _attack_batch(
     return found
 
 
+def _search(
+    bench: Bench, attack: Attack, oracle: Oracle, x: Tensor, y: Tensor, index: Tensor
+) -> tuple[AttackResult, Trace | None]:
+    """What an attack finds and, of PGD, the trace of its first search, which is all there is to most."""
+    again: dict[str, Any] = {"seed": bench.seed, "index": index}
+    if isinstance(attack, PGD) and attack == replace(attack, restarts=1, stop_at=None, stop_on_success=False):
+        return search_traced(attack, oracle, x, y, **again)
+    result = attack(oracle, x.clone(), y.clone(), **again, final="gradient")
+    return result, trace_search(attack, oracle, x, y, **again) if isinstance(attack, PGD) else None
+
+
 def _limit_bytes(pictures: Iterator[Picture], limit: int) -> Iterator[Picture]:
     """The first pictures whose files together take up at most `limit` bytes."""
     total = 0
@@ -262,7 +273,7 @@ def _attacks_by_size(images: ImageSet, threat: Threat) -> dict[str, PGD]:
             wider.around(x)
         except ValueError:
             continue  # as large as the bounds
-        attacks[f"ε = {wider.eps!r}"] = PGD(wider, _STEPS, "annealed")
+        attacks[f"ε = {wider.eps!r}"] = PGD(wider, _STEPS, "annealed", stop_on_success=True)
     return attacks
 
 
