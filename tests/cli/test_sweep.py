@@ -228,6 +228,7 @@ def test_a_sweep_with_runs_that_fail(tmp_path, capsys):
     clean = good["measures"]["clean"]["mean"]
     line = next(line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| 0.05 | 2 |"))
     assert f"| {100 * clean:.2f} (" in line
+    assert f"| {good['measures']['gradients']['mean']:.1f} (" in line
     assert "| -1 | 0 of 2 | – | – | – | – |" in (folder / "table.md").read_text()
     assert f"{100 * clean:.2f}" in out
 
