@@ -44,7 +44,9 @@ def test_the_command(runs, capsys, monkeypatch):
     expected = im.transfer(model, {"bare": im.load_model("bare")}, test, attacks, batch_size=30, precision="auto")
     assert result.accuracy["run"]["bare"] == expected.accuracy["surrogate"]["bare"]
     again = ("--rows-dir", "rows", "--devices", "1")
-    assert said(capsys, "transfer", "run", "bare", str(runs / "run"), *words, *again) == (status, out, "")
+    repeated = said(capsys, "transfer", "run", "bare", str(runs / "run"), *words, *again)
+    assert (repeated.status, repeated.err) == (0, "")
+    assert repeated.out == out.partition("Example by example: ")[0] + "Example by example: rows/rows.parquet\n"
     assert im.Transfer.from_json(Path("t.json").read_text()).to_json() == result.to_json()
     assert Path("rows/rows.parquet").is_file()
     shutil.rmtree("rows")
@@ -88,3 +90,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(runs, capsys, monkeypatch,
     assert err.startswith("innermax: ")
     assert expected in err
     assert sorted(runs.rglob("*")) == before
+
+
+def test_rows_are_kept_in_a_folder_that_is_told(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    words = ["transfer", "bare", "run", "--attacks", "fgsm", "--limit", "9"]
+    status, out, _ = said(capsys, *words)
+    assert status == 0
+    kept = out.rpartition("Example by example: ")[2].strip()
+    assert Path(kept).is_file()
+    assert said(capsys, *words).out.endswith(f"{kept}\n")

@@ -205,7 +205,7 @@ def test_mlflow_runs_that_are_not_there(no_tracking, tmp_path):
     assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "tensorboard"])
 def test_a_file_of_the_users_own_with_a_loggers_name(name, tmp_path, monkeypatch):
     own = ModuleType(name)
     own.__file__ = f"/home/me/{name}.py"

@@ -1,11 +1,9 @@
 """`innermax evaluate`: attacks a trained model with test images."""
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -21,13 +19,10 @@ from innermax.cli.evaluation import (
     is_run_folder,
     load_images,
 )
+from innermax.cli.rows import measure_into, own_rows, print_place
 from innermax.distributed.launch import find_device, is_first
-from innermax.evaluation.store import OtherRows
 from innermax.models.wrappers import IMAGENET_STATISTICS
 from innermax.reporting.tables import format_audit, format_table
-from innermax.utils.files import hash_tensors
-from innermax.utils.serialization import describe
-from innermax.utils.version import __version__
 
 
 def run(words: list[str]) -> None:
@@ -55,17 +50,12 @@ def _evaluate(source: str, chosen: Any) -> None:
             model, test.images, attacks, rows_dir=rows_dir, surrogates=surrogates, progress=is_first(), **options
         )
 
-    if chosen.rows_dir is not None:
-        rows_dir: Path | None = Path(chosen.rows_dir)
-        evaluation = evaluate(rows_dir)
-    else:
-        own = _own_rows(source, model, data_name, attacks, options | {"limit": chosen.limit})
-        rows_dir, evaluation = _in_a_folder_of_its_own(own, evaluate)
+    asked = [data_name, attacks, options | {"limit": chosen.limit}]
+    own = own_rows(Path(source) if is_run_folder(source) else None, asked, model.state_dict())
+    rows_dir, evaluation = measure_into(chosen.rows_dir, own, evaluate)
     if is_first():
         _write_results(source, chosen, model, test, attacks, evaluation)
-        if rows_dir is not None:
-            where = f"Example by example: {rows_dir / 'rows.parquet'}"
-            Console().print(where, highlight=False, soft_wrap=True)
+        print_place(rows_dir)
 
 
 def _write_results(
@@ -94,34 +84,3 @@ def _load_model(source: str, chosen: Any) -> nn.Module:
     if len(pair) != 2:
         raise ValueError(f"--normalize must be imagenet or [MEAN,STD], got {chosen.normalize}")
     return nn.Sequential(im.Normalize(*pair), model)
-
-
-def _own_rows(
-    source: str, model: nn.Module, data: str, attacks: Mapping[str, Any], options: dict[str, Any]
-) -> Path | None:
-    """A folder for each evaluation that is asked for: inside a run folder, or among the user's caches; None where
-    neither can be written.
-    """
-    asked = describe([data, attacks, options, __version__, torch.__version__])
-    name = hash_tensors([(str(asked), torch.empty(0)), *model.state_dict().items()])
-    if is_run_folder(source) and os.access(source, os.W_OK):
-        return Path(source) / "rows" / name
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "innermax" / "rows"
-    try:
-        caches.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # there is no home
-        return None
-    return caches / name if os.access(caches, os.W_OK) else None
-
-
-def _in_a_folder_of_its_own(
-    folder: Path | None, evaluate: Callable[[Path | None], im.Evaluation]
-) -> tuple[Path | None, im.Evaluation]:
-    """The evaluation, and its folder: this one, or with a number where it holds the rows of another one."""
-    own, number = folder, 1
-    while True:
-        try:
-            return own, evaluate(own)
-        except OtherRows:  # of other images under the same name, or in another precision
-            number += 1
-            own = folder and folder.with_name(f"{folder.name}-{number}")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from innermax.cli.evaluation import (
     evaluation_parser,
     load_images,
 )
+from innermax.cli.rows import measure_into, own_rows, print_place
 from innermax.distributed.launch import is_first
 from innermax.reporting.tables import format_transfer
 
@@ -43,20 +45,27 @@ def _transfer(sources: Sequence[str], chosen: Any) -> None:
     test = load_images(data, sources, chosen)
     for model in models.values():
         check_classes(model, test, chosen)
-    transfer = im.transfer(
-        {surrogate: models[surrogate]},
-        {target: models[target] for target in targets},
-        test.images,
-        attacks,
-        rows_dir=chosen.rows_dir,
-        progress=is_first(),
-        **options,
-    )
+
+    def measure(rows_dir: Path | None) -> im.Transfer:
+        return im.transfer(
+            {surrogate: models[surrogate]},
+            {target: models[target] for target in targets},
+            test.images,
+            attacks,
+            rows_dir=rows_dir,
+            progress=is_first(),
+            **options,
+        )
+
+    weights = {f"{name}: {key}": value for name, own in models.items() for key, value in own.state_dict().items()}
+    asked = [list(sources), data, attacks, options | {"limit": chosen.limit}]
+    rows_dir, transfer = measure_into(chosen.rows_dir, own_rows(None, asked, weights), measure)
     if not is_first():
         return
     if chosen.json is not None:
         transfer.to_json(chosen.json)
     Console().print(format_transfer(transfer))
+    print_place(rows_dir)
 
 
 def _load_models(sources: Sequence[str], allow_code: bool) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import cast, no_type_check
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,13 +35,13 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
         super().__init__()
-        mean, std = ([told] if isinstance(told, int | float) else list(told) for told in (mean, std))  # [0.5] for 0.5
-        if len(mean) != len(std) or len(mean) == 0:
-            raise ValueError(f"mean and std must hold one number per channel each, got {len(mean)} and {len(std)}")
-        if not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
-            raise ValueError(f"mean and std must be finite and std > 0, got {list(mean)} and {list(std)}")
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        means, stds = np.ravel(mean).tolist(), np.ravel(std).tolist()
+        if len(means) != len(stds) or len(means) == 0:
+            raise ValueError(f"mean and std must hold one number per channel each, got {len(means)} and {len(stds)}")
+        if not all(map(math.isfinite, [*means, *stds])) or min(stds) <= 0:
+            raise ValueError(f"mean and std must be finite and std > 0, got {means} and {stds}")
+        self.register_buffer("mean", torch.tensor(means).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(stds).view(-1, 1, 1), persistent=False)
 
     @no_type_check  # torch.fx calls it with a proxy, which a runtime type checker would refuse
     def forward(self, x):

@@ -131,6 +131,8 @@ def _open_logger(name: LoggerName, folder: Path, stack: ExitStack) -> Logger:
     try:
         match name:
             case "tensorboard":
+                with suppress(ModuleNotFoundError):  # tensorboardX serves, too
+                    import_library("tensorboard", "__version__")
                 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
                 return cast(Logger, TensorBoardLogger(folder, "tensorboard", "", default_hp_metric=False))
