@@ -105,3 +105,19 @@ def test_a_label_column_of_another_name(tmp_path, monkeypatch, capsys):
 def test_one_number_for_all_channels():
     x = torch.rand(2, 3, 4, 4)
     assert torch.equal(im.Normalize(0.5, 0.25)(x), im.Normalize([0.5], [0.25])(x))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_limit_that_leaves_classes_out(photos, capsys):
+    words = ["evaluate", "mine:build", "--data", "photos", *WORDS, "--classes", "names.txt", "--limit", "5"]
+    status, _, err = said(capsys, *words)
+    assert status == 0
+    assert "--limit 5: the first 5 test images are of 1 of 3 classes alone" in err
+
+
+def test_brackets_in_names_are_no_markup(photos, capsys):
+    """rich would leave [red] out, and fail at [/a]."""
+    words = ["evaluate", "mine:build", "--data", "photos", *WORDS, "--classes", "names.txt"]
+    status, out, _ = said(capsys, *words, "--rows-dir", "rows[red]")
+    assert status == 0
+    assert "Example by example: rows[red]/rows.parquet" in out

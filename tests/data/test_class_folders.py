@@ -30,16 +30,16 @@ def test_what_pillow_decodes_is_read(tmp_path, kind):
     assert (data.train.images[1].int() - 40).abs().max() <= 3
 
 
-def test_nested_folders_in_torchvisions_order(tmp_path):
+def test_nested_folders_in_torchvisions_order(tmp_path_factory):
+    tmp_path, elsewhere = tmp_path_factory.mktemp("set"), tmp_path_factory.mktemp("elsewhere")
     names = ["b/0.png", "a/z.png", "a/day1/9.png", "a/day1/x/3.png", "a/day1-b/1.png", "b/.trash/5.png"]
     for number, name in enumerate(names):
         path = tmp_path / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4), number).save(path)
     (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train" / "a", target_is_directory=True)
-    (tmp_path / "elsewhere").mkdir()
-    Image.new("L", (4, 4), 9).save(tmp_path / "elsewhere" / "0.png")
-    (tmp_path / "train" / "b" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    Image.new("L", (4, 4), 9).save(elsewhere / "0.png")
+    (tmp_path / "train" / "b" / "linked").symlink_to(elsewhere, target_is_directory=True)
     data = both_splits(tmp_path)
     assert data.train.images[:, 0, 0, 0].tolist() == [1, 2, 4, 3, 0, 9]
     assert data.train.labels.tolist() == [0, 0, 0, 0, 1, 1]
@@ -103,3 +103,12 @@ def test_images_are_upright(tmp_path, kind, orientation):
     expected = as_tensor(np.stack([turned, turned]))
     assert torch.equal(images[1], expected[1])
     assert (images[0].int() - expected[0].int()).abs().max() <= 40
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_names_of_a_validation_split(tmp_path, name):
+    write_folder(tmp_path, {split: {"ant": 2, "owl": 3} for split in ("train", name, "test")})
+    assert len(load_data(tmp_path).validation) == 5
+    write_folder(tmp_path, {"more": {"ant": 1}})
+    with pytest.warns(UserWarning, match="folders that are no split are left out: more"):
+        load_data(tmp_path)

@@ -220,3 +220,15 @@ def test_items_that_are_mappings():
     assert as_image_set(Items(items)).labels.tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="an item of the data set has no column image or img"):
         as_image_set(Items([{"x": torch.rand(1, 2, 2), "label": 0}]))
+
+
+def test_a_stream_of_torchs_is_refused():
+    class Endless(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return iter([])
+
+    with pytest.raises(TypeError, match="a torch Dataset with length and items"):
+        as_image_set(Endless())

@@ -68,7 +68,7 @@ def _write_results(
         device, (images, names) = find_device(chosen.device), test
         shown = im.gallery(model, images, attacks, evaluation, class_names=names, device=device) if attacks else None
         im.report({source: im.Exhibit(evaluation, source, shown)}, chosen.html)
-    console = Console()
+    console = Console(markup=False)
     console.print(format_table(evaluation))
     if evaluation.audit is not None:
         console.print(format_audit(evaluation.audit))

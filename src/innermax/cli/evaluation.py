@@ -1,5 +1,6 @@
 """What `innermax evaluate` and `innermax transfer` share: options, data set, threat model and attacks."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +65,12 @@ def load_images(data: str, sources: Sequence[str], chosen: Any) -> TestImages:
         classes = read_classes(chosen.classes)
         numbers = torch.tensor(match_classes(names, classes), device=images.labels.device)
         images, names = ImageSet(images.images, numbers[images.labels]), tuple(name for name, *_ in classes)
-    return TestImages(images[: chosen.limit], names)
+    first = images[: chosen.limit]
+    there, all_there = (len(set(some.labels.tolist())) for some in (first, images))
+    if there < min(len(first), all_there) / 2:
+        told = f"--limit {chosen.limit}: the first {len(first)} test images are of {there} of {all_there} classes alone"
+        warnings.warn(told, stacklevel=2)
+    return TestImages(first, names)
 
 
 def check_classes(model: nn.Module, test: TestImages, chosen: Any) -> None:

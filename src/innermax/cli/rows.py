@@ -55,4 +55,4 @@ def measure_into(named: str | None, own: Path | None, measure: Callable[[Path | 
 def print_place(folder: Path | None) -> None:
     """Prints where the table of all rows is."""
     if folder is not None:
-        Console().print(f"Example by example: {folder / 'rows.parquet'}", highlight=False, soft_wrap=True)
+        Console(markup=False).print(f"Example by example: {folder / 'rows.parquet'}", highlight=False, soft_wrap=True)

@@ -33,7 +33,7 @@ def run(words: list[str]) -> None:
     failed = sweep(folder, runs, settings, lambda line: print(line, file=sys.stderr, flush=True))
     rows = sweep_rows(folder)
     write_sweep(folder, rows, failed)
-    Console().print(format_sweep(rows))
+    Console(markup=False).print(format_sweep(rows))
     print(folder / "table.md")
     if failed:
         reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())

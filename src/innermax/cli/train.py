@@ -138,7 +138,7 @@ def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> No
     if is_first():
         _write_results(folder, run, model, data, attacks, evaluation, device)
         where = f"Model of {which}. Run folder: {folder}. Report: {folder / 'report.html'}"
-        Console().print(where, highlight=False, soft_wrap=True)
+        Console(markup=False).print(where, highlight=False, soft_wrap=True)
 
 
 def _write_results(
@@ -155,7 +155,7 @@ def _write_results(
     names = data.class_names
     shown = im.gallery(model, data.test, attacks, evaluation, class_names=names, device=device) if attacks else None
     im.report({folder.name: im.Exhibit(evaluation, run, shown)}, folder / "report.html")
-    console = Console()
+    console = Console(markup=False)
     console.print(format_table(evaluation))
     if evaluation.audit is not None:
         console.print(format_audit(evaluation.audit), "")

@@ -64,7 +64,7 @@ def _transfer(sources: Sequence[str], chosen: Any) -> None:
         return
     if chosen.json is not None:
         transfer.to_json(chosen.json)
-    Console().print(format_transfer(transfer))
+    Console(markup=False).print(format_transfer(transfer))
     print_place(rows_dir)
 
 

@@ -4,6 +4,7 @@ pyarrow, PIL, scikit-learn and datasets are imported where they are used: traini
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,11 @@ _HUB = {
     "svhn": _Source("ufldl-stanford/svhn", "cropped_digits"),
 }
 _NAMES = ("digits", *_HUB)
-_SPLITS = ("train", "validation", "test")
+_SPLITS = {  # the pattern of a split's parquet files, and names of its folder
+    "train": ("train*.parquet", "train"),
+    "validation": ("val*.parquet", "valid", "val", "validation"),
+    "test": ("test*.parquet", "test"),
+}
 _SPLIT_SEED = 20190609  # of the held-out examples; never the training's seed, so that runs share their splits
 
 
@@ -48,8 +53,8 @@ def load_data(
     """A data set by name (digits, mnist, fashion-mnist, cifar10, cifar100, svhn) or from a folder.
 
     A folder holds train*.parquet and test*.parquet (columns image or img, label or fine_label), or train/ and test/
-    with a folder of images per class, at any depth and in any format that Pillow decodes; validation*.parquet or
-    validation/ are used where present. Names other than digits are looked for in the folder root/name, then on the
+    with a folder of images per class, at any depth and in any format that Pillow decodes; val*.parquet, or validation/,
+    val/ or valid/, are used where present. Names other than digits are looked for in the folder root/name, then on the
     Hugging Face Hub; NAME@REVISION, a branch, tag or commit, on the Hub alone.
 
     Images are upright, as their EXIF orientation says. They are decoded a few at a time; where a split has more than
@@ -184,8 +189,8 @@ def _from_hub(name: str, revision: str | None, label_column: str | None, wanted:
 
 def _folder(path: Path, label_column: str | None, wanted: Sequence[str]) -> _Splits:
     """A folder of parquet files or of image folders."""
-    shards = {split: sorted(path.glob(f"{split}*.parquet")) for split in _SPLITS}
-    folders = {split: path / split for split in _SPLITS if (path / split).is_dir()}
+    shards = {split: sorted(path.glob(pattern)) for split, (pattern, *_) in _SPLITS.items()}
+    folders = {split: path / name for split, (_, *names) in _SPLITS.items() for name in names if (path / name).is_dir()}
     readers: dict[str, Callable[[], ImageSet]]
     if any(shards.values()):
         readers = {split: partial(from_parquet, files, label_column) for split, files in shards.items() if files}
@@ -196,6 +201,9 @@ def _folder(path: Path, label_column: str | None, wanted: Sequence[str]) -> _Spl
             folders = {"test": path}
         names = subfolders(next(iter(folders.values()))) if folders else ()
         readers = {split: partial(from_class_folders, folder, names) for split, folder in folders.items()}
+        others = sorted(set(subfolders(path)) - {folder.name for folder in folders.values()})
+        if others and path not in folders.values():
+            warnings.warn(f"{path}: folders that are no split are left out: {', '.join(others)}", stacklevel=4)
     missing = [split for split in ("train", "test") if split in wanted and split not in readers]
     if missing:
         files, places = (" and ".join(f"{split}{end}" for split in missing) for end in ("*.parquet", "/"))

@@ -99,8 +99,9 @@ def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
         rows = len(dataset) if limit is None else min(limit, len(dataset))
         return from_hugging_face(dataset, rows, _HUGGING_FACE, follow_paths=True)
     raise TypeError(
-        "a data set must be an ImageSet, a tuple of two tensors (images, labels), a torch Dataset with a length "
-        f"(a DataLoader's is its .dataset) or a Hugging Face Dataset (one split), got {type(dataset).__name__}"
+        "a data set must be an ImageSet, a tuple of two tensors (images, labels), a torch Dataset with length and "
+        "items (a DataLoader's is its .dataset) or a Hugging Face Dataset (one split), got "
+        f"{type(dataset).__name__}"
     )
 
 
@@ -112,7 +113,7 @@ def find_items(dataset: Any) -> tuple[Any, tuple[str, str] | None] | None:
     if _is_hugging_face(dataset):
         if dataset.format["type"] != "custom":  # its own transform
             return _find_arrays(dataset)
-    elif not isinstance(dataset, torch.utils.data.Dataset) or not hasattr(dataset, "__len__"):
+    elif not _has_items(dataset):
         return None
     if len(dataset) == 0:
         raise ValueError("the data set holds no examples")
@@ -121,6 +122,12 @@ def find_items(dataset: Any) -> tuple[Any, tuple[str, str] | None] | None:
         return dataset, None
     image, label = find_columns(list(first), "an item of the data set")
     return dataset, (image, label)
+
+
+def _has_items(dataset: Any) -> bool:
+    """Whether a torch data set gives its examples by number."""
+    known = isinstance(dataset, torch.utils.data.Dataset) and hasattr(dataset, "__len__")
+    return known and not isinstance(dataset, torch.utils.data.IterableDataset)
 
 
 def _find_arrays(dataset: Any) -> tuple[Any, tuple[str, str]] | None:

@@ -139,10 +139,10 @@ def show_evaluation(
     if progress is None or progress is False or callable(progress):
         yield progress or None
         return
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if not is_live(console):
         yield EvaluationDisplay(attacks, audit, console, None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), _Count(), TimeLeft())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), _Count(), TimeLeft())
     with Bar(*columns, console=console, transient=True) as bar:
         yield EvaluationDisplay(attacks, audit, console, bar)

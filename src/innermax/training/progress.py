@@ -97,9 +97,11 @@ def show_progress(epochs: int, progress: bool | ProgressCallback | None) -> Iter
     if callable(progress):
         yield TrainingDisplay(epochs, None, None, progress)
         return
-    console = Console(stderr=True) if progress else None
+    console = Console(stderr=True, markup=False) if progress else None
     if console is None or not is_live(console):
         yield TrainingDisplay(epochs, console, None)
         return
-    with Progress(TextColumn("{task.description}"), BarColumn(bar_width=16), TimeLeft(), console=console) as bar:
+    with Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TimeLeft(), console=console
+    ) as bar:
         yield TrainingDisplay(epochs, console, bar)
