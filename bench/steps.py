@@ -11,9 +11,9 @@ from innermax.distributed.launch import find_device, plan_launch
 from innermax.distributed.process_group import connect
 from innermax.objectives import cross_entropy
 from innermax.strategies import Strategy, Unsecured
+from innermax.training.arithmetic import choose_arithmetic
 from innermax.training.loop import Loop
 from innermax.training.options import TrainingOptions
-from innermax.training.train import fabric_precision
 
 
 def started(
@@ -30,8 +30,10 @@ def started(
         strategy or Unsecured(), batch_size=len(images), lr_schedule="constant", precision=precision, **more
     )
     chosen = find_device(device)
-    ranks = connect(plan_launch(1, 1, chosen), chosen, fabric_precision(precision, chosen))
-    return Loop.start(model, ImageSet(images, labels), options, cross_entropy, ranks)
+    data = ImageSet(images, labels)
+    arithmetic = choose_arithmetic(model, data.batch(torch.arange(4))[0], precision, chosen)
+    ranks = connect(plan_launch(1, 1, chosen), chosen, arithmetic.bf16)
+    return Loop.start(model, data, options, cross_entropy, ranks, arithmetic)
 
 
 def whole(loop: Loop) -> Batch:

@@ -65,7 +65,7 @@ def test_the_optimum_of_a_linear_model_is_found_in_bf16(name, norm):
     attack = SEARCHES[name](threat)
     problem = Linear(17, (1, 6, 6), threat.bounds)
     oracle = Oracle.fast(problem.model, problem.inputs[0], "bf16")
-    assert oracle.plan.endswith("bf16")
+    assert oracle.scheme.endswith("bf16")
     result = attack(oracle, *problem.inputs)
     down = np.where(problem.y == 0, -1.0, 1.0)
     best, moved = np.array(problem.optimum(norm, eps, down)), down * problem.moved(result.x_adv)

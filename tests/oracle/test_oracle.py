@@ -1,6 +1,7 @@
 """The network as the attacker sees it: the model's own numbers, without a trace on the model."""
 
 import copy
+import re
 from collections import Counter
 
 import pytest
@@ -107,9 +108,9 @@ def test_inputs_of_another_precision_are_converted():
     model = small_vgg().eval()
     answer = Oracle(model).gradient(x.double(), y, cross_entropy)
     assert answer.gradient.dtype == torch.float64
-    torch.testing.assert_close(answer.logits, model(x).detach())
+    torch.testing.assert_close(answer.logits, model(x).detach().double())
     answer = Oracle(copy.deepcopy(model).double()).gradient(x, y, cross_entropy)
-    assert answer.gradient.dtype == torch.float32
+    assert (answer.gradient.dtype, answer.logits.dtype, answer.loss.dtype) == (torch.float32, *[torch.float64] * 2)
 
 
 @pytest.mark.parametrize("make", [Oracle, lambda model: Oracle.fast(model, batch()[0])])
@@ -256,8 +257,9 @@ def test_a_fast_oracle_shares_nothing_with_the_learner(precision, traceable):
     oracle = Oracle.fast(model, x, precision)
     assert oracle.plan.startswith("3 BatchNorm folded" + (", " if traceable else " module by module"))
     learners = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
-    assert learners.isdisjoint(t.data_ptr() for t in (*oracle._network.parameters(), *oracle._network.buffers()))
-    assert not any(parameter.requires_grad for parameter in oracle._network.parameters())
+    tensors = [*oracle._compiled.network.parameters(), *oracle._compiled.network.buffers()]
+    assert learners.isdisjoint(t.data_ptr() for t in tensors)
+    assert not any(tensor.requires_grad for tensor in tensors)
     before = oracle.logits(x)
     learn(model, x, y)
     assert torch.equal(oracle.logits(x), before)
@@ -321,7 +323,8 @@ def test_bf16():
     x, y = batch()
     model = small_vgg()
     oracle = Oracle.fast(model, x, "bf16")
-    assert oracle.plan == "3 BatchNorm folded, channels last, bf16"
+    assert oracle.scheme == "3 BatchNorm folded, channels last, bf16"
+    assert re.search(r"bf16 \(mean cosine of the gradients 0\.\d\d\d\)$", oracle.plan)
     for _ in range(3):
         learn(model, x, y)
         oracle.refresh()
@@ -358,7 +361,7 @@ def test_bf16_is_refused_where_the_network_does_not_compute_in_it():
     model = Fixed()
     oracle = Oracle.fast(model, x, "bf16")
     assert oracle.plan.startswith("unfolded")
-    assert "float32 (the model fails" in oracle.plan
+    assert "float32 (RuntimeError: expected m1 and m2 to have the same dtype" in oracle.plan
     learn(model, x, y)
     oracle.refresh()
     assert close(oracle.logits(x), plain(model, x), 1e-6)

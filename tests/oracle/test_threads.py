@@ -1,6 +1,8 @@
 """An attack that cores share is the attack."""
 
 import threading
+import time
+from typing import ClassVar
 
 import pytest
 import torch
@@ -130,3 +132,53 @@ def test_a_loss_that_fails_says_so(two_threads, network):
     oracle = Oracle.fast(network, x, "float32")
     with pytest.raises(ValueError, match="one value an example"):
         PGD(Linf(0.2), loss=lambda logits, label: F.cross_entropy(logits, label))(oracle, x, y)
+
+
+class Passes(nn.Module):
+    """Passes what it computed on through itself, as if nobody else used it meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.slow, self.head = nn.Linear(36, 64), nn.Linear(36, 2048), nn.Linear(64, 3)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        self.features = torch.relu(self.body(x))
+        self.penalty = self.slow(x).square().mean()
+        return self.head(self.features)
+
+
+def test_networks_that_keep_values_on_themselves(two_threads):
+    torch.manual_seed(0)
+    model, (x, y) = Passes(), batch(200)
+    oracle = Oracle.fast(model, x[:16].float(), "float32")
+    assert "2 threads" in oracle.scheme
+    alone, shared = (PGD(Linf(0.2), steps=10)(one, x.float(), y) for one in (model, oracle))
+    torch.testing.assert_close(shared.loss, alone.loss, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    oracle.refresh()
+    alone, shared = (PGD(Linf(0.2), steps=10)(one, x.float(), y) for one in (model, oracle))
+    torch.testing.assert_close(shared.loss, alone.loss, rtol=1e-3, atol=1e-4)
+
+
+class Confused(nn.Module):
+    """Keeps the first pixel of the last batch that anybody passed through any copy."""
+
+    last: ClassVar = [None]
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, x):
+        assert len(x) > 0  # plain Python, which no symbolic trace passes
+        self.last[0] = x.flatten(1)
+        time.sleep(0.01)
+        return self.head(self.last[0])
+
+
+def test_networks_that_threads_disturb_are_not_shared(two_threads):
+    torch.manual_seed(0)
+    oracle = Oracle.fast(Confused(), batch(16)[0].float(), "float32")
+    assert "as a whole (threads that share a batch change logits or gradients by " in oracle.plan

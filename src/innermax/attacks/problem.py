@@ -62,13 +62,13 @@ class Problem:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer, got {seed!r}")
         check_inputs(x)
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        oracle = Oracle.of(model)
+        x = x.to(torch.promote_types(x.dtype, oracle.dtype))
         feasible = threat.around(x)
         for name, label in (("y", y), ("target", y if target is None else target)):
             check_labels(label, len(x), name=name)
         index = torch.arange(len(x), device=x.device) if index is None else index
         check_labels(index, len(x), name="index")
-        oracle = Oracle.of(model)
         if start is not None:
             check_inputs(start, "start")
             if start.shape != x.shape:

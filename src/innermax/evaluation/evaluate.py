@@ -138,7 +138,7 @@ def _evaluate(
     bench, attacks, parts = measurement.bench, measurement.attacks, measurement.parts
     scorer = _Scorer.build(bench, measurement.models, attacks, precision)
     others = _build_surrogates(bench, scorer.exact, surrogates)
-    settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.fast.plan))
+    settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.fast.scheme))
     measurement.open_folder(partial(_identify_evaluation, bench, model, attacks, settings))
     with note_kept_rows(parts.folder), warnings.catch_warnings():
         measurement.score_clean(scorer)

@@ -244,8 +244,8 @@ class _Scorer:
 
     @property
     def plan(self) -> str:
-        """The plan of each surrogate's oracle."""
-        return "; ".join(f"{name}: {oracle.plan}" for name, oracle in self.fast.items())
+        """How each surrogate's oracle computes."""
+        return "; ".join(f"{name}: {oracle.scheme}" for name, oracle in self.fast.items())
 
     def clean_rows(self, x: Tensor, y: Tensor) -> dict[str, Column]:
         return self._judge(x, y)

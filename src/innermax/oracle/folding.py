@@ -1,5 +1,6 @@
 """A network in evaluation mode rewritten into a cheaper one that computes the same function."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from innermax.oracle.draws import depends_on_python
-from innermax.oracle.frozen import frozen_copy
+from innermax.models.wrappers import Normalize
 from innermax.oracle.input_convolution import InputConvolution
 from innermax.utils.generators import read_randomness
 from innermax.utils.validation import summarize_error
@@ -63,62 +63,26 @@ def fold(network: nn.Module) -> Folded:
         return Folded(network, pairs, untraced=summarize_error(failure))
 
 
-class Unfoldable(Exception):
-    """Why a network stays as it is."""
-
-
-@torch.no_grad()
-def fold_checked(exact: nn.Module, example: Tensor) -> Folded:
-    """A frozen network's copy, folded, where that computes the same logits of an example, now and after learning.
-
-    Raises:
-        Unfoldable: it does not, or torch cannot trace the network.
-    """
-    before = read_randomness()
-    try:
-        folded = fold(frozen_copy(exact, share=False))
-        if before.python != read_randomness().python and depends_on_python(lambda: exact(example.clone())):
-            raise ValueError("it draws random numbers, which a trace keeps as constants")
-        # In its present state last: that is the one to go on with.
-        errors = [_difference(folded, network, example) for network in (_learned(exact), exact)]
-    except Exception as failure:
-        raise Unfoldable(summarize_error(failure)) from failure
-    if not all(error <= 1e-4 for error in errors):
-        raise Unfoldable(f"folding changes logits by {max(errors):.1e} of their size")
-    return folded
-
-
-def _learned(exact: nn.Module) -> nn.Module:
-    """A copy whose BatchNorm statistics are as after learning: on a new model's, a wrong fold goes unnoticed."""
-    model = frozen_copy(exact, share=False)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            spread = torch.linspace(0.6, 1.6, module.num_features).to(cast(Tensor, module.running_var))
-            cast(Tensor, module.running_mean).sub_(spread)  # upwards, where ReLUs let a difference pass
-            cast(Tensor, module.running_var).mul_(spread)
-    return model
-
-
-@torch.no_grad()
-def _difference(folded: Folded, exact: nn.Module, x: Tensor) -> float:
-    """By how much folding changes logits, over 1 + the largest."""
-    folded.refresh(exact)
-    truth = exact(x.clone())
-    return float((folded.network(x.clone()) - truth).abs().max()) / (1 + float(truth.abs().max()))
-
-
 def _rewritten(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:
     before = read_randomness()
-    traced = fx.symbolic_trace(network)
+    traced = fx.GraphModule(network, _Tracer().trace(network))
     after = read_randomness()
     if before.torch != after.torch or before.numpy != after.numpy:
         raise ValueError("it draws random numbers, which a trace keeps as constants")
-    pairs = tuple(_fold_norms(traced))
+    _drop_assertions(traced)
+    pairs = tuple(_fold_norms(traced, network))
     _pool_first(traced)
     _few_channels(traced)
     traced.graph.lint()
     traced.recompile()
     return traced, pairs
+
+
+class _Tracer(fx.Tracer):
+    """Leaves `Normalize` whole: its numbers are not rounded where the network is in bf16."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Normalize) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _fold_modules(network: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
@@ -136,15 +100,23 @@ def _fold_modules(network: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{name}.{layer}", f"{prefix}{name}.{norm}"
 
 
-def _fold_norms(traced: fx.GraphModule) -> Iterator[tuple[str, str]]:
+def _drop_assertions(traced: fx.GraphModule) -> None:
+    """Removes what only asserts something, such as the number of dimensions between a layer and its BatchNorm."""
+    for node in list(traced.graph.nodes):
+        if node.op == "call_function" and node.target is torch._assert:
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+
+
+def _fold_norms(traced: fx.GraphModule, network: nn.Module) -> Iterator[tuple[str, str]]:
     modules = dict(traced.named_modules())
     calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     for node in list(traced.graph.nodes):
-        norm = modules.get(node.target) if node.op == "call_module" else None
+        name = _batch_norm(node, network)
         before = node.args[0] if node.args else None
-        if not isinstance(norm, _BatchNorm) or not isinstance(before, fx.Node) or before.op != "call_module":
+        if name is None or not isinstance(before, fx.Node) or before.op != "call_module":
             continue
-        layer = modules[str(before.target)]
+        layer, norm = modules[str(before.target)], cast(_BatchNorm, network.get_submodule(name))
         alone = len(before.users) == 1 and calls.count(before.target) == 1
         own = type(layer) in _AFFINE and isinstance(layer._parameters.get("weight"), Tensor)  # not computed from others
         if not own or not alone or layer.weight.shape[0] != norm.num_features:
@@ -153,7 +125,27 @@ def _fold_norms(traced: fx.GraphModule) -> Iterator[tuple[str, str]]:
             layer.bias = nn.Parameter(layer.weight.new_zeros(norm.num_features), requires_grad=False)
         node.replace_all_uses_with(before)
         traced.graph.erase_node(node)
-        yield str(before.target), str(node.target)
+        yield str(before.target), name
+
+
+def _batch_norm(node: fx.Node, network: nn.Module) -> str | None:
+    """The name of the BatchNorm module that a node computes, itself or by its function; None: it is none."""
+    if node.op == "call_module":
+        name = str(node.target)
+        return name if isinstance(network.get_submodule(name), _BatchNorm) else None
+    if node.op != "call_function" or node.target is not nn.functional.batch_norm:
+        return None
+    given = inspect.signature(nn.functional.batch_norm).bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    values = given.arguments
+    names = {key: value.target for key, value in values.items() if isinstance(value, fx.Node)}
+    name = str(names.get("running_mean", "")).rpartition(".")[0]
+    norm = network.get_submodule(name)
+    if not isinstance(norm, _BatchNorm) or values["training"] is not False or values["eps"] != norm.eps:
+        return None
+    needed = ["running_mean", "running_var", *(["weight", "bias"] if norm.affine else [])]
+    taken = {key: target for key, target in names.items() if key != "input"}
+    return name if taken == {key: f"{name}.{key}" for key in needed} else None
 
 
 def _pool_first(traced: fx.GraphModule) -> None:

@@ -6,7 +6,7 @@ gradients are never touched and nothing has to be restored.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,18 +18,22 @@ from torch import Tensor, nn
 
 from innermax.losses import Loss
 from innermax.models.wrappers import unwrapped
+from innermax.oracle.comparison import break_ties
+from innermax.oracle.compilation import COPIED, compile_network, difference_in_use, is_close
+from innermax.oracle.compiled import Compiled, floating_dtype, share
 from innermax.oracle.cuda_graphs import Replayed
 from innermax.oracle.draws import draws
-from innermax.oracle.folding import Folded, Unfoldable, fold_checked
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.threads import Workers
-from innermax.utils.copying import copy_model
+from innermax.oracle.timing import times_as_long
 from innermax.utils.generators import cuda_devices, private_randomness, restore_randomness
 from innermax.utils.validation import summarize_error, unknown
 
 Precision = Literal["auto", "float32", "bf16"]
 T = TypeVar("T")
+_AS_IS = "as the model is"
 _WORTH_A_THREAD = 4  # examples
+_CLOSE, _CLOSE_LOWERED = 1e-2, 0.1  # rounding differs with the size of a part, and may switch a ReLU
 _log = logging.getLogger(__name__)
 
 
@@ -53,8 +57,9 @@ class Oracle:
     compiled for attacking; call `refresh()` after the model has learned.
 
     Attributes:
-        plan: how the network is computed, in words.
+        steps: how the network is computed, in words: what was done, each with what was measured or why no more was.
         micro_batch: how many examples the network sees at a time, once a whole batch did not fit into memory.
+        dtype: of logits and losses, where the inputs are no finer.
         doubt: by how much a difference of two logits can be off, as measured when the network was lowered to bf16.
 
     Args:
@@ -68,11 +73,10 @@ class Oracle:
 
     def __init__(self, model: nn.Module, network: nn.Module | None = None) -> None:
         self._source = unwrapped(model)
-        self._network: nn.Module = frozen_copy(self._source, share=True) if network is None else network
-        self._memory_format = torch.preserve_format
-        self._dtype = next((p.dtype for p in self._source.parameters() if p.is_floating_point()), None)
+        self._compiled = share(self._source) if network is None else Compiled(network, floating_dtype(self._source))
         self.micro_batch: int | None = None
-        self.plan = "as the model is"
+        self.steps: Mapping[str, str] = {_AS_IS: ""}
+        self.dtype = torch.promote_types(torch.float32, floating_dtype(self._source) or torch.float32)
         self.doubt = 0.0
 
     @classmethod
@@ -91,8 +95,22 @@ class Oracle:
         """
         return FastOracle(model, example, precision)
 
+    @property
+    def plan(self) -> str:
+        """The steps and their notes in one line."""
+        return ", ".join(f"{step} ({note})" if note else step for step, note in self.steps.items())
+
+    @property
+    def scheme(self) -> str:
+        """The steps in one line, without what was measured."""
+        return ", ".join(self.steps)
+
     def recheck(self) -> "Oracle":
         """This oracle if it still suits what the model has learned, else one that is compiled anew."""
+        return self
+
+    def recompile(self, scheme: str) -> "Oracle":
+        """This oracle, or one that is compiled as a scheme says, whichever is faster."""
         return self
 
     @property
@@ -108,12 +126,9 @@ class Oracle:
     def settle(self) -> None:
         """Ends a search: a network that several processes share waits until all of them have ended theirs."""
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
-        for mine, theirs in zip(_state(self._network), _state(self._source), strict=True):
-            if mine.data_ptr() != theirs.data_ptr():  # else they are shared
-                mine.copy_(theirs)
+        self._compiled = self._compiled.refresh(self._source)
 
     def logits(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
         """(B, classes) float32 logits."""
@@ -143,7 +158,7 @@ class Oracle:
         Included are the global generators of torch, NumPy and Python; afterwards they continue as if nothing had been
         drawn.
         """
-        with private_randomness(seed, cuda_devices(self._network)):
+        with private_randomness(seed, cuda_devices(self._source)):
             yield
 
     def _in_parts(self, ask: Callable[[slice], T], count: int) -> list[T]:
@@ -163,13 +178,13 @@ class Oracle:
 
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:
-        return self._forward(self._placed(x), len(x))
+        return self._forward(x)
 
     def _gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Answer:
         with torch.inference_mode(False), torch.enable_grad():
             point = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
             label = label.clone() if label.is_inference() else label
-            logits = self._forward(self._placed(point), len(x))
+            logits = self._forward(point)
             value = loss(logits, label)
             if value.shape != (len(x),):
                 raise ValueError(f"loss must return one value an example ({len(x)},), got {tuple(value.shape)}")
@@ -180,70 +195,76 @@ class Oracle:
         gradient = gradient.to(x.dtype).contiguous()
         return Answer(gradient.nan_to_num_(0.0, 0.0, 0.0), value.detach(), logits.detach())
 
-    def _placed(self, x: Tensor) -> Tensor:
-        """A copy of x in the network's precision and memory format, which the network may change in place."""
-        memory_format = self._memory_format if x.ndim == 4 else torch.preserve_format
-        return x.to(self._dtype or x.dtype, memory_format=memory_format, copy=True)
-
-    def _forward(self, x: Tensor, batch: int) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         try:
-            logits = self._network(x)
+            logits = self._compiled(x)
         except Exception as error:  # anything: it may be other people's code
             if is_out_of_memory(error):
                 raise
             raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {summarize_error(error)}") from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(x) or logits.shape[1] < 2:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the model must return logits of shape ({batch}, classes ≥ 2), got {found}")
-        return logits.double() if logits.dtype == torch.float64 else logits.float()
+            raise ValueError(f"the model must return logits of shape ({len(x)}, classes ≥ 2), got {found}")
+        return logits.to(torch.promote_types(self.dtype, x.dtype if x.is_floating_point() else self.dtype))
 
 
 class FastOracle(Oracle):
-    """An oracle compiled for attacks, see `Oracle.fast`: each step is taken where its answers stay right."""
+    """An oracle compiled for attacks, see `Oracle.fast`: each step is taken where logits and gradients stay right."""
 
-    def __init__(self, model: nn.Module, example: Float[Tensor, "b ..."], precision: Precision) -> None:
+    def __init__(
+        self, model: nn.Module, example: Float[Tensor, "b ..."], precision: Precision, scheme: str | None = None
+    ) -> None:
+        """Scheme: what to compile to; None: to what is fastest."""
         if precision not in get_args(Precision):
             raise unknown("precision", precision, get_args(Precision))
         with torch.inference_mode(False), restore_randomness(cuda_devices(unwrapped(model))):
             super().__init__(model)
-            self._folded: Folded | None = None
             self._precise: FastOracle | None = None  # where the network computes in bf16: one that does not
             self._replayed: Replayed | None = None
             self._threads = 1  # that may share a batch
             self._workers: Workers | None = None
             self._compiled_for = example, precision
-            truth = self.logits(example)
-            self._fold(example)
-            self._put_channels_last()
-            if precision == "bf16" or (precision == "auto" and has_fast_bf16(example.device)):
-                self._lower(example, truth)
+            self.logits(example)  # raises where the model does not suit
+            self._bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(example.device))
+            if scheme in (self.scheme, COPIED):
+                self._keep_plain(scheme, "")
             else:
-                self.plan += ", float32"
-            self._share_work(example)
+                self._compile(example, self._bf16 if scheme is None else "bf16" in scheme)
+                self._share_work(example)
+                if scheme is None:
+                    self._take_fastest(example)
         _log.info("attack network: %s", self.plan)
 
     def recheck(self) -> Oracle:
-        """This oracle if it still suits what the model has learned, else one that is compiled anew."""
-        fresh = FastOracle(self._source, *self._compiled_for)
-        if fresh.plan == self.plan:
+        """This oracle if it still answers as the model does after all it has learned, else one compiled anew."""
+        example, precision = self._compiled_for
+        with torch.inference_mode(False), restore_randomness(cuda_devices(self._source)):
+            difference = difference_in_use(self._compiled, self._source, example)
+        right = is_close(difference, self.lowered)
+        if right and self.lowered == self._bf16:
             return self
+        fresh = FastOracle(self._source, example, precision)
+        if right and fresh.scheme == self.scheme:
+            return self
+        if fresh.scheme == self.scheme:  # it keeps something from before the updates, which no refresh reaches
+            fresh = FastOracle(self._source, example, precision, COPIED)
         _log.warning("attack network: %s; it was: %s", fresh.plan, self.plan)
         return fresh
+
+    def recompile(self, scheme: str) -> Oracle:
+        """This oracle, or one that is compiled as a scheme says, whichever is faster."""
+        return self if self.scheme == scheme else FastOracle(self._source, *self._compiled_for, scheme=scheme)
 
     @property
     def precise(self) -> Oracle:
         """The same network in float32, for what bf16 is too coarse for: itself, where it is not in bf16."""
         return self if self._precise is None else self._precise
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
         if self._precise is not None:
             self._precise.refresh()
-        if self._folded is None:
-            super().refresh()
-        else:
-            self._folded.refresh(self._source)
+        super().refresh()
 
     def side_by_side(self, work: Callable[[Tensor], T], rows: Int[Tensor, " k"]) -> list[T]:
         """`work` of the rows of a batch: of all at once, or of a part for each core."""
@@ -259,59 +280,78 @@ class FastOracle(Oracle):
         answer: Answer = self._replayed(x, label, loss)
         return answer
 
-    def _fold(self, example: Tensor) -> None:
-        """Switches to the folded network where that computes the same logits, now and after learning."""
-        try:
-            self._folded = fold_checked(self._network, self._placed(example))
-        except Unfoldable as reason:
-            self._network = frozen_copy(self._source, share=False)
-            self.plan = f"unfolded ({reason})"
-            return
-        self._network = self._folded.network
-        self.plan = f"{len(self._folded.pairs)} BatchNorm folded"
-        if self._folded.untraced is not None:
-            self.plan += f" module by module ({self._folded.untraced})"
+    def _keep_plain(self, scheme: str, reason: str) -> None:
+        own = frozen_copy(self._source, share=False)
+        self._compiled = Compiled(own, floating_dtype(self._source), kept=scheme != COPIED)
+        self._precise, self._replayed, self._threads, self.doubt = None, None, 1, 0.0
+        self.steps = {scheme: reason}
 
-    def _put_channels_last(self) -> None:
-        if any(isinstance(module, nn.Conv2d) for module in self._network.modules()):
-            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self._memory_format = torch.channels_last
-            self.plan += ", channels last"
-
-    def _lower(self, example: Tensor, truth: Tensor) -> None:
-        """Switches to bf16 where the network computes in it and its logits stay close."""
-        before = copy.copy(self)
-        try:
-            self._network, self._dtype = copy_model(self._network).to(torch.bfloat16), torch.bfloat16
-            if self._folded is not None:
-                self._folded = replace(self._folded, network=self._network)
-            self.refresh()
-            error = float((self.logits(example) - truth).abs().max())
-            if error <= 0.05 * (1 + float(truth.abs().max())):
-                self.plan += ", bf16"
-                if before._dtype != torch.bfloat16:
-                    self._precise, self.doubt = before, 2 * error
-                return
-            reason = f"bf16 changes logits by {error:.1e}"
-        except ValueError as failure:
-            reason = str(failure)
-        self._network, self._folded, self._dtype = before._network, before._folded, before._dtype
-        self.plan += f", float32 ({reason})"
+    def _compile(self, example: Tensor, bf16: bool) -> None:
+        done = compile_network(self._source, example, bf16)
+        self._compiled, self.steps, self.doubt = done.network, dict(done.steps), done.doubt
+        if done.precise is not None:
+            self._precise = copy.copy(self)
+            self._precise._compiled, self._precise.doubt = done.precise, 0.0
 
     def _share_work(self, example: Tensor) -> None:
         """Records CUDA graphs on a GPU; on a processor several threads share a batch."""
-        threads, both = torch.get_num_threads(), {self, self._precise or self}
+        threads = torch.get_num_threads()
         if threads == 1 and not example.is_cuda:
             return
         # Threads would draw in any order, and a recording repeats what was drawn once.
-        if draws(lambda: self.logits(example), cuda_devices(self._network)):
+        if draws(lambda: self.logits(example), cuda_devices(self._source)):
             return
+        both = {self, self._precise or self}
         for one in both:
             if example.is_cuda:
                 one._replayed = Replayed(partial(Oracle._gradient, one))
             else:
                 one._threads = threads
-        self.plan += ", CUDA graphs" if example.is_cuda else f", {threads} threads"
+        off = max(_difference_together(one, example) for one in both)
+        if off <= (_CLOSE_LOWERED if self.lowered else _CLOSE):
+            self.steps = {**self.steps, "CUDA graphs" if example.is_cuda else f"{threads} threads": ""}
+            return
+        for one in both:
+            one._replayed, one._threads = None, 1
+        shared = "CUDA graphs change" if example.is_cuda else "threads that share a batch change"
+        self.steps = {**self.steps, "as a whole": f"{shared} logits or gradients by {off:.1e} of their size"}
+
+    def _take_fastest(self, example: Tensor) -> None:
+        """Leaves bf16, or all that was compiled, where a gradient takes longer so."""
+        x = break_ties(example)
+        ways = [partial(_gradient_together, oracle) for oracle in (self, self.precise, Oracle(self._source))]
+        if self._precise is not None and (times := times_as_long(ways[0], ways[1], x)):
+            done = {step: note for step, note in self.steps.items() if step != "bf16"}
+            self._compiled, self._precise, self.doubt = self._precise._compiled, None, 0.0
+            self.steps = done | {"float32": f"in bf16 a gradient takes {times:.1f} times as long"}
+        if times := times_as_long(ways[0], ways[2], x):
+            self._keep_plain(_AS_IS, f"compiled, a gradient takes {times:.1f} times as long")
+
+
+def _margin(logits: Tensor, _label: Tensor) -> Tensor:
+    best = logits.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+def _gradient_together(oracle: Oracle, x: Tensor) -> Answer:
+    """The oracle's answer to a batch as an attack asks for it: in parts, side by side."""
+    label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    rows = torch.arange(len(x), device=x.device)
+    parts = oracle.side_by_side(lambda some: oracle.gradient(x[some], label[some], _margin), rows)
+    return Answer(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+
+def _difference_together(oracle: "FastOracle", example: Tensor) -> float:
+    """The largest difference, over the size, of logits or gradients that the network gives alone and side by side."""
+    copies = -(-_WORTH_A_THREAD * torch.get_num_threads() // len(example))
+    x = break_ties(example).repeat(copies, *[1] * (example.ndim - 1))
+    label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    alone = Oracle._gradient(oracle, x, label, _margin)
+    return max(
+        float((found - truth).abs().max()) / (float(truth.abs().max()) or 1.0)
+        for together in [_gradient_together(oracle, x) for _ in range(3)]
+        for found, truth in ((together.logits, alone.logits), (together.gradient, alone.gradient))
+    )
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -326,8 +366,3 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def _state(network: nn.Module) -> Iterator[Tensor]:
-    yield from network.parameters()
-    yield from network.buffers()

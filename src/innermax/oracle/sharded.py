@@ -24,7 +24,7 @@ class ShardedOracle(Oracle):
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         super().__init__(model, network=model)
         self._padding = example[:1]
-        self.plan = f"in {dist.get_world_size()} parts, float32"
+        self.steps = {f"in {dist.get_world_size()} parts": "", "float32": ""}
 
     def refresh(self) -> None:
         """Nothing: it is the model itself."""
@@ -48,7 +48,7 @@ class ShardedOracle(Oracle):
         if asked == _GRADIENT:
             return self._gradient(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), _sum).logits
         with torch.no_grad():
-            return self._forward(self._placed(x), len(x))
+            return self._forward(x)
 
     def _agreed(self, wish: int) -> int:
         """The most that any process asks of the next pass."""
@@ -56,9 +56,9 @@ class ShardedOracle(Oracle):
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return int(told)
 
-    def _forward(self, x: Tensor, batch: int) -> Tensor:
-        with _evaluating(self._network):
-            return super()._forward(x, batch)
+    def _forward(self, x: Tensor) -> Tensor:
+        with _evaluating(self._compiled.network):
+            return super()._forward(x)
 
 
 def _sum(logits: Tensor, label: Tensor) -> Tensor:

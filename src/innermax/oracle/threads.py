@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+_here = threading.local()
+
+
+def in_worker() -> bool:
+    """Whether this thread is one of `Workers`."""
+    return getattr(_here, "working", False)
 
 
 class Workers:
@@ -20,13 +26,12 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="innermax")
-        self._here = threading.local()
         threads, together = torch.get_num_threads(), threading.Barrier(count)
 
         def settle() -> None:
             torch.get_num_threads()  # a thread takes over the process's number when it first looks, and not again
             torch.set_num_threads(1)
-            self._here.busy = True
+            _here.working = True
             together.wait()
 
         wait([self._pool.submit(settle) for _ in range(count)])
@@ -34,7 +39,7 @@ class Workers:
 
     def map(self, work: Callable[[Tensor], T], parts: Sequence[Tensor]) -> list[T]:
         """`work` of each part; all have ended when this returns or raises what the first failing one raised."""
-        if getattr(self._here, "busy", False):  # one of them asks: were it to wait for the others, all might
+        if in_worker():  # were one of them to wait for the others, all might
             return [work(part) for part in parts]
 
         def without_gradients(part: Tensor) -> T:

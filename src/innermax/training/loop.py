@@ -18,7 +18,9 @@ from innermax.data.streaming import Batch, TrainingSet, batch_count, batches
 from innermax.distributed.fsdp import as_float
 from innermax.distributed.process_group import Ranks
 from innermax.objectives import Objective
+from innermax.oracle.compiled import floating_dtype
 from innermax.strategies import awaits_halfway_gauge
+from innermax.training.arithmetic import Arithmetic
 from innermax.training.checkpoints import due_every
 from innermax.training.loggers import Picture, draw_picture
 from innermax.training.metrics import measure_gauges, median_halfway_gauge, warn_of_fosc
@@ -46,6 +48,7 @@ class Loop:
         data: the training set, on this process's device.
         ranks: this process in its group.
         state: what changes.
+        arithmetic: what an update computes in.
         clock: estimates the time left.
         due: whether the next checkpoint within an epoch is due; asked once per update.
         began: when this process began the epoch, as `time.perf_counter` says it.
@@ -58,6 +61,7 @@ class Loop:
     data: TrainingSet
     ranks: Ranks
     state: State
+    arithmetic: Arithmetic
     clock: TrainingClock
     due: Callable[[], bool]
     began: float = 0.0
@@ -72,12 +76,13 @@ class Loop:
         options: TrainingOptions,
         objective: Objective,
         ranks: Ranks,
+        arithmetic: Arithmetic,
     ) -> "Loop":
-        """The loop before its first update."""
+        """The loop before its first update; the ranks' Fabric has the arithmetic's precision."""
         data = data.to(ranks.device)
-        state = State.start(model, data, options, ranks)
+        state = State.start(model, data, options, ranks, arithmetic.channels_last)
         clock = TrainingClock(options.strategy, options.epochs, len(data))
-        return cls(options, objective, data, ranks, state, clock, due_every(options.checkpoint_every))
+        return cls(options, objective, data, ranks, state, arithmetic, clock, due_every(options.checkpoint_every))
 
     def resume(self) -> None:
         """Goes to the run folder's newest checkpoint; where there is none yet, writes the one to start from."""
@@ -100,7 +105,7 @@ class Loop:
             state.oracle = state.oracle.recheck()
         attack = options.strategy.attack_at(state.epoch / options.epochs, state.history)
         count = batch_count(self.data, options.batch_size)
-        if attack is not None and (not state.history or state.history[-1].get("attack_network") != state.oracle.plan):
+        if attack is not None and (not state.history or state.history[-1].get("attack_network") != state.oracle.scheme):
             show.say(f"attack network: {state.oracle.plan}")
         show.start(state.epoch, count, getattr(attack, "stop_at", None))
         self.clock.start(state.epoch, state.history)
@@ -120,7 +125,7 @@ class Loop:
                 if self.ranks.any(due and self.ranks.first) and state.batch < count:
                     self.save()
         rate = learning_rate(state.epoch / options.epochs, options)
-        return state.metrics.row(state.epoch, rate, attack, state.oracle.plan, len(self.data))
+        return state.metrics.row(state.epoch, rate, attack, state.oracle.scheme, len(self.data))
 
     def _show(self, show: TrainingDisplay) -> None:
         """Shows the epoch so far, and the time left."""
@@ -172,6 +177,8 @@ class Loop:
         count: the batch's examples in all processes.
         """
         state, options = self.state, self.options
+        dtype = floating_dtype(state.network) or x.dtype
+        x, x_adv = x.to(dtype), x_adv.to(dtype)
         # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
         own = (self.ranks.rank,) if self.ranks.rank > 0 else ()
         seed_randomness(randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own))
@@ -180,7 +187,8 @@ class Loop:
         # A forward pass changes BatchNorm's buffers.
         before = [value.clone() for value in state.wrapped.buffers()] if options.on_nan == "skip" else []
         try:
-            loss, logits = self.objective(state.wrapped, x, y, x_adv, state.epoch)
+            with self.arithmetic.keep_images(state.network, x.device.type):
+                loss, logits = self.objective(state.wrapped, x, y, x_adv, state.epoch)
             own_sums = {"loss": float(loss.detach()) * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
             sums = {"examples": float(count)} | self.ranks.sum(own_sums)
             self._check_finite("the loss", sums["loss"] / count)

@@ -11,7 +11,8 @@ from innermax.training.options import TrainingOptions
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     """SGD or AdamW on all parameters of a model."""
-    fused = not any(isinstance(p, DTensor) for p in model.parameters())  # torch has no fused step of sharded ones
+    # torch has no fused step of sharded or complex ones.
+    fused = not any(isinstance(p, DTensor) or p.is_complex() for p in model.parameters())
     lr, decay = options.lr, options.weight_decay
     if options.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)

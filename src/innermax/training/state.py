@@ -15,6 +15,7 @@ from innermax.distributed.fsdp import WholeState
 from innermax.distributed.process_group import Ranks, set_up
 from innermax.models.files import write_model
 from innermax.models.wrappers import unwrapped
+from innermax.oracle.compiled import put_channels_last
 from innermax.oracle.oracle import Oracle
 from innermax.oracle.sharded import ShardedOracle
 from innermax.training.checkpoints import load_checkpoint, save_checkpoint
@@ -55,14 +56,15 @@ class State:
     seconds: float = 0.0
 
     @classmethod
-    def start(cls, model: nn.Module, data: TrainingSet, options: TrainingOptions, ranks: Ranks) -> "State":
+    def start(
+        cls, model: nn.Module, data: TrainingSet, options: TrainingOptions, ranks: Ranks, channels_last: bool
+    ) -> "State":
         """The state before the first update; data: on this process's device."""
         network = unwrapped(model)
         if not network.training:
             network.train()
-        if len(data.shape) == 3:  # FSDP takes no other memory format than the usual
-            memory_format = torch.contiguous_format if ranks.sharded else torch.channels_last
-            network.to(memory_format=memory_format)  # type: ignore[call-overload]
+        if channels_last:
+            put_channels_last(network)
         wrapped, optimizer = set_up(ranks, network, partial(build_optimizer, options=options), options.sync_batch_norm)
         optimizer.zero_grad()  # the model may come with gradients
         averaged = None
@@ -115,7 +117,7 @@ class State:
             "gauged": self.metrics.gauges,
             "history": self.history,
             "seconds": seconds,
-            "attack_network": self.oracle.plan,
+            "attack_network": self.oracle.scheme,
             "micro_batch": self.oracle.micro_batch,
         }
         save_checkpoint(folder, networks, optimizer, position, self.perturbations, keep)
@@ -137,17 +139,15 @@ class State:
         self.history, self.seconds = position.get("history", []), position.get("seconds", 0.0)
         self.oracle.micro_batch = position.get("micro_batch")
         self.oracle.refresh()
-        if self.batch > 0:  # at an epoch's start the oracle is checked anyway
-            self._recheck(position.get("attack_network", ""))
+        self._recompile(position.get("attack_network", ""))
         return True
 
-    def _recheck(self, plan: str) -> None:
+    def _recompile(self, scheme: str) -> None:
         """Compiles the oracle as it was when the run was interrupted; warns where that is not possible."""
-        if self.oracle.plan != plan:
-            self.oracle = self.oracle.recheck()
-        if self.oracle.plan != plan:
+        self.oracle = self.oracle.recompile(scheme)
+        if self.oracle.scheme != scheme:
             warnings.warn(
-                f"the attack network was {plan!r} when the run was interrupted and is {self.oracle.plan!r} now: "
+                f"the attack network was {scheme!r} when the run was interrupted and is {self.oracle.plan!r} now: "
                 "results may differ from an uninterrupted run's",
                 stacklevel=4,
             )

@@ -19,8 +19,9 @@ from innermax.evaluation.model_checks import trust_normalisation
 from innermax.evaluation.progress import ProgressCallback
 from innermax.models.wrappers import unwrapped
 from innermax.objectives import Objective
-from innermax.oracle.oracle import Precision, has_fast_bf16
+from innermax.oracle.oracle import Precision
 from innermax.strategies import Strategy
+from innermax.training.arithmetic import Arithmetic, choose_arithmetic
 from innermax.training.checkpoints import find_checkpoints
 from innermax.training.interrupts import defer_interrupts
 from innermax.training.job import Job
@@ -165,13 +166,14 @@ def _train(job: Job, launch: Launch, is_stopped: Callable[[], bool] = lambda: Fa
     """Trains in this process and those of its group; is_stopped: whether an interrupt came in another process."""
     options, device = job.options, find_device(job.options.device)
     with contextlib.ExitStack() as stack:
-        ranks = connect(launch, device, fabric_precision(options.precision, device), options.parallel)
+        arithmetic = _arithmetic(job, device)
+        ranks = connect(launch, device, arithmetic.bf16, options.parallel)
         stack.enter_context(_note_checkpoint(options.folder))
         stack.enter_context(ranks.explain_lost_connection())
         stack.enter_context(ranks.mute_others())
         ranks.run_first(lambda: job.open_folder(stack))
         stack.enter_context(restore_randomness(range(torch.cuda.device_count())))
-        loop = Loop.start(job.model, job.train_set, options, job.objective, ranks)
+        loop = Loop.start(job.model, job.train_set, options, job.objective, ranks, arithmetic)
         loop.clock.validation = _validation_cost(job)
         loop.resume()
         show = stack.enter_context(show_progress(options.epochs, ranks.first and options.progress))
@@ -192,6 +194,13 @@ def _train(job: Job, launch: Launch, is_stopped: Callable[[], bool] = lambda: Fa
                 raise KeyboardInterrupt
     loop.state.network.eval()
     return Run(loop.state.evaluated_network.eval(), tuple(loop.state.history), options.folder)
+
+
+def _arithmetic(job: Job, device: torch.device) -> Arithmetic:
+    head = job.train_set.head
+    example, _ = head.batch(torch.arange(min(4, len(head)), device=head.labels.device))
+    options = job.options
+    return choose_arithmetic(job.model, example, options.precision, device, options.parallel == "fsdp")
 
 
 def _train_epoch(job: Job, loop: Loop, show: TrainingDisplay, must_stop: Callable[[], bool]) -> dict[str, Any]:
@@ -230,12 +239,6 @@ def _note_checkpoint(folder: Path | None) -> Iterator[None]:
             if note not in getattr(error, "__notes__", ()):
                 error.add_note(note)
         raise
-
-
-def fabric_precision(precision: Precision, device: torch.device) -> str:
-    """Fabric's name of a precision."""
-    lower = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-    return "bf16-mixed" if lower else "32-true"
 
 
 def _validate(job: Job, loop: Loop) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""How an update computes: in bf16 and in channels-last order, where the network takes them."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innermax.models.wrappers import unwrapped
+from innermax.oracle.compiled import floating_dtype, put_channels_last
+from innermax.oracle.frozen import frozen_copy
+from innermax.oracle.lowering import answer_in_bf16, image_layers
+from innermax.oracle.oracle import Precision, has_fast_bf16, is_out_of_memory
+from innermax.utils.copying import copy_model
+from innermax.utils.generators import restore_randomness
+from innermax.utils.validation import summarize_error
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How an update computes.
+
+    Attributes:
+        bf16: whether operations that can are done in bf16 (torch.autocast).
+        channels_last: whether parameters and images (B, C, H, W) are in channels-last order.
+        image_layers: names of the layers that see the images, which compute in float32 in any case.
+    """
+
+    bf16: bool = False
+    channels_last: bool = False
+    image_layers: tuple[str, ...] = ()
+
+    @contextmanager
+    def keep_images(self, network: nn.Module, device: str) -> Iterator[None]:
+        """Context manager: autocast leaves the layers that see the images alone, so that nothing rounds the images."""
+        with ExitStack() as stack:
+            seeing = map(network.get_submodule, self.image_layers)
+            for module in [layer for layer in seeing if list(layer.parameters())]:
+                for handle in _without_autocast(module, device):
+                    stack.callback(handle.remove)
+            yield
+
+
+def choose_arithmetic(
+    model: nn.Module, example: Tensor, precision: Precision, device: torch.device, sharded: bool = False
+) -> Arithmetic:
+    """The fastest arithmetic in which the network passes gradients back; where a faster one fails, a warning says why.
+
+    example: (B, *features) a few images; sharded: whether the network may not fit on the device as a whole: it is tried
+    where it is.
+    """
+    source = unwrapped(model)
+    x = example.to(next((p.device for p in source.parameters()), device) if sharded else device)
+    lower = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    found = Arithmetic()
+    with restore_randomness(range(torch.cuda.device_count())):
+        if lower and floating_dtype(source) == torch.float32:
+            try:
+                lowered = Arithmetic(
+                    bf16=True, image_layers=image_layers(frozen_copy(source, share=False).to(device), x)
+                )
+                _pass_back(source, x, lowered)
+                found = lowered
+            except Exception as failure:  # noqa: BLE001  anything: it may be other people's code
+                _warn("float32", failure)
+        if x.ndim == 4 and not sharded:  # FSDP takes no other memory format than the usual
+            try:
+                _pass_back(source, x, last := replace(found, channels_last=True))
+                found = last
+            except Exception as failure:  # noqa: BLE001
+                _warn("channels-first order", failure)
+    return found
+
+
+def _warn(plain: str, failure: Exception) -> None:
+    if is_out_of_memory(failure):
+        raise failure
+    _log.warning("updates compute in %s (%s)", plain, summarize_error(failure))
+
+
+def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> None:
+    """A forward and a backward pass of a copy of the network, in evaluation mode; raises what the network raises."""
+    network = copy_model(source).to(x.device).eval()
+    if arithmetic.channels_last:
+        put_channels_last(network)
+    kind = x.device.type
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        arithmetic.keep_images(network, kind),
+        torch.autocast(kind, torch.bfloat16, enabled=arithmetic.bf16),
+    ):
+        logits = network(x.to(floating_dtype(network) or x.dtype, copy=True))
+    if isinstance(logits, Tensor) and logits.requires_grad:
+        logits.float().sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _without_autocast(module: nn.Module, device: str) -> Iterator[Any]:
+    stack = ExitStack()
+
+    def enter(_module: nn.Module, _inputs: Any) -> None:
+        stack.enter_context(torch.autocast(device, enabled=False))
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> Any:
+        stack.close()
+        return answer_in_bf16(module, inputs, output)
+
+    yield module.register_forward_pre_hook(enter)
+    yield module.register_forward_hook(leave, always_call=True)

@@ -1,0 +1,119 @@
+"""What an update computes in, and what it leaves as it is: the images."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import innermax as im
+from innermax.training.arithmetic import Arithmetic, choose_arithmetic
+from tests.helpers.oracles import Net, batch
+
+CPU = torch.device("cpu")
+
+
+class Spied(nn.Module):
+    """Shows what its first layer puts out in an update."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.first, self.head, self.seen = nn.Conv2d(2, 4, 3), nn.Linear(64, 4), seen
+
+    def forward(self, x):
+        z = self.first(x)
+        if self.training:
+            self.seen.append((x.detach().clone(), z.detach().clone()))
+        return self.head(z.flatten(1))
+
+
+def test_small_perturbations_arrive_in_an_update():
+    torch.manual_seed(0)
+    seen, (x, y) = [], batch(16)
+    model = Spied(seen)
+    before = copy.deepcopy(model.first)
+    attack = im.PGD(im.Linf(0.2 / 255), steps=2)
+    im.train(model, (x, y), im.Standard(attack), epochs=1, batch_size=16, precision="bf16", progress=False)
+    x_adv, answer = seen[0]
+    assert x_adv.dtype == torch.float32
+    assert answer.dtype == torch.bfloat16
+    exact = before(x_adv)
+    assert (answer.float() - exact).abs().max() < 1.01 * (exact.bfloat16().float() - exact).abs().max()
+    assert not model.first._forward_hooks
+    assert not model.first._forward_pre_hooks
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_what_bf16_lacks_is_computed_in_float32(precision, caplog):
+    def lacking(net, x):
+        z = net.first(x)
+        if z.dtype == torch.bfloat16:
+            raise RuntimeError("not implemented for 'BFloat16'")
+        return net.head(z.flatten(1))
+
+    torch.manual_seed(0)
+    x, y = batch(16)
+    model = Net(lacking, first=nn.Conv2d(2, 4, 3), head=nn.Linear(64, 4))
+    found = choose_arithmetic(model, x, precision, CPU)
+    assert found == Arithmetic(channels_last=True)
+    assert ("updates compute in float32 (RuntimeError: not implemented" in caplog.text) == (precision == "bf16")
+    im.train(model, (x, y), im.Unsecured(), epochs=1, precision=precision, progress=False)
+
+
+def test_what_needs_the_usual_order_gets_it(caplog):
+    def ordered(net, x):
+        z = net.first(x)
+        return net.head(z.view(len(z), -1))
+
+    torch.manual_seed(0)
+    x, y = batch(16)
+    model = Net(ordered, first=nn.Conv2d(2, 4, 3), head=nn.Linear(64, 4))
+    assert choose_arithmetic(model, x, "float32", CPU) == Arithmetic()
+    assert "updates compute in channels-first order (RuntimeError: view size" in caplog.text
+    im.train(model, (x, y), im.Standard(im.PGD(im.Linf(0.1), steps=2)), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_complex_parameters(optimizer):
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 6, 4, dtype=torch.complex64))
+            self.head = nn.Linear(48, 4)
+
+        def forward(self, x):
+            return self.head((torch.fft.rfft2(x) * self.weight).abs().flatten(1))
+
+    torch.manual_seed(0)
+    x, y = batch(16)
+    model, attack = Waves(), im.PGD(im.Linf(0.1), steps=2)
+    before = model.weight.detach().clone()
+    for precision in ("float32", "bf16"):
+        im.train(model, (x, y), im.Standard(attack), epochs=2, optimizer=optimizer, precision=precision, progress=False)
+    assert not torch.equal(before, model.weight)
+    im.evaluate(model, (x, y), {"pgd": attack}, audit=False)
+
+
+def test_double_precision():
+    torch.manual_seed(0)
+    x, y = batch(16)
+    model, attack = nn.Sequential(nn.Flatten(), nn.Linear(72, 4)).double(), im.PGD(im.Linf(0.1), steps=3)
+    run = im.train(model, (x, y), im.Standard(attack), epochs=2, progress=False)
+    assert model[1].weight.dtype == torch.float64
+    assert run.history[-1]["attack_network"].endswith("float64")
+    found = im.evaluate(model, (x, y), {"pgd": attack, "aa": im.AutoAttack(im.Linf(0.1))}, audit=False)
+    again = im.evaluate(copy.deepcopy(model).float(), (x, y), {"pgd": attack}, audit=False)
+    assert found.accuracy["pgd"].value == again.accuracy["pgd"].value
+
+
+@pytest.mark.parametrize("attack", [im.PGD, im.FGSM, im.CW, im.APGD, im.FAB, im.Square, im.GuidedPGD, im.AutoAttack])
+@pytest.mark.parametrize(("weights", "images"), [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_attacks_in_double_precision(attack, weights, images):
+    torch.manual_seed(0)
+    x, y = batch(8)
+    options = {"budget": 40} if attack is im.GuidedPGD else {"queries": 20} if attack is im.Square else {}
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 4)).to(weights)
+    found = attack(im.Linf(0.1), **options)(model, x.to(images), y)
+    assert found.x_adv.dtype == torch.float64
+    assert found.loss.dtype == torch.float64
+    assert (found.x_adv - x).abs().max() <= 0.1 + 1e-6
