@@ -19,7 +19,7 @@ from innermax.utils.validation import summarize_error
 
 COPIED = "copied anew after each update"  # what cannot take over what the model learns
 _EXAMPLES = 2  # that a rewritten network is compared on
-_SAME = 1e-6  # in float64: of the largest logit, and of a gradient's largest entry
+_SAME_LOGITS, _SAME_GRADIENTS = 1e-6, 1e-4  # in float64: of the largest logit, of a gradient's largest entry
 _CLOSE_LOGITS, _CLOSE_COSINE = 1e-4, 0.999  # where float64 is not to be had: a ReLU may switch by rounding alone
 _LOW_LOGITS, _LOW_COSINE = 0.05, 0.95  # of a network in bf16
 
@@ -160,9 +160,9 @@ class _Judge:
 
     def _judge(self, difference: Difference) -> None:
         logits = difference.logits / difference.scale
-        if not logits <= (_SAME if self._exact else _CLOSE_LOGITS):
+        if not logits <= (_SAME_LOGITS if self._exact else _CLOSE_LOGITS):
             raise Inexact(f"logits change by {logits:.1e} of their size")
-        if self._exact and not difference.gradient <= _SAME:
+        if self._exact and not difference.gradient <= _SAME_GRADIENTS:
             raise Inexact(f"gradients change by {difference.gradient:.1e} of their size")
         if not difference.cosine >= _CLOSE_COSINE:
             raise Inexact(f"the mean cosine of the gradients is {difference.cosine:.3f}")
