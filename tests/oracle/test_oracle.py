@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from innermax.losses import LOSSES, cross_entropy, margin
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.oracle.oracle import Oracle
 from tests.helpers.oracles import Net, batch, close, data_dependent, learn, plain, small_vgg
 
@@ -168,7 +168,7 @@ class Fabric(nn.Module):
 )
 def test_wrappers_are_taken_off(wrap):
     model = small_vgg()
-    assert unwrapped(wrap(model)) is model
+    assert unwrap(wrap(model)) is model
     assert torch.equal(Oracle(wrap(model)).logits(batch()[0]), plain(model, batch()[0]))
 
 

@@ -14,7 +14,7 @@ from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
 from innermax.attacks.search import AttackResult, choose_rows, reassemble
 from innermax.losses import Loss, Paired, TowardsLikeliest, dlr, find_loss, make_reaching, make_targeted, margin
-from innermax.oracle.oracle import Answer
+from innermax.oracle.oracle import Response
 from innermax.threat import L1, L2, FeasibleSet, Linf
 from innermax.utils import randomness
 from innermax.utils.validation import check_count
@@ -141,9 +141,9 @@ class _Climb:
     rows: Int[Tensor, " b"]
     point: Float[Tensor, "b ..."]
     previous: Float[Tensor, "b ..."]
-    answer: Answer
+    answer: Response
     best: Float[Tensor, "b ..."]
-    best_answer: Answer
+    best_answer: Response
     best_step: Int[Tensor, " b"]
     step_size: Float[Tensor, " b"]
     rises: Int[Tensor, " b"]
@@ -171,7 +171,7 @@ class _Climb:
         step = self.step_size.reshape(-1, *[1] * (direction.ndim - 1)) * direction
         return feasible.project(self.point + step)
 
-    def advance(self, point: Float[Tensor, "b ..."], answer: Answer, step: int) -> "_Climb":
+    def advance(self, point: Float[Tensor, "b ..."], answer: Response, step: int) -> "_Climb":
         """The searches at their next iterates."""
         higher = answer.loss > self.best_answer.loss
         return replace(
@@ -225,12 +225,12 @@ def _climb(problem: Problem, loss: Loss, start: Float[Tensor, "b ..."], steps: i
     return reassemble([*pieces, (search.rows, _end(problem, search.best, search.best_answer, search.best_step, steps))])
 
 
-def _end(problem: Problem, x_adv: Tensor, answer: Answer, reached: int | Tensor, steps: int) -> AttackResult:
+def _end(problem: Problem, x_adv: Tensor, answer: Response, reached: int | Tensor, steps: int) -> AttackResult:
     """The result of searches that took so many steps; x_adv is where they were at step `reached`."""
     return build_result(problem, x_adv, answer.loss, answer.logits, reached, gradients=steps + 1)
 
 
-def _begin(problem: Problem, start: Tensor, answer: Answer) -> _Climb:
+def _begin(problem: Problem, start: Tensor, answer: Response) -> _Climb:
     """Searches at their starts."""
     eps, zeros = problem.feasible.threat.eps, torch.zeros_like(problem.y)
     return _Climb(
@@ -290,6 +290,6 @@ def _nonzeros(difference: Float[Tensor, "b ..."]) -> Int[Tensor, " b"]:
     return difference.flatten(1).count_nonzero(dim=1)
 
 
-def _choose_answers(take: Bool[Tensor, " b"], one: Answer, other: Answer) -> Answer:
+def _choose_answers(take: Bool[Tensor, " b"], one: Response, other: Response) -> Response:
     """The answers of `one` where `take` is true, else those of `other`."""
-    return Answer(*(choose_rows(take, getattr(one, name), getattr(other, name)) for name in vars(one)))
+    return Response(*(choose_rows(take, getattr(one, name), getattr(other, name)) for name in vars(one)))

@@ -14,7 +14,7 @@ from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
 from innermax.attacks.search import AttackResult, choose_better, choose_rows, reassemble
 from innermax.losses import Paired, difference, margin
-from innermax.oracle.oracle import Answer
+from innermax.oracle.oracle import Response
 from innermax.threat import FeasibleSet
 from innermax.utils.validation import check_count
 
@@ -117,12 +117,12 @@ class _Hunt:
         """Some of the examples."""
         return replace(self, **{name: value[rows] for name, value in vars(self).items()})
 
-    def ask(self, problem: Problem) -> Answer:
+    def ask(self, problem: Problem) -> Response:
         """The network's answer at the present points, for the present aims."""
         pair = problem.y * self.reached.shape[1] + self.aim
         return replace(problem, pair=pair).gradient(self.point, Paired(_towards))
 
-    def learn(self, problem: Problem, answer: Answer) -> "_Hunt":
+    def learn(self, problem: Problem, answer: Response) -> "_Hunt":
         """The hunt after the network's answer: with other step sizes, and with new searches where some have ended."""
         feasible, gradient = problem.feasible, answer.gradient
         gap, gauge = feasible.gap(gradient, self.point), feasible.gap(gradient, self.point, relative=True)

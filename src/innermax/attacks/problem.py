@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from innermax.attacks.search import has_won
 from innermax.losses import Loss, likeliest_others
-from innermax.oracle.oracle import Answer, Oracle
+from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import FeasibleSet, Threat
 from innermax.utils import randomness
 from innermax.utils.validation import check_inputs, check_labels
@@ -120,14 +120,14 @@ class Problem:
         """The logits at a point of each example, the mean of `samples` answers."""
         return _mean(self.oracle.logits, point, self.samples)
 
-    def gradient(self, point: Float[Tensor, "b ..."], loss: Loss) -> Answer:
+    def gradient(self, point: Float[Tensor, "b ..."], loss: Loss) -> Response:
         """Gradient, loss and logits at a point of each example, the means of `samples` answers."""
         label = self.label if self.pair is None else self.pair
         answer = self.oracle.gradient(point, label, loss)
         for _ in range(1, self.samples):
             more = self.oracle.gradient(point, label, loss)
-            answer = Answer(answer.gradient + more.gradient, answer.loss + more.loss, answer.logits + more.logits)
-        return Answer(answer.gradient / self.samples, answer.loss / self.samples, answer.logits / self.samples)
+            answer = Response(answer.gradient + more.gradient, answer.loss + more.loss, answer.logits + more.logits)
+        return Response(answer.gradient / self.samples, answer.loss / self.samples, answer.logits / self.samples)
 
 
 def _mean(logits: Callable[[Tensor], Tensor], point: Tensor, samples: int) -> Tensor:

@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from innermax.losses import Loss
-from innermax.oracle.oracle import Answer, Oracle
+from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import FeasibleSet
 
 Gauge = Literal["exact", "ball", "relative"]
 Final = Literal["gradient", "loss", "none"]
-Observer = Callable[[FeasibleSet, Tensor, Answer], object]
+Observer = Callable[[FeasibleSet, Tensor, Response], object]
 _COARSE = 0.75  # share of the steps for which bf16 is precise enough
 
 
@@ -213,8 +213,8 @@ def has_won(logits: Tensor, label: Tensor, reach: bool) -> Tensor:
 
 
 def _confirm(
-    precise: Oracle, x_adv: Tensor, answer: Answer, label: Tensor, loss: Loss, rows: Int[Tensor, " k"]
-) -> Answer:
+    precise: Oracle, x_adv: Tensor, answer: Response, label: Tensor, loss: Loss, rows: Int[Tensor, " k"]
+) -> Response:
     """An answer in bf16 whose logits and loss are float32's in some rows."""
     logits = precise.logits(x_adv[rows])
     return replace(
@@ -237,7 +237,7 @@ def _end_ungauged(
 
 
 def _end_gauged(
-    feasible: FeasibleSet, x_adv: Tensor, answer: Answer, label: Tensor, reach: bool, steps: int
+    feasible: FeasibleSet, x_adv: Tensor, answer: Response, label: Tensor, reach: bool, steps: int
 ) -> AttackResult:
     """The result of examples that end at an iterate whose gradient is known."""
     count = torch.full_like(label, steps)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from innermax.attacks.pgd import PGD
 from innermax.attacks.problem import Problem
 from innermax.attacks.search import AttackResult
-from innermax.oracle.oracle import Answer, Oracle
+from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import FeasibleSet
 
 
@@ -62,7 +62,7 @@ def search_traced(
     met: list[tuple[Tensor, Tensor, Tensor]] = []
     points: list[Tensor] = []
 
-    def observe(feasible: FeasibleSet, x_adv: Tensor, answer: Answer) -> None:
+    def observe(feasible: FeasibleSet, x_adv: Tensor, answer: Response) -> None:
         fosc, relative = (feasible.gap(answer.gradient, x_adv, relative=relative) for relative in (False, True))
         met.append((answer.loss, fosc, relative))
         points[1:] = [x_adv]  # the start stays first

@@ -13,7 +13,7 @@ from innermax.data.image_set import ImageSet
 from innermax.distributed.launch import check_devices
 from innermax.distributed.process_group import Ranks, find_members
 from innermax.evaluation.store import CLEAN, AttackRows
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.oracle.frozen import check_weights
 from innermax.oracle.oracle import Precision
 from innermax.threat import Threat
@@ -66,7 +66,7 @@ def check_models(argument: str, models: Mapping[str, nn.Module]) -> None:
         if not isinstance(name, str) or name == "":
             raise ValueError(f"a model's name must be a text, got {name!r} in {argument}")
         with name_errors(argument.removesuffix("s"), name):
-            unwrapped(model)
+            unwrap(model)
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def place_model(
     model: nn.Module, images: ImageSet, device: torch.device | str | None
 ) -> tuple[nn.Module, torch.device]:
     """The model on its device, or a copy on the given one; and that device."""
-    model = unwrapped(model)
+    model = unwrap(model)
     here = next((p.device for p in (*model.parameters(), *model.buffers())), None)
     if device is None:
         return model, here if here is not None else images.images.device

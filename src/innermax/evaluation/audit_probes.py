@@ -36,7 +36,7 @@ from innermax.evaluation.audit import (
 )
 from innermax.evaluation.store import AttackRows, Column
 from innermax.losses import cross_entropy, margin
-from innermax.oracle.oracle import Answer, Oracle
+from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import FeasibleSet, Linf, Threat
 from innermax.utils import randomness
 from innermax.utils.copying import copy_model
@@ -194,12 +194,12 @@ def _probe_model(subject: Subject, sample: Sample, evidence: Evidence) -> Eviden
     )
 
 
-def _share_zero(answer: Answer) -> float:
+def _share_zero(answer: Response) -> float:
     """Share of examples whose gradient is zero."""
     return float((answer.gradient == 0).flatten(1).all(1).float().mean())
 
 
-def _compare_float64(model: nn.Module, point: Tensor, y: Tensor, single: Answer) -> float:
+def _compare_float64(model: nn.Module, point: Tensor, y: Tensor, single: Response) -> float:
     """Median cosine of the gradients in float32 and in float64; NaN where the model does not compute in float64."""
     try:
         double = Oracle(copy_model(model).double()).gradient(point.double(), y, cross_entropy)
@@ -211,7 +211,7 @@ def _compare_float64(model: nn.Module, point: Tensor, y: Tensor, single: Answer)
     return float(torch.cosine_similarity(one, other, dim=1, eps=1e-30).median())
 
 
-def _share_foretold(exact: Oracle, feasible: FeasibleSet, point: Tensor, y: Tensor, answer: Answer) -> float:
+def _share_foretold(exact: Oracle, feasible: FeasibleSet, point: Tensor, y: Tensor, answer: Response) -> float:
     """Share of points whose gradient predicts, within a half, what a step of ε/20 along it does to the margin."""
     moved = feasible.step(point, answer.gradient, feasible.threat.eps / 20)
     expected = (answer.gradient * (moved - point)).flatten(1).sum(1)

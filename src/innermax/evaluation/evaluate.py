@@ -137,6 +137,8 @@ def _evaluate(
     """Takes the measurement and audits the result."""
     bench, attacks, parts = measurement.bench, measurement.attacks, measurement.parts
     scorer = _Scorer.build(bench, measurement.models, attacks, precision)
+    scheme = measurement.ranks.broadcast(scorer.fast.scheme)  # each process has timed for itself
+    scorer = replace(scorer, fast=scorer.fast.recompile(scheme))
     others = _build_surrogates(bench, scorer.exact, surrogates)
     settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.fast.scheme))
     measurement.open_folder(partial(_identify_evaluation, bench, model, attacks, settings))

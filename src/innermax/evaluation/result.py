@@ -15,7 +15,7 @@ from innermax.evaluation.audit import Audit
 from innermax.evaluation.scoring import Settings
 from innermax.evaluation.store import CLEAN, AttackRows, Column, check_column
 from innermax.models.files import hash_weights
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.utils.files import write_bytes
 from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
 from innermax.utils.serialization import convert, parse_json
@@ -138,7 +138,7 @@ class Evaluation:
 
     def is_of(self, model: nn.Module) -> bool | None:
         """Whether it measured a model with these weights; None where the weights are not recorded."""
-        return None if self.weights is None else self.weights == hash_weights(unwrapped(model).state_dict())
+        return None if self.weights is None else self.weights == hash_weights(unwrap(model).state_dict())
 
     def difference(self, other: "Evaluation", name: str) -> Interval:
         """This accuracy minus the other's, as a fraction, with its paired 95 % interval (Agresti & Min 2005).

@@ -6,7 +6,7 @@ Images are made once on each surrogate, batch by batch, and scored on every targ
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from innermax.evaluation.measure import Measurement, Search, describe_measuremen
 from innermax.evaluation.progress import ProgressCallback, show_evaluation
 from innermax.evaluation.scoring import PROBABLE, AttackedBatch, Bench, Settings, scoring_logits
 from innermax.evaluation.store import CLEAN, Column, Parts, check_column, note_kept_rows
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.utils.files import write_bytes
 from innermax.utils.generators import restore_randomness
@@ -274,6 +274,9 @@ def _measure(measurement: Measurement, precision: Precision, white_box: tuple[tu
     """Takes the measurement."""
     bench, attacks, parts = measurement.bench, measurement.attacks, measurement.parts
     scorer = measurement.build(bench, measurement.models)
+    schemes = measurement.ranks.broadcast({name: oracle.scheme for name, oracle in scorer.fast.items()})
+    fast = {name: oracle.recompile(schemes[name]) for name, oracle in scorer.fast.items()}  # each process has timed
+    scorer = replace(scorer, fast=fast)
     with warnings.catch_warnings():
         _check_answers(bench.example(), measurement.models)
         settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.plan))
@@ -335,7 +338,7 @@ def _find_white_box(
 ) -> tuple[tuple[str, str], ...]:
     """The pairs that are one model. Raises ValueError where one name stands for two models."""
     pairs = [(one, other) for one in surrogates for other in targets]
-    same = tuple((one, other) for one, other in pairs if unwrapped(surrogates[one]) is unwrapped(targets[other]))
+    same = tuple((one, other) for one, other in pairs if unwrap(surrogates[one]) is unwrap(targets[other]))
     for one, other in pairs:
         if one == other and (one, other) not in same:
             raise ValueError(f"{one!r} names two models, a surrogate and a target: rename one, or pass the same object")

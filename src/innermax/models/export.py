@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from innermax.models.files import find_description
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.utils.copying import copy_model
 from innermax.utils.optional import import_library
 from innermax.utils.randomness import hash_keys, uniform
@@ -40,7 +40,7 @@ def export_model(model: nn.Module, path: str | Path, *, input_shape: Sequence[in
     if path.suffix not in formats:
         raise unknown("ending of path", path.suffix, formats)
     shape = _find_shape(model, input_shape)
-    network = copy_model(unwrapped(model)).cpu().requires_grad_(False).eval()
+    network = copy_model(unwrap(model)).cpu().requires_grad_(False).eval()
     partial = path.with_name(f"{path.stem}.part{path.suffix}")
     partial.unlink(missing_ok=True)  # writing through a link would change another file
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from innermax.models.registry import build_model
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_json
 from innermax.utils.serialization import parse_json
 
@@ -18,7 +18,7 @@ _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json
 
 def save_model(folder: str | Path, model: nn.Module, name: str = "model.safetensors") -> None:
     """Writes a model's weights and, if innermax built it, the config.json from which `load_model` rebuilds it."""
-    model = unwrapped(model)
+    model = unwrap(model)
     write_model(Path(folder), model.state_dict(), getattr(model, "config", None), name)
 
 
@@ -32,7 +32,7 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], config: object, nam
 
 def find_description(model: nn.Module) -> Mapping[str, Any] | None:
     """The config from which `build_model` builds this network; None for one that innermax did not build."""
-    model = unwrapped(model)
+    model = unwrap(model)
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) and _describes(config, model.state_dict()) else None
 

@@ -11,7 +11,7 @@ from torch import nn
 IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std per channel, of images in [0, 1]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module under torch.compile, DataParallel, DDP or Fabric. Raises TypeError for anything else."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

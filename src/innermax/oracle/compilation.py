@@ -134,7 +134,7 @@ class _Judge:
         own, self._x = floating_dtype(model), x
         for dtype in (torch.float64, own):
             try:
-                for self._state in (_learned(model), frozen_copy(model, share=False)):
+                for self._state in (_simulate_update(model), frozen_copy(model, share=False)):
                     network = Compiled(copy_model(self._state), dtype).to(dtype)
                     self._reference = Reference.of(network, x.to(dtype or x.dtype))
                     if self._reference.finite:
@@ -169,8 +169,8 @@ class _Judge:
 
 
 @torch.no_grad()
-def _learned(model: nn.Module) -> nn.Module:
-    """A copy such as an update might leave: other weights, other BatchNorm statistics, nothing kept from before."""
+def _simulate_update(model: nn.Module) -> nn.Module:
+    """A copy such as an update might leave: other weights, other BatchNorm statistics, nothing kept from before it."""
     network = copy_model(model).train()
     for parameter in network.parameters():
         if parameter.is_floating_point():

@@ -1,4 +1,4 @@
-"""Computations recorded once for a few batch sizes and replayed: a GPU that need not wait for Python."""
+"""CUDA graphs: a computation is recorded once for a few batch sizes, then replayed without Python's overhead."""
 
 import logging
 from collections.abc import Callable, Hashable

@@ -55,7 +55,7 @@ def fold(network: nn.Module) -> Folded:
         Exception: whatever torch.fx raises where neither the network nor any of its modules can be traced.
     """
     try:
-        return Folded(*_rewritten(network))
+        return Folded(*_rewrite(network))
     except Exception as failure:
         pairs = tuple(_fold_modules(network, ""))
         if not pairs:
@@ -63,7 +63,7 @@ def fold(network: nn.Module) -> Folded:
         return Folded(network, pairs, untraced=summarize_error(failure))
 
 
-def _rewritten(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:
+def _rewrite(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:
     before = read_randomness()
     traced = fx.GraphModule(network, _Tracer().trace(network))
     after = read_randomness()
@@ -91,7 +91,7 @@ def _fold_modules(network: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
         if not any(isinstance(inner, _BatchNorm) for inner in module.modules()) or isinstance(module, _BatchNorm):
             continue
         try:
-            rewritten, pairs = _rewritten(module)
+            rewritten, pairs = _rewrite(module)
         except Exception:  # noqa: BLE001  whatever tracing raises, its own modules may still be traced
             yield from _fold_modules(module, f"{prefix}{name}.")
             continue

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from innermax.losses import Loss
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.oracle.comparison import break_ties
 from innermax.oracle.compilation import COPIED, compile_network, difference_in_use, is_close
 from innermax.oracle.compiled import Compiled, floating_dtype, share
@@ -38,14 +38,14 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """An oracle's answer to a batch: (B, …) gradient of each example's own loss, (B,) loss, (B, classes) logits."""
 
     gradient: Float[Tensor, "b ..."]
     loss: Float[Tensor, " b"]
     logits: Float[Tensor, "b classes"]
 
-    def __getitem__(self, rows: Tensor) -> "Answer":
+    def __getitem__(self, rows: Tensor) -> "Response":
         """Some of the examples."""
         return replace(self, gradient=self.gradient[rows], loss=self.loss[rows], logits=self.logits[rows])
 
@@ -72,7 +72,7 @@ class Oracle:
     """
 
     def __init__(self, model: nn.Module, network: nn.Module | None = None) -> None:
-        self._source = unwrapped(model)
+        self._source = unwrap(model)
         self._compiled = share(self._source) if network is None else Compiled(network, floating_dtype(self._source))
         self.micro_batch: int | None = None
         self.steps: Mapping[str, str] = {_AS_IS: ""}
@@ -134,7 +134,7 @@ class Oracle:
         """(B, classes) float32 logits."""
         return torch.cat(self._in_parts(lambda rows: self._logits(x[rows]), len(x)))
 
-    def gradient(self, x: Float[Tensor, "b ..."], label: Int[Tensor, " b"], loss: Loss) -> Answer:
+    def gradient(self, x: Float[Tensor, "b ..."], label: Int[Tensor, " b"], loss: Loss) -> Response:
         """The gradient of each example's loss in its own input, with loss and logits.
 
         Non-finite entries of a gradient come back as 0: an attack cannot follow them.
@@ -145,7 +145,7 @@ class Oracle:
         parts = self._in_parts(lambda rows: self._gradient(x[rows], label[rows], loss), len(x))
         if len(parts) == 1:
             return parts[0]
-        return Answer(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+        return Response(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
     def side_by_side(self, work: Callable[[Tensor], T], rows: Int[Tensor, " k"]) -> list[T]:
         """`work` of the rows of a batch: of all at once, or of a part for each core."""
@@ -180,7 +180,7 @@ class Oracle:
     def _logits(self, x: Tensor) -> Tensor:
         return self._forward(x)
 
-    def _gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Answer:
+    def _gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Response:
         with torch.inference_mode(False), torch.enable_grad():
             point = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
             label = label.clone() if label.is_inference() else label
@@ -193,7 +193,7 @@ class Oracle:
         if gradient is None:
             gradient = torch.zeros_like(x)
         gradient = gradient.to(x.dtype).contiguous()
-        return Answer(gradient.nan_to_num_(0.0, 0.0, 0.0), value.detach(), logits.detach())
+        return Response(gradient.nan_to_num_(0.0, 0.0, 0.0), value.detach(), logits.detach())
 
     def _forward(self, x: Tensor) -> Tensor:
         try:
@@ -217,7 +217,7 @@ class FastOracle(Oracle):
         """Scheme: what to compile to; None: to what is fastest."""
         if precision not in get_args(Precision):
             raise unknown("precision", precision, get_args(Precision))
-        with torch.inference_mode(False), restore_randomness(cuda_devices(unwrapped(model))):
+        with torch.inference_mode(False), restore_randomness(cuda_devices(unwrap(model))):
             super().__init__(model)
             self._precise: FastOracle | None = None  # where the network computes in bf16: one that does not
             self._replayed: Replayed | None = None
@@ -274,10 +274,10 @@ class FastOracle(Oracle):
             self._workers = Workers(self._threads)
         return self._workers.map(work, rows.tensor_split(self._threads))
 
-    def _gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Answer:
+    def _gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Response:
         if self._replayed is None:
             return super()._gradient(x, label, loss)
-        answer: Answer = self._replayed(x, label, loss)
+        answer: Response = self._replayed(x, label, loss)
         return answer
 
     def _keep_plain(self, scheme: str, reason: str) -> None:
@@ -296,7 +296,7 @@ class FastOracle(Oracle):
     def _share_work(self, example: Tensor) -> None:
         """Records CUDA graphs on a GPU; on a processor several threads share a batch."""
         threads = torch.get_num_threads()
-        if threads == 1 and not example.is_cuda:
+        if not self._compiled.kept if example.is_cuda else threads == 1:  # a recording would keep the first copy
             return
         # Threads would draw in any order, and a recording repeats what was drawn once.
         if draws(lambda: self.logits(example), cuda_devices(self._source)):
@@ -333,12 +333,12 @@ def _margin(logits: Tensor, _label: Tensor) -> Tensor:
     return best[:, 0] - best[:, 1]
 
 
-def _gradient_together(oracle: Oracle, x: Tensor) -> Answer:
+def _gradient_together(oracle: Oracle, x: Tensor) -> Response:
     """The oracle's answer to a batch as an attack asks for it: in parts, side by side."""
     label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     rows = torch.arange(len(x), device=x.device)
     parts = oracle.side_by_side(lambda some: oracle.gradient(x[some], label[some], _margin), rows)
-    return Answer(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+    return Response(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 
 def _difference_together(oracle: "FastOracle", example: Tensor) -> float:

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from innermax.losses import Loss
-from innermax.oracle.oracle import Answer, Oracle
+from innermax.oracle.oracle import Oracle, Response
 
 _NOTHING, _LOGITS, _GRADIENT = range(3)  # what a process asks of a pass
 
 
 class ShardedOracle(Oracle):
-    """The oracle of a network in parts: the network itself, in evaluation mode while it is asked.
+    """The oracle of a sharded network: the network itself, in evaluation mode while it is asked.
 
     Args:
         model: what `shard` made.
@@ -27,37 +27,37 @@ class ShardedOracle(Oracle):
         self.steps = {f"in {dist.get_world_size()} parts": "", "float32": ""}
 
     def refresh(self) -> None:
-        """Nothing: it is the model itself."""
+        """Does nothing: the network is the model itself."""
 
     def settle(self) -> None:
-        """Goes along with the others' passes until nobody asks any more."""
-        while asked := self._agreed(_NOTHING):
-            self._passed(self._padding, asked)
+        """Takes part in the other processes' passes until none asks any more."""
+        while asked := self._agree(_NOTHING):
+            self._pass(self._padding, asked)
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, classes) float32 logits."""
-        return self._passed(x, self._agreed(_LOGITS))
+        return self._pass(x, self._agree(_LOGITS))
 
-    def gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Answer:
-        """As of any oracle."""
-        self._agreed(_GRADIENT)
+    def gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Response:
+        """As `Oracle.gradient`."""
+        self._agree(_GRADIENT)
         return self._gradient(x, label, loss)
 
-    def _passed(self, x: Tensor, asked: int) -> Tensor:
-        """The logits, by a pass such as the others make."""
+    def _pass(self, x: Tensor, asked: int) -> Tensor:
+        """The logits, from a pass of the kind that the other processes make."""
         if asked == _GRADIENT:
             return self._gradient(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), _sum).logits
         with torch.no_grad():
             return self._forward(x)
 
-    def _agreed(self, wish: int) -> int:
-        """The most that any process asks of the next pass."""
+    def _agree(self, wish: int) -> int:
+        """The most that any process wants of the next pass."""
         told = torch.tensor(wish, device=self._padding.device)
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return int(told)
 
     def _forward(self, x: Tensor) -> Tensor:
-        with _evaluating(self._compiled.network):
+        with _evaluation_mode(self._compiled.network):
             return super()._forward(x)
 
 
@@ -66,8 +66,8 @@ def _sum(logits: Tensor, label: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Inside, the network is in evaluation mode; afterwards each of its modules is in its own again."""
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Context manager: the network is in evaluation mode; afterwards each of its modules is in its own again."""
     modes = [(module, module.training) for module in network.modules()]
     try:
         network.eval()

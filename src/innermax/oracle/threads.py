@@ -1,4 +1,4 @@
-"""Examples worked on side by side: threads that share a batch, instead of operations that each share their threads."""
+"""Threads that share a batch: each computes its part alone, instead of all threads sharing every operation."""
 
 import threading
 from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.oracle.compiled import floating_dtype, put_channels_last
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.lowering import answer_in_bf16, image_layers
@@ -54,7 +54,7 @@ def choose_arithmetic(
     example: (B, *features) a few images; sharded: whether the network may not fit on the device as a whole: it is tried
     where it is.
     """
-    source = unwrapped(model)
+    source = unwrap(model)
     x = example.to(next((p.device for p in source.parameters()), device) if sharded else device)
     lower = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     found = Arithmetic()

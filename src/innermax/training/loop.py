@@ -102,7 +102,7 @@ class Loop:
         state, options = self.state, self.options
         self.began = time.perf_counter()
         if state.batch == 0:
-            state.oracle = state.oracle.recheck()
+            state.recheck(self.ranks)
         attack = options.strategy.attack_at(state.epoch / options.epochs, state.history)
         count = batch_count(self.data, options.batch_size)
         if attack is not None and (not state.history or state.history[-1].get("attack_network") != state.oracle.scheme):

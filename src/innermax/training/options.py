@@ -17,7 +17,7 @@ from innermax.data.image_set import ImageSet
 from innermax.data.streaming import TrainingSet
 from innermax.distributed.launch import Launch, Parallel, find_device
 from innermax.evaluation.progress import ProgressCallback, check_progress
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.objectives import Objective, find_objective
 from innermax.oracle.oracle import Precision
 from innermax.strategies import Strategy
@@ -113,7 +113,7 @@ def describe_training(
     names = [option.name for option in described_fields(options) if option.name in option_names("identifies")]
     return {
         "training": {name: describe(getattr(options, name)) for name in names},
-        "model": describe(getattr(unwrapped(model), "config", type(unwrapped(model)).__qualname__)),
+        "model": describe(getattr(unwrap(model), "config", type(unwrap(model)).__qualname__)),
         "examples": {"train": len(data), "validation": 0 if validation is None else len(validation)},
         "settings": describe(dict(options.settings or {})),
     }

@@ -12,7 +12,7 @@ from torch import nn
 from innermax.distributed.fsdp import gather_state
 from innermax.distributed.launch import Launch
 from innermax.distributed.spawn import run_processes
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.training.interrupts import defer_interrupts
 from innermax.training.job import Job
 from innermax.utils.copying import copy_model
@@ -93,7 +93,7 @@ def _train_share(task: _Task, rank: int, processes: int, device: torch.device) -
     except KeyboardInterrupt:
         task.unfinished.touch()
         return
-    networks = {"model": unwrapped(task.job.model), "evaluated": run.model}
+    networks = {"model": unwrap(task.job.model), "evaluated": run.model}
     tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in gather_state(net).items()}
     if rank % task.launch.devices == 0:
         save_tensors(task.result, tensors, {"history": list(run.history)})

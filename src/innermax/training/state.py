@@ -14,7 +14,7 @@ from innermax.data.streaming import TrainingSet
 from innermax.distributed.fsdp import WholeState
 from innermax.distributed.process_group import Ranks, set_up
 from innermax.models.files import write_model
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.oracle.compiled import put_channels_last
 from innermax.oracle.oracle import Oracle
 from innermax.oracle.sharded import ShardedOracle
@@ -60,7 +60,7 @@ class State:
         cls, model: nn.Module, data: TrainingSet, options: TrainingOptions, ranks: Ranks, channels_last: bool
     ) -> "State":
         """The state before the first update; data: on this process's device."""
-        network = unwrapped(model)
+        network = unwrap(model)
         if not network.training:
             network.train()
         if channels_last:
@@ -73,7 +73,9 @@ class State:
             averaged = AveragedModel(nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)  # type: ignore[no-untyped-call]
             averaged.module = copy_model(network)
         example, _ = data.head.batch(torch.arange(min(16, len(data.head)), device=ranks.device))
+        oracle: Oracle
         oracle = ShardedOracle(network, example) if ranks.sharded else Oracle.fast(network, example, options.precision)
+        oracle = _agree(oracle, ranks)
         perturbations = None
         if getattr(options.strategy, "warm_start", False):
             perturbations = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=ranks.device)
@@ -142,6 +144,10 @@ class State:
         self._recompile(position.get("attack_network", ""))
         return True
 
+    def recheck(self, ranks: Ranks) -> None:
+        """Compiles the oracle anew where it does not suit what the network has learned."""
+        self.oracle = _agree(self.oracle.recheck(), ranks)
+
     def _recompile(self, scheme: str) -> None:
         """Compiles the oracle as it was when the run was interrupted; warns where that is not possible."""
         self.oracle = self.oracle.recompile(scheme)
@@ -158,3 +164,8 @@ class State:
             return {"model": WholeState(self.network, self.network)}, WholeState(self.optimizer, self.network)
         networks = {"model": self.network} | ({} if self.averaged is None else {"ema": self.averaged})
         return networks, self.optimizer
+
+
+def _agree(oracle: Oracle, ranks: Ranks) -> Oracle:
+    """The oracle compiled as rank 0's is: each process has timed for itself."""
+    return oracle.recompile(ranks.broadcast(oracle.scheme))

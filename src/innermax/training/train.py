@@ -17,7 +17,7 @@ from innermax.distributed.process_group import connect
 from innermax.evaluation.evaluate import evaluate
 from innermax.evaluation.model_checks import trust_normalisation
 from innermax.evaluation.progress import ProgressCallback
-from innermax.models.wrappers import unwrapped
+from innermax.models.wrappers import unwrap
 from innermax.objectives import Objective
 from innermax.oracle.oracle import Precision
 from innermax.strategies import Strategy
@@ -157,7 +157,7 @@ def train(
     if not launch.starts:
         return _train(job, launch)
     with _note_checkpoint(options.folder):
-        job = replace(job, model=unwrapped(model))
+        job = replace(job, model=unwrap(model))
         evaluated, history = train_in_processes(_train, job, launch, chosen.type)
     return Run(evaluated, history, options.folder)
 
