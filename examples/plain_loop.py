@@ -25,7 +25,7 @@ for epoch in range(epochs):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"epoch {epoch + 1}: {0 if attack is None else attack.steps} steps, loss {loss.item():.2f}")
+    print(f"epoch {epoch + 1}: {0 if attack is None else attack.steps} steps")
 
 model.eval()
 evaluation = im.evaluate(model, data.test, {"pgd-20": im.PGD(threat, steps=20)}, audit=False)

@@ -12,6 +12,7 @@ from innermax.utils.version import __version__ as __version__
 if TYPE_CHECKING:
     from innermax.attacks.apgd import APGD as APGD
     from innermax.attacks.autoattack import AutoAttack as AutoAttack
+    from innermax.attacks.base import Attack as Attack
     from innermax.attacks.bpda import StraightThrough as StraightThrough
     from innermax.attacks.fab import FAB as FAB
     from innermax.attacks.guided_pgd import GuidedPGD as GuidedPGD
@@ -45,11 +46,13 @@ if TYPE_CHECKING:
     from innermax.strategies import Dynamic as Dynamic
     from innermax.strategies import FGSMThenPGD as FGSMThenPGD
     from innermax.strategies import Standard as Standard
+    from innermax.strategies import Strategy as Strategy
     from innermax.strategies import Unsecured as Unsecured
     from innermax.strategies import WarmStart as WarmStart
     from innermax.threat import L1 as L1
     from innermax.threat import L2 as L2
     from innermax.threat import Linf as Linf
+    from innermax.threat import Threat as Threat
     from innermax.training.train import Run as Run
     from innermax.training.train import train as train
 

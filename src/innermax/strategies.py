@@ -30,16 +30,13 @@ _C_MAX: Mapping[Gauge, Threshold] = {"ball": 0.5, "exact": 0.15, "relative": "au
 class Strategy(Protocol):
     """What a training loop asks of a strategy.
 
-    Every row of the history holds "accuracy", in [0, 1], under the attack that the epoch trained against. `measures`
-    names what the first row must hold besides: "halfway_gauge", the median gauge of training examples after half of the
-    steps of the strategy's `attack`, measured at the end of the first epoch.
+    Every row of the history holds "accuracy", in [0, 1], under the attack that the epoch trained against.
 
-    A strategy may have `warm_start = True`: from the second epoch on its attacks then start where the last one left
-    each example.
+    A strategy may have two attributes more. `measures`, a set, names what the first row must hold besides:
+    "halfway_gauge", the median gauge of training examples after half of the steps of the strategy's `attack`, measured
+    at the end of the first epoch. With `warm_start = True` its attacks start, from the second epoch on, where the last
+    one left each example.
     """
-
-    @property
-    def measures(self) -> frozenset[Measure]: ...
 
     def attack_at(self, progress: float, history: History = ()) -> PGD | None:
         """The attack to train against at progress = epoch / epochs in [0, 1); None trains on clean examples."""
