@@ -55,6 +55,17 @@ def test_onnx_answers_as_the_model(name, tmp_path):
         assert torch.allclose(torch.from_numpy(logits), model(x), atol=1e-5)
 
 
+class Answering(nn.Module):
+    """What a function makes of logits."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.layer, self.change = nn.Linear(4, 3), change
+
+    def forward(self, x):
+        return self.change(self.layer(x.flatten(1)))
+
+
 class Fixed(nn.Module):
     """Knows how many images come."""
 
@@ -90,12 +101,22 @@ class Configured(nn.Flatten):
         (Fixed(), "model.pt2", (1, 2, 2), "torch.export cannot export the model|does not take 1 images"),
         (Drawing(), "model.pt2", (1, 2, 2), "model.pt2 must have the model's logits, got a difference of"),
         (Branching(), "model.pt2", (1, 2, 2), "torch.export cannot export the model"),
+        (Answering(lambda z: {"logits": z}), "model.pt2", (1, 2, 2), r"got dict; .* returns model\(x\)\['logits'\]"),
+        (Answering(lambda z: (z, z)), "model.onnx", (1, 2, 2), r"got tuple; wrap it .* returns model\(x\)\[0\]"),
+        (Answering(lambda z: z[:, 0]), "model.pt2", (1, 2, 2), r"must return logits of shape .* got \(2,\)"),
     ],
 )
 def test_what_cannot_be_exported_leaves_nothing(model, path, shape, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         im.export_model(model, tmp_path / path, input_shape=shape)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_float64_model_takes_float32_images(tmp_path):
+    model = built().double().eval()
+    x = torch.rand(3, 1, 8, 8)
+    logits = im.load_model(im.export_model(model, tmp_path / "model.pt2"), allow_code=True)(x)
+    assert torch.allclose(logits, model(x.double()), atol=1e-12)
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

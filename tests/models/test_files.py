@@ -346,6 +346,34 @@ def test_an_unreachable_hub(tmp_path, monkeypatch, failure):
     assert error.value.__cause__ is failure
 
 
+def test_a_hub_that_was_found_unreachable(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("innermax.models.hub.find_fault", lambda: "ConnectError: no route")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: [][0])
+    with pytest.raises(ValueError) as error:
+        load_model("user/name")
+    one_line(
+        error, "no model 'user/name' here or in the cache", "cannot be reached (ConnectError: no route)", "a folder"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls TorchScript deprecated
+def test_files_of_other_kinds_say_what_to_do_with_them(tmp_path):
+    own = network()
+    torch.save(own.state_dict(), tmp_path / "weights.pth")
+    torch.jit.save(torch.jit.trace(own, torch.rand(2, *SHAPE)), tmp_path / "script.pt")
+    (tmp_path / "model.onnx").write_bytes(b"?")
+    for name, words in {
+        "weights.pth": "pickled models are never loaded: .*torch.load.path, weights_only=True",
+        "script.pt": "TorchScript is not supported: .*torch.jit.load.path..state_dict",
+        "model.onnx": "ONNX programs have no gradients",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} is no .safetensors file; {words}"):
+            load_model(tmp_path / name)
+    with pytest.raises(ValueError, match=r"no model at missing/x.onnx: expected a folder"):
+        load_model("missing/x.onnx")
+
+
 @pytest.mark.parametrize("crash", ["fsync", "replace", "write", "interrupt"])
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, crash):
     model = network()

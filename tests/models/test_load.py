@@ -203,6 +203,20 @@ def test_a_model_of_timm_takes_images_in_0_1(stub):
     )
 
 
+def test_timm_without_a_network_says_what_else_there_is(stub, monkeypatch):
+    monkeypatch.setattr("innermax.models.hub.find_fault", lambda: "ConnectError: no route")
+    assert im.load_model("timm:tiny.a1") is not None  # from the cache
+    with pytest.raises(ValueError, match=r"timm:tinny.a1 cannot be had: .*did you mean 'tiny'"):
+        im.load_model("timm:tinny.a1")
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained: [][0])
+    with pytest.raises(ValueError) as error:
+        im.load_model("timm:tiny")
+    assert str(error.value) == (
+        "timm:tiny has no weights in the cache, and the Hugging Face Hub cannot be reached (ConnectError: no route): "
+        "pass timm.create_model('tiny', pretrained=False), or load a local file into it with load_model(file, model=…)"
+    )
+
+
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(

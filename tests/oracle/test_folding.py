@@ -236,6 +236,19 @@ def test_normalisation_inside_the_model():
     assert close(oracle.logits(x), plain(model, x))
 
 
+def test_a_rewritten_module_keeps_the_attributes_that_its_model_reads():
+    torch.manual_seed(0)
+    x, y = batch()
+    body = small_vgg()
+    body.sign = -1
+    model = Net(lambda net, x: net.body.sign * net.body(x) if x.mean() > 0 else net.body(x), body=body)
+    oracle = Oracle.fast(model, x, "float32")
+    assert oracle.plan.startswith("3 BatchNorm folded module by module")
+    learn(model, x, y)
+    oracle.refresh()
+    assert close(oracle.logits(x), plain(model, x))
+
+
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_an_untraceable_model_is_folded_module_by_module(precision):
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,7 +202,11 @@ def test_a_model_that_cannot_be_copied():
         (lambda z: z[:3], r"\(3, 4\)"),
         (lambda z: z[:, :1], r"\(6, 1\)"),
         (lambda z: z[..., None], r"\(6, 4, 1\)"),
-        (lambda z: (z, z), "tuple"),
+        (lambda z: (z, z), r"tuple; wrap it in a module whose forward returns model\(x\)\[0\]"),
+        (lambda z: {"hidden": z, "logits": z}, r"dict; wrap it .*\['logits'\]"),
+        (lambda z: {"loss": None, "output": z}, r"dict; wrap it .*\['output'\]"),
+        (lambda z: SimpleNamespace(logits=z), r"SimpleNamespace; wrap it .*model\(x\)\.logits"),
+        (lambda z: None, "NoneType$"),
     ],
 )
 def test_an_answer_that_is_not_logits(change, got):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import innermax as im
 from innermax.data.augmentation import augment
@@ -16,7 +17,7 @@ from innermax.training import loop
 from innermax.training.optimizer import learning_rate
 from innermax.training.options import TrainingOptions
 from innermax.utils import randomness
-from tests.helpers.networks import same
+from tests.helpers.networks import same, snapshot
 from tests.helpers.training import (
     ATTACK,
     DATA,
@@ -270,6 +271,43 @@ def test_a_model_in_evaluation_mode_learns_in_training_mode():
     assert same(weights(asleep.model), weights(awake.model))
     assert int(asleep.model[1].num_batches_tracked) == 6
     assert not asleep.model.training
+
+
+class Auxiliary(nn.Module):
+    """Answers in training mode what a function makes of two classifiers' logits."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.body, self.answer = cnn(0, 0.4), answer
+
+    def forward(self, x):
+        logits = self.body(x)
+        return self.answer(logits, 2 * logits) if self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda z, aux: (z, aux), r"must return logits .* got tuple; wrap it .* returns model\(x\)\[0\]"),
+        (lambda z, aux: {"aux": aux, "logits": z}, r"must return logits .* got dict; .*\['logits'\]"),
+        (lambda z, aux: z @ aux, r"fails on x of shape \(2, 1, 6, 6\): RuntimeError: mat1 and mat2"),
+    ],
+)
+def test_auxiliary_answers_in_training_mode_are_refused_at_the_door(answer, words, tmp_path):
+    model = Auxiliary(answer)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"^in training mode, the model {words}"):
+        train(model, epochs=1, run_dir=tmp_path / "run")
+    assert same(snapshot(model), before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_objective_of_ones_own_takes_auxiliary_answers(untyped):
+    def both(model, x, y, x_adv, epoch):
+        logits, aux = model(x_adv)
+        return F.cross_entropy(logits, y) + F.cross_entropy(aux, y), logits
+
+    assert train(Auxiliary(lambda z, aux: (z, aux)), epochs=1, objective=both).history[0]["loss"] > 0
 
 
 @pytest.mark.parametrize("objective", ["cross_entropy", Interrupting(2, stop)])

@@ -257,3 +257,21 @@ def test_a_model_without_weights_is_refused(build, words):
     copy_model(build())
     with pytest.raises(ValueError, match=f"model must have its weights, {words}"):
         im.evaluate(build(), (torch.rand(20, 1, 6, 6), torch.arange(20) % 3), {}, device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls TorchScript deprecated
+@pytest.mark.parametrize(("wrapped", "what"), [(True, "model layer '1'"), (False, "model")])
+def test_torchscript_is_refused_with_the_way_out(wrapped, what):
+    script = torch.jit.script(network())
+    model = nn.Sequential(nn.Identity(), script) if wrapped else script
+    data, strategy = (torch.rand(20, 1, 6, 6), torch.arange(20) % 3), im.Standard(im.PGD(im.Linf(0.1)))
+    for use in (
+        lambda: im.evaluate(model, data, {}, device="cpu"),
+        lambda: im.train(model, data, strategy, device="cpu"),
+        lambda: im.PGD(im.Linf(0.1))(model, *data),
+    ):
+        with pytest.raises(TypeError, match=f"^{what} must be a module in Python, got TorchScript: .*load_state_dict"):
+            use()
+    plain = network()
+    plain.load_state_dict(script.state_dict())
+    assert torch.equal(plain(data[0]), script(data[0]))

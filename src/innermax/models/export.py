@@ -14,7 +14,7 @@ from innermax.models.wrappers import unwrap
 from innermax.utils.copying import copy_model
 from innermax.utils.optional import import_library
 from innermax.utils.randomness import hash_keys, uniform
-from innermax.utils.validation import summarize_error, unknown
+from innermax.utils.validation import check_logits, summarize_error, unknown
 
 Predict = Callable[[Tensor], Tensor]
 _BATCHES = (1, 2, 5)  # sizes at which the file must compute what the model does
@@ -40,12 +40,13 @@ def export_model(model: nn.Module, path: str | Path, *, input_shape: Sequence[in
     if path.suffix not in formats:
         raise unknown("ending of path", path.suffix, formats)
     shape = _find_shape(model, input_shape)
-    network = copy_model(unwrap(model)).cpu().requires_grad_(False).eval()
+    network = _OnFloat32(copy_model(unwrap(model)).cpu().requires_grad_(False)).eval()
     partial = path.with_name(f"{path.stem}.part{path.suffix}")
     partial.unlink(missing_ok=True)  # writing through a link would change another file
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own code
+            check_logits(network(_draw_images(2, shape)), 2)
             predict = formats[path.suffix](network, _draw_images(2, shape), partial)
             _compare(network, predict, shape, path)
         partial.replace(path)
@@ -85,6 +86,18 @@ def _write_onnx(network: nn.Module, example: Tensor, path: Path) -> Predict:
         raise ValueError(f"torch.onnx cannot export the model: {summarize_error(error)}") from error
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+class _OnFloat32(nn.Module):
+    """A network of any precision for float32 images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x.to(self.dtype))
 
 
 def _compare(network: nn.Module, predict: Predict, shape: Sequence[int], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Model files and run folders: safetensors and JSON, written whole or not at all, never pickle."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from innermax.models.hub import reach_hub
 from innermax.models.registry import build_model
 from innermax.models.wrappers import unwrap
 from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_json
 from innermax.utils.serialization import parse_json
 
 # A source with one of these endings is a file, never a Hub id, which may hold a dot, too.
-_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json")
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".json", ".onnx")
 
 
 def save_model(folder: str | Path, model: nn.Module, name: str = "model.safetensors") -> None:
@@ -106,7 +108,7 @@ def _find_weights(path: Path, source: str, revision: str | None, described: bool
         if not path.is_file():
             raise ValueError(f"{path.parent} holds no model.safetensors")
     if path.suffix != ".safetensors" and path.exists():
-        raise ValueError(f"{path} is no .safetensors file; pickled models are never loaded")
+        raise ValueError(f"{path} is no .safetensors file; {_way_out(path)}")
     if path.is_file():
         return path
     repository, at, told = source.partition("@")
@@ -117,13 +119,43 @@ def _find_weights(path: Path, source: str, revision: str | None, described: bool
     from huggingface_hub import hf_hub_download
 
     revision = told or revision
+    with reach_hub() as fault:
+        try:
+            if described:
+                hf_hub_download(repository, "config.json", revision=revision)
+            return Path(hf_hub_download(repository, "model.safetensors", revision=revision))
+        except Exception as error:  # a lost connection comes as the Hub client's own, its HTTP client's or the system's
+            if fault is not None:
+                raise ValueError(
+                    f"no model {source!r} here or in the cache of the Hugging Face Hub, which cannot be reached "
+                    f"({fault}); name a folder or a .safetensors file"
+                ) from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"no model {source!r} here or on the Hugging Face Hub: {reason}") from error
+
+
+def _way_out(path: Path) -> str:
+    """What to do with a model's file of another kind."""
+    if path.suffix == ".onnx":
+        return "ONNX programs have no gradients for an attack: load the weights into the network in PyTorch"
+    if _is_torchscript(path):
+        return (
+            "TorchScript is not supported: build the network in Python, "
+            "network.load_state_dict(torch.jit.load(path).state_dict()), and pass it or im.save_model it"
+        )
+    return (
+        "pickled models are never loaded: if you trust the file, build the network in Python, "
+        "network.load_state_dict(torch.load(path, weights_only=True)), and pass it or im.save_model it"
+    )
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive that `torch.jit.save` wrote."""
     try:
-        if described:
-            hf_hub_download(repository, "config.json", revision=revision)
-        return Path(hf_hub_download(repository, "model.safetensors", revision=revision))
-    except Exception as error:  # a lost connection comes as the Hub client's own, its HTTP client's or the system's
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"no model {source!r} here or on the Hugging Face Hub: {reason}") from error
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _build_from_file(path: Path) -> nn.Module:

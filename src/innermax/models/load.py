@@ -17,6 +17,7 @@ from torch import Tensor, export, fx, nn
 from torch.fx.graph import CodeGen
 
 from innermax.models.files import load_saved_model
+from innermax.models.hub import reach_hub
 from innermax.models.wrappers import Normalize
 from innermax.utils.optional import import_library
 from innermax.utils.validation import summarize_error
@@ -108,12 +109,20 @@ def _load_timm(name: str) -> nn.Module:
         timm = import_library("timm", "create_model")
     except Exception as error:  # its torchvision, built for another torch, raises what it likes
         raise ValueError(f"timm:{name} needs timm (pip install 'innermax[timm]'): {summarize_error(error)}") from error
-    try:
-        network: nn.Module = timm.create_model(name, pretrained=True)
-    except Exception as error:  # timm's own, the Hub client's or the system's
-        close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close and "nknown model" in str(error) else ""
-        raise ValueError(f"timm:{name} cannot be had: {summarize_error(error)}{hint}") from error
+    with reach_hub() as fault:
+        try:
+            network: nn.Module = timm.create_model(name, pretrained=True)
+        except Exception as error:  # timm's own, the Hub client's or the system's
+            close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
+            unknown = "nknown model" in str(error)
+            if fault is not None and not unknown:
+                raise ValueError(
+                    f"timm:{name} has no weights in the cache, and the Hugging Face Hub cannot be reached ({fault}): "
+                    f"pass timm.create_model({name!r}, pretrained=False), or load a local file into it with "
+                    "load_model(file, model=…)"
+                ) from error
+            hint = f"; did you mean {close[0]!r}?" if close and unknown else ""
+            raise ValueError(f"timm:{name} cannot be had: {summarize_error(error)}{hint}") from error
     told = attrgetter("pretrained_cfg")(network)
     return nn.Sequential(OrderedDict(normalize=Normalize(told["mean"], told["std"]), network=network)).eval()
 

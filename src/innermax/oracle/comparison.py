@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from innermax.utils.generators import private_randomness
+from innermax.utils.validation import check_logits
 
 Network = Callable[[Tensor], Any]
 _NOISE = 0.02
@@ -86,9 +87,7 @@ def _answers(network: Network, x: Tensor, choose: Tensor | None) -> tuple[Tensor
     devices = [x.device.index] if x.is_cuda else []
     with torch.inference_mode(False), torch.enable_grad(), private_randomness(0, devices):
         point = x.clone().requires_grad_()
-        logits = network(point)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(x) or logits.shape[1] < 2:
-            raise ValueError("the model does not return logits (B, classes ≥ 2)")
+        logits = check_logits(network(point), len(x))
         best = (logits if choose is None else choose).detach().topk(2).indices
         first, second = logits.gather(1, best).unbind(1)
         margin = (first - second).sum()

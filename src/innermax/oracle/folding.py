@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -65,7 +65,7 @@ def fold(network: nn.Module) -> Folded:
 
 def _rewrite(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str], ...]]:
     before = read_randomness()
-    traced = fx.GraphModule(network, _Tracer().trace(network))
+    traced = _Rewritten(network, _Tracer().trace(network))
     after = read_randomness()
     if before.torch != after.torch or before.numpy != after.numpy:
         raise ValueError("it draws random numbers, which a trace keeps as constants")
@@ -76,6 +76,22 @@ def _rewrite(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str],
     traced.graph.lint()
     traced.recompile()
     return traced, pairs
+
+
+class _Rewritten(fx.GraphModule):
+    """A traced network whose copies keep the plain values that it has as attributes."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied: fx.GraphModule = super().__deepcopy__(memo)
+        _keep_plain_values(self, copied)
+        return copied
+
+
+def _keep_plain_values(module: nn.Module, rewritten: nn.Module) -> None:
+    """Sets numbers, texts and tuples that are attributes of a module, and that a network around it may read."""
+    for name, value in vars(module).items():
+        if name not in vars(rewritten) and isinstance(value, int | float | str | tuple | None):
+            setattr(rewritten, name, value)
 
 
 class _Tracer(fx.Tracer):
@@ -95,6 +111,7 @@ def _fold_modules(network: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
         except Exception:  # noqa: BLE001  whatever tracing raises, its own modules may still be traced
             yield from _fold_modules(module, f"{prefix}{name}.")
             continue
+        _keep_plain_values(module, rewritten)
         setattr(network, name, rewritten)
         for layer, norm in pairs:
             yield f"{prefix}{name}.{layer}", f"{prefix}{name}.{norm}"

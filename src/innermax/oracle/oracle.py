@@ -27,7 +27,7 @@ from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.threads import Workers
 from innermax.oracle.timing import times_as_long
 from innermax.utils.generators import cuda_devices, private_randomness, restore_randomness
-from innermax.utils.validation import summarize_error, unknown
+from innermax.utils.validation import check_logits, summarize_error, unknown
 
 Precision = Literal["auto", "float32", "bf16"]
 T = TypeVar("T")
@@ -202,10 +202,8 @@ class Oracle:
             if is_out_of_memory(error):
                 raise
             raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {summarize_error(error)}") from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(x) or logits.shape[1] < 2:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"the model must return logits of shape ({len(x)}, classes ≥ 2), got {found}")
-        return logits.to(torch.promote_types(self.dtype, x.dtype if x.is_floating_point() else self.dtype))
+        finest = torch.promote_types(self.dtype, x.dtype if x.is_floating_point() else self.dtype)
+        return check_logits(logits, len(x)).to(finest)
 
 
 class FastOracle(Oracle):

@@ -21,8 +21,9 @@ def copy_model(model: nn.Module, instead: Mapping[Tensor, Tensor] | None = None)
         instead: what the copy is to hold in the place of a tensor, other than a copy of it.
 
     Raises:
-        TypeError: a module, a tensor or an iterator in the model cannot be copied.
+        TypeError: a module, a tensor or an iterator in the model cannot be copied, or a module is TorchScript.
     """
+    refuse_torchscript(model)
     memo: dict[int, Any] = {id(own): other for own, other in (instead or {}).items()}
     with torch.inference_mode(False), _WithoutGraph():
         try:
@@ -38,6 +39,17 @@ def copy_model(model: nn.Module, instead: Mapping[Tensor, Tensor] | None = None)
             raise
         except Exception as error:
             raise TypeError(f"model cannot be copied: {type(error).__name__}: {error}") from error
+
+
+def refuse_torchscript(model: nn.Module) -> None:
+    """Raises TypeError where a module is TorchScript, whose copies can neither share parameters nor be rewritten."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"model layer {name!r}" if name else "model"
+            raise TypeError(
+                f"{where} must be a module in Python, got TorchScript: build the network in Python and load the "
+                "weights, network.load_state_dict(scripted.state_dict())"
+            )
 
 
 class _WithoutGraph(TorchFunctionMode):

@@ -1,7 +1,7 @@
 """Checks that all public functions share, and the wording of their errors."""
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,28 @@ def summarize_error(failure: Exception) -> str:
     """An exception's type and first sentence."""
     lines = str(failure).strip().splitlines()
     return ": ".join([type(failure).__name__, *(line.partition(". ")[0] for line in lines[:1])])
+
+
+def check_logits(value: object, count: int, what: str = "the model") -> Tensor:
+    """A model's answer to `count` inputs; raises ValueError unless it is (count, classes ≥ 2) logits."""
+    if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == count and value.shape[1] >= 2:
+        return value
+    found = str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"{what} must return logits of shape ({count}, classes ≥ 2), got {found}{_hint(value)}")
+
+
+def _hint(value: object) -> str:
+    """How to get at the logits in what a model returns, where that can be said."""
+    if isinstance(getattr(value, "logits", None), Tensor):
+        place = ".logits"
+    elif isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values()):
+        tensors = [key for key, one in value.items() if isinstance(one, Tensor)]
+        place = f"[{next((key for key in tensors if key == 'logits'), tensors[0])!r}]"
+    elif isinstance(value, list | tuple) and len(value) > 0:
+        place = "[0]"
+    else:
+        return ""
+    return f"; wrap it in a module whose forward returns model(x){place}"
 
 
 def shorten(value: object) -> str:
