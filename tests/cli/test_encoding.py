@@ -52,3 +52,18 @@ def test_a_result_and_an_error(tmp_path):
 def test_the_users_own_choice_stays():
     assert printed("--help", PYTHONIOENCODING="ascii:replace")[1].startswith(b"usage: innermax COMMAND ?\n")
     assert printed("--help", PYTHONIOENCODING="ascii")[1].startswith(b"usage: innermax COMMAND ...\n")
+
+
+def test_names_that_the_locale_does_not_hold(tmp_path):
+    """They come as bytes, and go into pages and files as they came."""
+    locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    train = ["train", "digits", "--epochs", "1", "--attacks", "fgsm", "--run-dir", "ε-run"]
+    status, out, _ = printed(*train, cwd=tmp_path, **locale)
+    assert status == 0
+    assert "Run folder: ε-run." in out.decode()
+    assert "ε-run" in (tmp_path / "ε-run" / "report.html").read_text(encoding="utf-8")
+    words = ["evaluate", "ε-run", "--attacks", "fgsm", "--limit", "40", "--json", "ε.json"]
+    status, out, err = printed(*words, cwd=tmp_path, **locale)
+    assert (status, err) == (0, b"")
+    assert "Example by example: ε-run/rows/" in out.decode()
+    assert (tmp_path / "ε.json").is_file()

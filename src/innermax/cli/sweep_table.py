@@ -12,7 +12,7 @@ from rich.table import Table
 
 from innermax.cli.sweep_engine import is_finished, known_runs
 from innermax.reporting.contents import OtherWeights, read_own_evaluation
-from innermax.utils.files import write_bytes, write_json
+from innermax.utils.files import write_json, write_text
 from innermax.utils.intervals import student
 from innermax.utils.serialization import parse_json
 
@@ -117,7 +117,7 @@ def write_sweep(folder: Path, rows: Sequence[SweepRow], failed: Mapping[str, str
     lines += [f"| {' | '.join(_cells(row, ' '))} |" for row in rows]
     lines += ["", _CAPTION] + [f"\nNot finished: {name}: {error}" for name, error in failed.items()]
     lines += [f"\nLeft out: {name}: {why}" for row in rows for name, why in row.left_out.items()]
-    write_bytes(folder / "table.md", ("\n".join(lines) + "\n").encode())
+    write_text(folder / "table.md", "\n".join(lines) + "\n")
 
 
 _CAPTION = (

@@ -23,7 +23,7 @@ from innermax.reporting.tables import format_audit, format_table
 from innermax.training.loggers import LoggerName
 from innermax.training.options import option_names
 from innermax.training.train import train
-from innermax.utils.files import write_bytes
+from innermax.utils.files import write_text
 from innermax.utils.validation import unknown
 
 _GROUPS = ("threat", "attack", "dynamic", "curriculum", "warm")  # of a recipe's settings
@@ -151,7 +151,7 @@ def _write_results(
     device: torch.device,
 ) -> None:
     """Writes evaluation.json and report.html into the run folder, and prints the table and the audit."""
-    write_bytes(folder / "evaluation.json", (evaluation.to_json() + "\n").encode())
+    write_text(folder / "evaluation.json", evaluation.to_json() + "\n")
     names = data.class_names
     shown = im.gallery(model, data.test, attacks, evaluation, class_names=names, device=device) if attacks else None
     im.report({folder.name: im.Exhibit(evaluation, run, shown)}, folder / "report.html")

@@ -16,7 +16,7 @@ from innermax.evaluation.scoring import Settings
 from innermax.evaluation.store import CLEAN, AttackRows, Column, check_column
 from innermax.models.files import hash_weights
 from innermax.models.wrappers import unwrap
-from innermax.utils.files import write_bytes
+from innermax.utils.files import write_text
 from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
 from innermax.utils.serialization import convert, parse_json
 from innermax.utils.validation import unknown
@@ -177,7 +177,7 @@ class Evaluation:
         document = self.summary() | {"examples": _replace_nan(examples)}
         text = json.dumps(document, allow_nan=False, ensure_ascii=False)
         if path is not None:
-            write_bytes(Path(path), f"{text}\n".encode())
+            write_text(Path(path), f"{text}\n")
         return text
 
     @classmethod

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from innermax.utils.files import is_vacant, read_config, write_bytes
+from innermax.utils.files import is_vacant, read_config, write_bytes, write_text
 from innermax.utils.serialization import differences, is_finite_number
 
 Column = npt.NDArray[Any]
@@ -217,7 +217,7 @@ def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
         raise ValueError(f"rows_dir {folder} exists and holds no rows of innermax; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)
-    write_bytes(folder / _CONFIGURATION, text.encode())
+    write_text(folder / _CONFIGURATION, text)
 
 
 @contextmanager

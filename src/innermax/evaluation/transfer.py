@@ -24,7 +24,7 @@ from innermax.evaluation.scoring import PROBABLE, AttackedBatch, Bench, Settings
 from innermax.evaluation.store import CLEAN, Column, Parts, check_column, note_kept_rows
 from innermax.models.wrappers import unwrap
 from innermax.oracle.oracle import Oracle, Precision
-from innermax.utils.files import write_bytes
+from innermax.utils.files import write_text
 from innermax.utils.generators import restore_randomness
 from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
 from innermax.utils.serialization import convert, parse_json
@@ -114,7 +114,7 @@ class Transfer:
         }
         text = json.dumps(document, allow_nan=False, ensure_ascii=False)
         if path is not None:
-            write_bytes(Path(path), f"{text}\n".encode())
+            write_text(Path(path), f"{text}\n")
         return text
 
     @classmethod

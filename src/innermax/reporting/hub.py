@@ -12,7 +12,7 @@ from innermax.data.load import hub_id
 from innermax.evaluation.result import Evaluation
 from innermax.models.files import find_description, save_model
 from innermax.models.files import load_saved_model as from_pretrained
-from innermax.utils.files import write_bytes
+from innermax.utils.files import write_text
 from innermax.utils.validation import summarize_error
 from innermax.utils.version import __version__
 
@@ -36,7 +36,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, evaluation: Evaluation
         )
     save_model(folder, model)
     card = model_card(evaluation, described=find_description(model) is not None, **about)
-    write_bytes(Path(folder) / "README.md", card.encode())
+    write_text(Path(folder) / "README.md", card)
 
 
 def push_to_hub(

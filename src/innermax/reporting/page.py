@@ -23,7 +23,7 @@ from innermax.reporting.gallery import Picture
 from innermax.reporting.svg import Series, draw_interval, draw_legend, draw_spark, format_number
 from innermax.threat import NORMS
 from innermax.utils.environment import environment
-from innermax.utils.files import write_bytes
+from innermax.utils.files import write_text
 
 _SYMBOLS = {norm.__name__: norm.symbol for norm in NORMS.values()}
 _TONES = {"no failure found": "good", "nothing to audit": "none"}  # of a verdict; all others are bad
@@ -63,7 +63,7 @@ def report(
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"path {path} cannot be written: it is a folder, or its folder does not exist")
     entries = read_entries(evaluations_or_runs, pictures, device)
-    write_bytes(path, _render(entries).encode())
+    write_text(path, _render(entries))
     return path
 
 

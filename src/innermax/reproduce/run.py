@@ -13,7 +13,7 @@ from innermax.reproduce.answers import Answers
 from innermax.reproduce.artifact import Artifact
 from innermax.reproduce.cache import Cache, Experiment, InUse, Result, hash_name
 from innermax.reproduce.scales import Scale, find_scale
-from innermax.utils.files import write_bytes, write_json
+from innermax.utils.files import write_json, write_text
 from innermax.utils.validation import summarize_error, unknown
 
 _MODULES = (tables, figures, theorem, ablations, efficiency, best)
@@ -152,7 +152,7 @@ def _write_page(artifact: Artifact, scale: Scale, find: Callable[[Experiment], R
         lines.append(f"![{artifact.title}]({artifact.name}.png)")
     lines.append(artifact.markdown(numbers))
     page = folder / f"{artifact.name}.md"
-    write_bytes(page, ("\n\n".join(lines) + "\n").encode())
+    write_text(page, "\n\n".join(lines) + "\n")
     return page
 
 

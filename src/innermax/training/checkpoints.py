@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from innermax.distributed.fsdp import WholeState
 from innermax.models.files import load_weights
 from innermax.training.run_folder import CHECKPOINTS
-from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_bytes
+from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_text
 from innermax.utils.serialization import is_finite_number, is_row
 
 _PACE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)?")
@@ -57,7 +57,7 @@ def save_checkpoint(
     tensors |= {} if perturbations is None else {"kept": perturbations}
     if position["batch"] == 0:  # first: once the checkpoint is written, this epoch does not come again
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
-        write_bytes(folder / "metrics.jsonl", "".join(lines).encode())
+        write_text(folder / "metrics.jsonl", "".join(lines))
     path = folder / CHECKPOINTS / f"epoch-{position['epoch']:06d}-batch-{position['batch']:08d}.safetensors"
     save_tensors(path, tensors, {"position": dict(position), "sha256": _digest(tensors, position)})
     for old in find_checkpoints(folder)[keep:]:

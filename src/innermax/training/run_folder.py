@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from innermax.utils.environment import environment
-from innermax.utils.files import is_vacant, read_config, write_bytes, write_json
+from innermax.utils.files import is_vacant, read_config, write_json, write_text
 from innermax.utils.serialization import differences
 from innermax.utils.validation import shorten
 
@@ -48,7 +48,7 @@ def open_folder(folder: Path, configuration: Mapping[str, Any], overwrite: bool)
     if before is None:
         text = yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / "config.yaml", text.encode())
+        write_text(folder / "config.yaml", text)
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     if not (folder / "environment.json").exists():
         write_json(folder / "environment.json", environment(int(configuration["training"]["seed"])))

@@ -80,7 +80,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of tensors and their names."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode(errors="surrogateescape"))
         plain = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(plain.view(torch.uint8).numpy().data if plain.numel() else b"")
     return digest.hexdigest()[:16]
@@ -112,9 +112,14 @@ def refuse_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, atomically; bytes of files' names that were no text stay as they are."""
+    write_bytes(path, text.encode(errors="surrogateescape"))
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes a value as JSON, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
