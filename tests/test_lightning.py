@@ -128,7 +128,7 @@ def test_a_resumed_trainer_goes_on(tmp_path):
         (
             im.WarmStart(ATTACK),
             ValueError,
-            "strategy must be without a warm start, .* got WarmStart",
+            "strategy must not start attacks where the last epoch's ended, got WarmStart: .* use im.train",
         ),
     ],
 )
@@ -144,3 +144,27 @@ def test_what_cannot_be_attacked():
         fit(AdversarialTraining(im.Curriculum(ATTACK, patience=1)), epochs=2)
     with pytest.raises(ValueError, match="the Trainer's max_epochs must be at least 1"):
         fit(AdversarialTraining(im.Standard(replace(ATTACK, steps=1))), epochs=-1, max_steps=1)
+    with pytest.raises(ValueError, match="unknown network 'netwrok'; did you mean 'network'"):
+        fit(AdversarialTraining(im.Standard(ATTACK), network="netwrok"))
+    with pytest.raises(ValueError, match=r"x must lie within the bounds .* im\.Normalize"):
+        fit(AdversarialTraining(im.Standard(ATTACK)), rows=list(zip(2 * X - 1, Y, strict=True)))
+
+
+@pytest.mark.parametrize("strategy", [im.Standard(ATTACK), im.Unsecured()])
+def test_robust_validation(strategy):
+    class Validated(Classifier):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    module = Validated()
+    callback = AdversarialTraining(strategy, precision="float32", validation_attack=ATTACK)
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"), False)
+    trainer = L.Trainer(max_epochs=2, callbacks=[callback], accelerator="cpu", num_sanity_val_steps=0, **quiet)
+    rows = list(zip(X, Y, strict=True))
+    trainer.fit(module, DataLoader(rows, batch_size=32), DataLoader(rows, batch_size=48))
+    told = float(trainer.callback_metrics["adversarial/validation_accuracy"])
+    found = 0
+    for number, index in enumerate(torch.arange(96).split(48)):
+        seed = randomness.derive_seed(0, 0, number)
+        found += int((~ATTACK(module, X[index], Y[index], seed=seed).misclassified).sum())
+    assert abs(told - found / 96) <= 1 / 96

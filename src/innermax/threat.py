@@ -64,7 +64,10 @@ class Threat(ABC):
         flat = x.detach().flatten(1)
         low, high = self.box(x)
         if bool(((flat < low) | (flat > high)).any()):
-            raise ValueError(f"x must lie within the bounds, got values from {float(x.min()):g} to {float(x.max()):g}")
+            raise ValueError(
+                f"x must lie within the bounds, got values from {float(x.min()):g} to {float(x.max()):g}; "
+                "where images are normalised, let the model do it: torch.nn.Sequential(im.Normalize(mean, std), model)"
+            )
         largest = float(self.norm(high - low).max())
         if self.eps > largest * _ROUNDING:
             raise ValueError(f"eps must be at most {largest:g}, the size of the bounds, got {self.eps:g}")

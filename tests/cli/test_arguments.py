@@ -101,7 +101,7 @@ def test_paths_that_look_like_fractions_are_paths(folder, capsys):
         (["train", "cifar10", "--model", "mnist-cnn", "--data", "nowhere/at-all"], "nowhere/at-all"),
         (["evaluate", "nowhere"], "nowhere"),
         (
-            ["evaluate", "nowhere", "--normalize", "[1]"],
+            ["evaluate", "nowhere", "--normalize", "twelve"],
             "--normalize must be a list of lists such as [[0.5],[0.25]] or",
         ),
         (["evaluate", "nowhere", "--data", "mnist", "--threat.eps", "0.1"], "nowhere"),
