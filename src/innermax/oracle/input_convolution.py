@@ -1,6 +1,6 @@
 """Layers whose input gradient the general kernels compute slowly on a processor, written so that it is cheap."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +36,8 @@ class InputConvolution(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k i j"]:
         """What the layer returns."""
-        answer: Tensor = _InputConvolution.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation
-        )
-        return answer
+        convolve: Callable[..., Tensor] = _InputConvolution.apply
+        return convolve(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
 
 class _InputConvolution(torch.autograd.Function):
