@@ -146,7 +146,7 @@ def test_what_cannot_be_attacked():
         fit(AdversarialTraining(im.Standard(replace(ATTACK, steps=1))), epochs=-1, max_steps=1)
     with pytest.raises(ValueError, match="unknown network 'netwrok'; did you mean 'network'"):
         fit(AdversarialTraining(im.Standard(ATTACK), network="netwrok"))
-    with pytest.raises(ValueError, match=r"x must lie within the bounds, .* im\.Normalize"):
+    with pytest.raises(ValueError, match=r"x must lie within the bounds, .*im\.Normalize"):
         fit(AdversarialTraining(im.Standard(ATTACK)), rows=list(zip(2 * X - 1, Y, strict=True)))
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from innermax.utils.validation import unknown
+from innermax.utils.validation import check_logits, unknown
 
 # (model, x, y, x_adv, epoch) → the scalar to minimise and the (B, classes) logits at x_adv
 Objective = Callable[[nn.Module, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -16,7 +16,7 @@ def cross_entropy(
     model: nn.Module, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"], x_adv: Float[Tensor, "b ..."], epoch: int
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy on the attacked batch (Wang et al. 2019, Eq. 1)."""
-    logits = model(x_adv)
+    logits = check_logits(model(x_adv), len(y), "in training mode, the model")
     return F.cross_entropy(logits.float(), y), logits
 
 
@@ -27,7 +27,7 @@ def loss_weighted(
 
     This is in the code released with Wang et al. 2019, not in the paper.
     """
-    logits = model(x_adv)
+    logits = check_logits(model(x_adv), len(y), "in training mode, the model")
     losses = F.cross_entropy(logits.float(), y, reduction="none")
     return (losses if epoch == 0 else losses * losses.detach()).mean(), logits
 

@@ -1,5 +1,6 @@
 """Training: Algorithm 1 against a plain loop, warm starts, and what training leaves alone."""
 
+import copy
 import random
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from innermax.training import loop
 from innermax.training.optimizer import learning_rate
 from innermax.training.options import TrainingOptions
 from innermax.utils import randomness
-from tests.helpers.networks import same, snapshot
+from tests.helpers.networks import same
 from tests.helpers.training import (
     ATTACK,
     DATA,
@@ -290,16 +291,14 @@ class Auxiliary(nn.Module):
     [
         (lambda z, aux: (z, aux), r"must return logits .* got tuple; wrap it .* returns model\(x\)\[0\]"),
         (lambda z, aux: {"aux": aux, "logits": z}, r"must return logits .* got dict; .*\['logits'\]"),
-        (lambda z, aux: z @ aux, r"fails on x of shape \(2, 1, 6, 6\): RuntimeError: mat1 and mat2"),
     ],
 )
-def test_auxiliary_answers_in_training_mode_are_refused_at_the_door(answer, words, tmp_path):
+def test_auxiliary_answers_in_training_mode_are_refused_at_the_first_update(answer, words):
     model = Auxiliary(answer)
-    before = snapshot(model)
+    before = copy.deepcopy(list(model.parameters()))
     with pytest.raises(ValueError, match=f"^in training mode, the model {words}"):
-        train(model, epochs=1, run_dir=tmp_path / "run")
-    assert same(snapshot(model), before)
-    assert not (tmp_path / "run").exists()
+        train(model, epochs=1)
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_an_objective_of_ones_own_takes_auxiliary_answers(untyped):

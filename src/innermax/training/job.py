@@ -6,22 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from innermax.attacks.base import Attack
 from innermax.data.augmentation import augment
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
 from innermax.data.streaming import TrainingSet, as_training_set
-from innermax.models.wrappers import unwrap
-from innermax.objectives import OBJECTIVES, Objective, find_objective
-from innermax.oracle.compiled import floating_dtype
-from innermax.oracle.oracle import Oracle, is_out_of_memory
+from innermax.objectives import Objective, find_objective
+from innermax.oracle.oracle import Oracle
 from innermax.training import run_folder
 from innermax.training.options import TrainingOptions, describe_training
-from innermax.utils.copying import copy_model
 from innermax.utils.files import LOCK, lock_file
-from innermax.utils.validation import check_labels, check_logits, summarize_error
+from innermax.utils.validation import check_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,24 +88,5 @@ def _check_sets(
             augment(x, example, shift=options.shift, flip=options.flip)
         with oracle.private_randomness(0):
             classes = oracle.logits(x.to(device)).shape[1]
-            own = options.objective in (*OBJECTIVES, *OBJECTIVES.values())
-            if name == "train_set" and own and options.parallel != "fsdp":  # whose network may be too large to copy
-                _check_training_mode(model, x.to(device))
         check_labels(images.labels, len(images), classes, f"{name} labels")
     return classes
-
-
-@torch.no_grad()
-def _check_training_mode(model: nn.Module, x: Tensor) -> None:
-    """Raises ValueError where a model returns no logits in training mode, as one with auxiliary classifiers."""
-    network = copy_model(unwrap(model))
-    if not network.training:
-        network.train()
-    try:
-        answer = network(x.to(floating_dtype(network) or x.dtype, copy=True))
-    except Exception as error:  # anything: it may be other people's code
-        if len(x) < 2 or is_out_of_memory(error):  # BatchNorm takes no single image
-            return
-        reason = f"on x of shape {tuple(x.shape)}: {summarize_error(error)}"
-        raise ValueError(f"in training mode, the model fails {reason}") from error
-    check_logits(answer, len(x), "in training mode, the model")
