@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from innermax.threat import Threat as Threat
     from innermax.training.train import Run as Run
     from innermax.training.train import train as train
+    from innermax.utils.allocator import keep_freed_memory as keep_freed_memory
 
 
 def _read_homes() -> dict[str, str]:

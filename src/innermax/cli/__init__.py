@@ -22,11 +22,13 @@ Train classifiers that withstand adversarial examples, and know whether a robust
 innermax COMMAND --help lists the options of a command. Fractions such as 8/255 are read as numbers; an option that is
 true or false is true without a value.
 """
+_COMPUTING = ("train", "sweep", "evaluate", "transfer", "report", "reproduce")
 _COMMANDS = ("train", "sweep", "evaluate", "transfer", "report", "export", "recipes", "reproduce")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    from innermax.utils.allocator import restart_keeping_memory
     from innermax.utils.encoding import accept_all_text
 
     accept_all_text()
@@ -44,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from innermax.utils.validation import unknown
 
             raise unknown("command", words[0], _COMMANDS)
+        if arguments is None and words[0] in _COMPUTING:  # a process of its own
+            restart_keeping_memory()
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]  # it takes the rest, and does not look
             import_module(f"innermax.cli.{words[0]}").run(words[1:])  # that command's imports alone

@@ -30,6 +30,7 @@ from innermax.training.loop import Loop
 from innermax.training.options import LearningRate, OnNaN, Optimizer, TrainingOptions, check_parallel
 from innermax.training.progress import TrainingDisplay, show_progress
 from innermax.training.spawn import train_in_processes
+from innermax.utils.allocator import return_freed_memory
 from innermax.utils.generators import restore_randomness
 
 
@@ -193,6 +194,7 @@ def _train(job: Job, launch: Launch, is_stopped: Callable[[], bool] = lambda: Fa
             if must_stop():
                 raise KeyboardInterrupt
     loop.state.network.eval()
+    return_freed_memory()
     return Run(loop.state.evaluated_network.eval(), tuple(loop.state.history), options.folder)
 
 
