@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import torch
+from timing import machine
 
 import innermax as im
-from bench.timing import machine
 from innermax.losses import cross_entropy
 from innermax.utils.allocator import TUNABLES
 
@@ -43,7 +43,7 @@ def measure(network: str, way: str, threads: int) -> float:
 def ask(network: str, way: str, threads: int) -> float:
     """The same in a process of its own."""
     environment = os.environ | ({"GLIBC_TUNABLES": TUNABLES} if way == WAYS[2] else {})
-    command = [sys.executable, "-m", "bench.allocator", "--one", network, way, str(threads)]
+    command = [sys.executable, __file__, "--one", network, way, str(threads)]
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
@@ -60,13 +60,12 @@ def main() -> None:
     lines = [
         "# Memory that is kept",
         "",
-        f"`python bench/allocator.py` on {machine()}. A gradient of 128 images through",
-    ]
-    lines += [
-        "the compiled network, in processes of their own, in turns; medians, and the ratios' range over the rounds.",
+        f"`python bench/allocator.py` on {machine()}. A gradient of 128 images through the compiled",
+        "network, in processes of their own, in turns; medians, and the range of the ratios over the rounds.",
         "",
+        "| network | threads | memory | milliseconds | over the defaults |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    lines += ["| network | threads | memory | milliseconds | over the defaults |", "| --- | --- | --- | --- | --- |"]
     for network in NETWORKS:
         for threads in (1, os.cpu_count() or 1):
             turns = [[ask(network, way, threads) for way in WAYS] for _ in range(given.rounds)]
