@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from innermax.losses import margin
+from innermax.oracle.comparison import break_ties
 from innermax.oracle.oracle import Oracle
 from tests.helpers.oracles import Net, batch, close, learn, plain
 
@@ -293,3 +294,50 @@ def test_a_layer_that_sees_images_computes_in_float32():
     # A change that bf16 would round away arrives at the second layer.
     near = x.clamp(0.5, 0.9) + torch.tensor(1e-3)
     assert not torch.equal(oracle.logits(near), oracle.logits(near - 5e-4))
+
+
+def test_a_fold_that_is_right_only_on_a_new_model_is_refused(monkeypatch):
+    """A new model's BatchNorm has mean 0 and variance 1, on which a fold that forgets them goes unnoticed."""
+
+    def forgets(layer, norm):
+        return layer.weight * norm.weight[:, None, None, None], layer.bias * norm.weight + norm.bias
+
+    torch.manual_seed(0)
+    monkeypatch.setattr("innermax.oracle.folding._merge", forgets)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6, eps=0), nn.Flatten(), nn.Linear(96, 4))
+    assert Oracle.fast(model, batch()[0], "float32").plan.startswith("unfolded (logits change by ")
+
+
+def test_gradients_that_turn_are_found_by_the_recheck():
+    torch.manual_seed(0)
+    x, _ = batch()
+    model = BUILDS["view"]()
+    oracle = Oracle.fast(model, x, "float32")
+    oracle._compiled.network.register_forward_hook(lambda *hooked: Scaled.apply(hooked[2]))
+    assert close(oracle.logits(x), plain(model, x))
+    assert oracle.recheck() is not oracle
+
+
+def test_doubt_is_twice_the_largest_difference_of_a_logit():
+    torch.manual_seed(0)
+    x, _ = batch()
+    model = BUILDS["view"]()
+    oracle = Oracle.fast(model, x, "bf16")
+    noisy = break_ties(x)
+    assert oracle.doubt == pytest.approx(2 * float((oracle.logits(noisy) - plain(model, noisy)).abs().max()), rel=0.3)
+    assert oracle.precise.doubt == 0
+
+
+@pytest.mark.parametrize("x", [torch.rand(4, 3), 5 + torch.rand(4, 3), torch.rand(4, 3, dtype=torch.float64)])
+def test_ties_are_broken_within_the_inputs_range(x):
+    tied = x.round()
+    broken = break_ties(tied)
+    assert broken.dtype == x.dtype
+    assert len(broken.unique()) > len(tied.unique()) or tied.amin() == tied.amax()
+    assert tied.amin() <= broken.amin()
+    assert broken.amax() <= tied.amax()
+
+
+@pytest.mark.parametrize("x", [torch.arange(6).reshape(2, 3), torch.rand(0, 3)])
+def test_inputs_without_ties_to_break(x):
+    assert torch.equal(break_ties(x), x)
