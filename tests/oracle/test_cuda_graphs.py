@@ -118,3 +118,20 @@ def test_an_attack_on_recordings_is_the_attack(target):
     for _ in range(2):
         torch.testing.assert_close(vars(attack(exact, x, y, target=target)), vars(truth))
     assert 1 < len(tape.recorded) == len(set(tape.recorded)) <= 8
+
+
+@pytest.mark.parametrize("target", [None, "next"])
+def test_batches_of_many_classes_are_recorded_once(target):
+    """Whatever labels a batch has."""
+    torch.manual_seed(0)
+    model, tape = nn.Sequential(nn.Flatten(), nn.Linear(12, 1000)), Tape()
+    x = torch.rand(16, 3, 2, 2)
+    exact = Oracle.fast(model, x, "float32")
+    exact._replayed = Replayed(partial(Oracle._gradient, exact), tape)
+    for seed in range(20):
+        y = torch.randint(1000, (16,), generator=torch.Generator().manual_seed(seed))
+        PGD(Linf(0.2), steps=2)(exact, x, y, target=None if target is None else (y + 1) % 1000)
+    assert tape.recorded == [16]
+    for labels in ({"y": y + 1000}, {"y": y, "target": y + 1000}):
+        with pytest.raises(ValueError, match="must be"):
+            PGD(Linf(0.2), steps=2)(exact, x, **labels)

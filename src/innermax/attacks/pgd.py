@@ -139,8 +139,13 @@ class PGD(BaseAttack):
 
     def checked_objective(self, problem: Problem) -> Loss:
         """What a search of the problem maximises; labels the model has no class for raise ValueError."""
-        loss, reach = self.objective(), problem.reach
-        return _Checked(make_reaching(loss) if reach else loss, "target" if reach else "y", int(problem.label.max()))
+        name, classes = "target" if problem.reach else "y", problem.oracle.classes
+        loss = make_reaching(self.objective()) if problem.reach else self.objective()
+        if classes is None:
+            return _Checked(loss, name, int(problem.label.max()))
+        # The loss itself, whatever the labels: a CUDA graph of it is found again.
+        check_labels(problem.label, len(problem.label), classes, name)
+        return loss
 
 
 def FGSM(threat: Threat, loss: str | Loss = "cross_entropy") -> PGD:
@@ -160,7 +165,7 @@ def CW(threat: Threat, steps: int = 30, confidence: float = 0.0) -> PGD:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A loss that refuses labels the model has no class for; a value, so that a recorded computation is found again."""
+    """A loss that refuses labels the model has no class for, where nobody has asked the model before."""
 
     loss: Loss
     name: str

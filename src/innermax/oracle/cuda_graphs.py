@@ -33,7 +33,7 @@ class Replayed:
     """
 
     def __init__(self, compute: Compute, record: Recorder | None = None) -> None:
-        self._compute, self._record = compute, record or record_graph
+        self._compute, self._record = compute, record or GraphRecorder()
         self._recordings: dict[Hashable, Callable[[Tensor, Tensor], Any]] = {}
         self._largest: dict[Hashable, int] = {}
         self._refused = False
@@ -84,15 +84,25 @@ class _Graph:
         return self.answer
 
 
-def record_graph(compute: Callable[[Tensor, Tensor], Any], x: Tensor, label: Tensor) -> Callable[[Tensor, Tensor], Any]:
-    """A CUDA graph of compute(x, label). The caller copies what a replay returns before the next one."""
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        for _ in range(3):  # libraries choose their kernels and allocate workspaces before anything is recorded
-            compute(x, label)
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        answer = compute(x, label)
-    return _Graph(graph, x, label, answer)
+class GraphRecorder:
+    """Records CUDA graphs that share one memory pool: a replay may overwrite what the one before it returned."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(
+        self, compute: Callable[[Tensor, Tensor], Any], x: Tensor, label: Tensor
+    ) -> Callable[[Tensor, Tensor], Any]:
+        """A CUDA graph of compute(x, label). The caller copies what a replay returns before the next one."""
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # libraries choose their kernels and allocate workspaces before anything is recorded
+                compute(x, label)
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            answer = compute(x, label)
+        return _Graph(graph, x, label, answer)

@@ -58,6 +58,7 @@ class Oracle:
 
     Attributes:
         steps: how the network is computed, in words: what was done, each with what was measured or why no more was.
+        classes: how many logits the model returns, once it has been asked.
         micro_batch: how many examples the network sees at a time, once a whole batch did not fit into memory.
         dtype: of logits and losses, where the inputs are no finer.
         doubt: by how much a difference of two logits can be off, as measured when the network was lowered to bf16.
@@ -75,6 +76,7 @@ class Oracle:
         self._source = unwrap(model)
         self._compiled = share(self._source) if network is None else Compiled(network, floating_dtype(self._source))
         self.micro_batch: int | None = None
+        self.classes: int | None = None
         self.steps: Mapping[str, str] = {_AS_IS: ""}
         self.dtype = torch.promote_types(torch.float32, floating_dtype(self._source) or torch.float32)
         self.doubt = 0.0
@@ -203,7 +205,9 @@ class Oracle:
                 raise
             raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {summarize_error(error)}") from error
         finest = torch.promote_types(self.dtype, x.dtype if x.is_floating_point() else self.dtype)
-        return check_logits(logits, len(x)).to(finest)
+        checked = check_logits(logits, len(x)).to(finest)
+        self.classes = checked.shape[1]
+        return checked
 
 
 class FastOracle(Oracle):
