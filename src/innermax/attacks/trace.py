@@ -44,10 +44,10 @@ def trace_search(
 
     Raises ValueError or TypeError where x, y or index do not fit.
     """
-    return search_traced(attack, model, x, y, seed=seed, index=index)[1]
+    return search_with_trace(attack, model, x, y, seed=seed, index=index)[1]
 
 
-def search_traced(
+def search_with_trace(
     attack: PGD,
     model: nn.Module | Oracle,
     x: Float[Tensor, "b ..."],

@@ -41,13 +41,13 @@ def find_mismatches(
             yield x.to(device), y.to(device)
 
     with oracle.private_randomness(0):  # later draws of the model stay the same
-        classes, right = _answered(oracle, batches())
+        classes, right = _judge(oracle, batches())
         yield from _check_classes(classes, images)
         if len(images.shape) == 3 and float(right.double().mean()) < _MARKED and not _is_still_starting(model):
-            yield from _normalised_outside(oracle, batches, right)
+            yield from _suggest_normalisation(oracle, batches, right)
 
 
-def _answered(oracle: Oracle, batches: Batches, before: Statistics | None = None) -> tuple[int, Bool[Tensor, " n"]]:
+def _judge(oracle: Oracle, batches: Batches, before: Statistics | None = None) -> tuple[int, Bool[Tensor, " n"]]:
     """The model's number of classes, and which answers are right; before: a normalisation in front of it."""
     classes, right = 0, []
     for x, y in batches:
@@ -85,13 +85,13 @@ def _is_still_starting(model: nn.Module) -> bool:
     )
 
 
-def _normalised_outside(oracle: Oracle, batches: Callable[[], Batches], right: Tensor) -> Iterator[str]:
+def _suggest_normalisation(oracle: Oracle, batches: Callable[[], Batches], right: Tensor) -> Iterator[str]:
     """Whether the model knows the images much better with a normalisation in front."""
     tried = {repr(statistics): statistics for statistics in _candidates(batches())}
     verdicts = {}
     for name, pair in tried.items():
         try:
-            verdicts[name] = _answered(oracle, batches(), pair)[1]
+            verdicts[name] = _judge(oracle, batches(), pair)[1]
         except ValueError as refusal:  # of a model that takes values in [0, 1] alone, so that it needs none
             _log.info("not tried with the normalisation %s: %s", pair, refusal)
     if not verdicts:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from innermax.attacks.base import Attack
 from innermax.attacks.pgd import PGD
 from innermax.attacks.search import AttackResult
-from innermax.attacks.trace import Trace, search_traced, trace_search
+from innermax.attacks.trace import Trace, search_with_trace, trace_search
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
 from innermax.evaluation.arguments import check_images, place_model
@@ -248,7 +248,7 @@ def _search(
     """What an attack finds and, of PGD, the trace of its first search, which is all there is to most."""
     again: dict[str, Any] = {"seed": bench.seed, "index": index}
     if isinstance(attack, PGD) and attack == replace(attack, restarts=1, stop_at=None, stop_on_success=False):
-        return search_traced(attack, oracle, x, y, **again)
+        return search_with_trace(attack, oracle, x, y, **again)
     result = attack(oracle, x.clone(), y.clone(), **again, final="gradient")
     return result, trace_search(attack, oracle, x, y, **again) if isinstance(attack, PGD) else None
 

@@ -61,18 +61,18 @@ def epoch_logger(
         yield lambda row, picture: None
         return
     if not isinstance(logger, str):
-        with _finalized(logger):
+        with _finalize(logger):
             yield _opened(logger, configuration)
         return
     if folder is None:
         raise ValueError(f"logger {logger!r} writes into the run folder: give run_dir")
     with ExitStack() as stack:
         opened = _open_logger(logger, folder, stack)
-        stack.enter_context(_finalized(opened, partial(_only_warned, logger)))
+        stack.enter_context(_finalize(opened, partial(_warn_of_failures, logger)))
         write = _opened(opened, configuration)
 
         def write_or_warn(row: Mapping[str, Any], picture: Picture | None) -> None:
-            with _only_warned(logger):
+            with _warn_of_failures(logger):
                 write(row, picture)
 
         yield write_or_warn
@@ -85,7 +85,7 @@ def _opened(logger: Logger, configuration: Mapping[str, Any]) -> Write:
 
 
 @contextmanager
-def _finalized(logger: Logger, guard: Callable[[], AbstractContextManager[None]] = nullcontext[None]) -> Iterator[None]:
+def _finalize(logger: Logger, guard: Callable[[], AbstractContextManager[None]] = nullcontext[None]) -> Iterator[None]:
     """Context manager: the logger is told, within the guard, how it ended."""
     status = "failed"
     try:
@@ -97,7 +97,7 @@ def _finalized(logger: Logger, guard: Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
-def _only_warned(name: str) -> Iterator[None]:
+def _warn_of_failures(name: str) -> Iterator[None]:
     """Context manager: a logger that fails, for want of a connection or of space, is no reason to lose a training."""
     try:
         yield
