@@ -324,7 +324,7 @@ def test_doubt_is_twice_the_largest_difference_of_a_logit():
     model = BUILDS["view"]()
     oracle = Oracle.fast(model, x, "bf16")
     noisy = break_ties(x)
-    assert oracle.doubt == pytest.approx(2 * float((oracle.logits(noisy) - plain(model, noisy)).abs().max()), rel=0.3)
+    assert oracle.doubt == pytest.approx(2 * float((oracle.logits(noisy) - plain(model, noisy)).abs().max()), rel=0.45)
     assert oracle.precise.doubt == 0
 
 

@@ -117,3 +117,40 @@ def test_attacks_in_double_precision(attack, weights, images):
     assert found.x_adv.dtype == torch.float64
     assert found.loss.dtype == torch.float64
     assert (found.x_adv - x).abs().max() <= 0.1 + 1e-6
+
+
+def test_a_backward_pass_that_bf16_lacks(caplog):
+    class Lacking(torch.autograd.Function):
+        @staticmethod
+        def forward(context, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            if gradient.dtype == torch.bfloat16:
+                raise RuntimeError("backward not implemented for 'BFloat16'")
+            return gradient
+
+    torch.manual_seed(0)
+    model = Net(
+        lambda net, x: net.head(Lacking.apply(net.first(x)).flatten(1)), first=nn.Conv2d(2, 4, 3), head=nn.Linear(64, 4)
+    )
+    assert not choose_arithmetic(model, batch(4)[0], "bf16", CPU).bf16
+    assert "updates compute in float32 (RuntimeError: backward not implemented" in caplog.text
+
+
+def test_a_layer_that_fails_leaves_autocast_as_it_was():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(71, 4))
+    arithmetic = Arithmetic(bf16=True, image_layers=("0", "1"))
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError), arithmetic.keep_images(model, "cpu"):
+            model(batch(4)[0])
+        assert torch.is_autocast_enabled("cpu")
+    assert not model[1]._forward_pre_hooks
+
+
+def test_a_network_in_parts_keeps_its_order():
+    x, _ = batch(4)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 4))
+    assert choose_arithmetic(model, x, "float32", CPU).channels_last
+    assert not choose_arithmetic(model, x, "float32", CPU, sharded=True).channels_last
