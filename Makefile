@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export INNERMAX_DATA ?= $(realpath ../shared/data)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types unit slow coverage browser wheel-test docs bench fuzz mutants clean
+.PHONY: demo test lint types unit slow coverage browser wheel-test docs bench fuzz networks mutants clean
 
 demo: $(VENV)/installed
 	$(BIN)/innermax train digits --run-dir runs/digits --overwrite
@@ -58,6 +58,10 @@ bench: $(VENV)/peers
 # Damaged files of every kind that innermax reads; an hour or two.
 fuzz: $(VENV)/installed
 	$(BIN)/python checks/fuzz.py
+
+# Networks of many kinds, step by step; with timm and torchvision in the environment theirs, too, an hour or two.
+networks: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python checks/networks.py --write results/networks.md
 
 # How many small faults in the source the tests notice; hours.
 mutants: $(VENV)/installed
