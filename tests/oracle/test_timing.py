@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from innermax.losses import margin
+from innermax.oracle.compiled import Compiled
 from innermax.oracle.oracle import Oracle
 from innermax.oracle.timing import times_as_long
 from tests.helpers.oracles import batch, close, learn, plain, small_vgg
@@ -54,10 +55,32 @@ class Sluggish(nn.Conv2d):
 
 
 @pytest.mark.timing
-def test_the_faster_one_is_taken():
+def test_the_faster_order_is_taken():
     torch.manual_seed(0)
     x, y = batch()
     model = nn.Sequential(Sluggish(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(24, 4))
+    oracle = Oracle.fast(model, x, "float32")
+    assert oracle.scheme == "unfolded, channels first, float32"
+    assert "channels first (in the other order a gradient takes " in oracle.plan
+    assert oracle.recompile(oracle.scheme) is oracle
+    learn(model, x, y)
+    oracle.refresh()
+    assert close(oracle.logits(x), plain(model, x), 1e-4)
+    again = Oracle.fast(model, x, "float32").recompile("unfolded, channels last, float32")
+    assert again.recompile(oracle.scheme).scheme == oracle.scheme
+
+
+@pytest.mark.timing
+def test_the_model_itself_is_taken_where_it_is_faster(monkeypatch):
+    def slowed(compiled, x):
+        time.sleep(0.02 if compiled.folded is None else 0.3)
+        return place(compiled, x)
+
+    torch.manual_seed(0)
+    x, y = batch()
+    place = Compiled.place
+    monkeypatch.setattr(Compiled, "place", slowed)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(24, 4))
     oracle = Oracle.fast(model, x, "float32")
     assert oracle.scheme == "as the model is"
     assert "compiled, a gradient takes " in oracle.plan

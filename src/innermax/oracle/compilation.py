@@ -45,14 +45,14 @@ class Inexact(Exception):
     """Why a step is not taken."""
 
 
-def compile_network(model: nn.Module, example: Tensor, bf16: bool) -> Compilation:
+def compile_network(model: nn.Module, example: Tensor, bf16: bool, channels_last: bool = True) -> Compilation:
     """The cheapest network found that computes the model's logits and gradients.
 
-    example: (B, *features) inputs on which each step is judged; bf16: whether to try it.
+    example: (B, *features) inputs on which each step is judged; bf16, channels_last: whether to try it.
     """
     x = break_ties(example)
     try:
-        precise, steps = _rewrite(model, x[:_EXAMPLES])
+        precise, steps = _rewrite(model, x[:_EXAMPLES], channels_last)
     except Inexact as reason:
         copied = Compiled(frozen_copy(model, share=False), floating_dtype(model), kept=False)
         return Compilation(copied, None, {COPIED: str(reason)})
@@ -81,7 +81,7 @@ def is_close(difference: Difference, lowered: bool) -> bool:
     return difference.logits <= logits * difference.scale and difference.cosine >= cosine
 
 
-def _rewrite(model: nn.Module, x: Tensor) -> tuple[Compiled, dict[str, str]]:
+def _rewrite(model: nn.Module, x: Tensor, channels_last: bool) -> tuple[Compiled, dict[str, str]]:
     """The model's network folded and in channels-last order, where it computes the same so; and the steps."""
     judge = _Judge(model, x)
     plain = Compiled(frozen_copy(model, share=False), floating_dtype(model))
@@ -89,18 +89,22 @@ def _rewrite(model: nn.Module, x: Tensor) -> tuple[Compiled, dict[str, str]]:
         folded = _fold(plain, x)
         found = replace(plain, network=folded.network, folded=folded)
     except Inexact as reason:
-        return _reorder(plain, judge, {"unfolded": str(reason)})
+        return _reorder(plain, judge, {"unfolded": str(reason)}, channels_last)
     name = f"{len(folded.pairs)} BatchNorm folded"
     steps = {name if folded.untraced is None else f"{name} module by module": folded.untraced or ""}
     try:
-        return _reorder(found, judge, steps)
+        return _reorder(found, judge, steps, channels_last)
     except Inexact as reason:
-        return _reorder(plain, judge, {"unfolded": str(reason)})
+        return _reorder(plain, judge, {"unfolded": str(reason)}, channels_last)
 
 
-def _reorder(network: Compiled, judge: "_Judge", steps: dict[str, str]) -> tuple[Compiled, dict[str, str]]:
+def _reorder(
+    network: Compiled, judge: "_Judge", steps: dict[str, str], channels_last: bool
+) -> tuple[Compiled, dict[str, str]]:
     """The network in channels-last order where that is right, else as it is; Inexact where neither is."""
-    if any(isinstance(module, nn.Conv2d) for module in network.network.modules()):
+    if not channels_last:
+        steps |= {"channels first": ""}
+    elif any(isinstance(module, nn.Conv2d) for module in network.network.modules()):
         last = replace(network.of(put_channels_last(copy_model(network.network))), memory_format=torch.channels_last)
         try:
             judge.check(last)

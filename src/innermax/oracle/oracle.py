@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,7 @@ from innermax.utils.validation import check_logits, summarize_error, unknown
 Precision = Literal["auto", "float32", "bf16"]
 T = TypeVar("T")
 _AS_IS = "as the model is"
+_ORDERS = "channels last", "channels first"
 _WORTH_A_THREAD = 4  # examples
 _CLOSE, _CLOSE_LOWERED = 1e-2, 0.1  # rounding differs with the size of a part, and may switch a ReLU
 _log = logging.getLogger(__name__)
@@ -231,7 +232,8 @@ class FastOracle(Oracle):
             if scheme in (self.scheme, COPIED):
                 self._keep_plain(scheme, "")
             else:
-                self._compile(example, self._bf16 if scheme is None else "bf16" in scheme)
+                told = "" if scheme is None else scheme
+                self._compile(example, self._bf16 if scheme is None else "bf16" in told, "channels first" not in told)
                 self._share_work(example)
                 if scheme is None:
                     self._take_fastest(example)
@@ -288,8 +290,8 @@ class FastOracle(Oracle):
         self._precise, self._replayed, self._threads, self.doubt = None, None, 1, 0.0
         self.steps = {scheme: reason}
 
-    def _compile(self, example: Tensor, bf16: bool) -> None:
-        done = compile_network(self._source, example, bf16)
+    def _compile(self, example: Tensor, bf16: bool, channels_last: bool) -> None:
+        done = compile_network(self._source, example, bf16, channels_last)
         self._compiled, self.steps, self.doubt = done.network, dict(done.steps), done.doubt
         if done.precise is not None:
             self._precise = copy.copy(self)
@@ -319,15 +321,26 @@ class FastOracle(Oracle):
         self.steps = {**self.steps, "as a whole": f"{shared} logits or gradients by {off:.1e} of their size"}
 
     def _take_fastest(self, example: Tensor) -> None:
-        """Leaves bf16, or all that was compiled, where a gradient takes longer so."""
-        x = break_ties(example)
-        ways = [partial(_gradient_together, oracle) for oracle in (self, self.precise, Oracle(self._source))]
-        if self._precise is not None and (times := times_as_long(ways[0], ways[1], x)):
+        """Leaves bf16, channels-last order, or all that was compiled, where a gradient takes longer so."""
+        if times := self._times_as_long_as(self.precise, example):
             done = {step: note for step, note in self.steps.items() if step != "bf16"}
-            self._compiled, self._precise, self.doubt = self._precise._compiled, None, 0.0
+            self._compiled, self._precise, self.doubt = cast(FastOracle, self._precise)._compiled, None, 0.0
             self.steps = done | {"float32": f"in bf16 a gradient takes {times:.1f} times as long"}
-        if times := times_as_long(ways[0], ways[2], x):
-            self._keep_plain(_AS_IS, f"compiled, a gradient takes {times:.1f} times as long")
+        plain = Oracle(self._source)
+        if times := self._times_as_long_as(plain, example):
+            reason = f"a gradient takes {times:.1f} times as long"
+            first = FastOracle(self._source, *self._compiled_for, self.scheme.replace(*_ORDERS))
+            if first.scheme != self.scheme and not first._times_as_long_as(plain, example):
+                vars(self).update(vars(first))
+                self.steps = {**first.steps, _ORDERS[1]: f"in the other order {reason} as on the model itself"}
+            else:
+                self._keep_plain(_AS_IS, f"compiled, {reason}")
+
+    def _times_as_long_as(self, other: Oracle, example: Tensor) -> float | None:
+        """How many times as long a gradient takes as on another oracle, where it clearly takes longer."""
+        if other is self:
+            return None
+        return times_as_long(partial(_gradient_together, self), partial(_gradient_together, other), break_ties(example))
 
 
 def _margin(logits: Tensor, _label: Tensor) -> Tensor:
