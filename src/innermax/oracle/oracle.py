@@ -113,7 +113,7 @@ class Oracle:
         return self
 
     def recompile(self, scheme: str) -> "Oracle":
-        """This oracle, or one that is compiled as a scheme says, whichever is faster."""
+        """This oracle where it has the scheme, else one compiled to it, whatever the clock says."""
         return self
 
     @property
@@ -256,7 +256,7 @@ class FastOracle(Oracle):
         return fresh
 
     def recompile(self, scheme: str) -> Oracle:
-        """This oracle, or one that is compiled as a scheme says, whichever is faster."""
+        """This oracle where it has the scheme, else one compiled to it, whatever the clock says."""
         return self if self.scheme == scheme else FastOracle(self._source, *self._compiled_for, scheme=scheme)
 
     @property
@@ -326,15 +326,18 @@ class FastOracle(Oracle):
             done = {step: note for step, note in self.steps.items() if step != "bf16"}
             self._compiled, self._precise, self.doubt = cast(FastOracle, self._precise)._compiled, None, 0.0
             self.steps = done | {"float32": f"in bf16 a gradient takes {times:.1f} times as long"}
+            self._bf16 = False  # not tried again at every recheck
         plain = Oracle(self._source)
         if times := self._times_as_long_as(plain, example):
             reason = f"a gradient takes {times:.1f} times as long"
-            first = FastOracle(self._source, *self._compiled_for, self.scheme.replace(*_ORDERS))
-            if first.scheme != self.scheme and not first._times_as_long_as(plain, example):
-                vars(self).update(vars(first))
-                self.steps = {**first.steps, _ORDERS[1]: f"in the other order {reason} as on the model itself"}
-            else:
-                self._keep_plain(_AS_IS, f"compiled, {reason}")
+            if _ORDERS[0] in self.steps:
+                first = FastOracle(self._source, *self._compiled_for, self.scheme.replace(*_ORDERS))
+                if not first._times_as_long_as(plain, example):
+                    vars(self).update(vars(first))
+                    self.steps = {**first.steps, _ORDERS[1]: f"in the other order {reason} as on the model itself"}
+                    return
+            self._keep_plain(_AS_IS, f"compiled, {reason}")
+            self._bf16 = False
 
     def _times_as_long_as(self, other: Oracle, example: Tensor) -> float | None:
         """How many times as long a gradient takes as on another oracle, where it clearly takes longer."""
