@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from innermax.oracle.folding import Folded
 from innermax.oracle.frozen import frozen_copy
+from innermax.oracle.recurrent import pass_gradients, uses_cudnn
 from innermax.oracle.threads import in_worker
 from innermax.utils.copying import copy_model
 
@@ -35,7 +37,13 @@ class Compiled:
 
     def __call__(self, x: Tensor) -> Any:
         """What the network returns for a copy of x, which it may change in place."""
-        return self._replicas.own(self.network)(self.place(x))
+        with pass_gradients(self.recurrent):
+            return self._replicas.own(self.network)(self.place(x))
+
+    @cached_property
+    def recurrent(self) -> bool:
+        """Whether it has recurrent layers through which cuDNN passes gradients back only in training mode."""
+        return uses_cudnn(self.network)
 
     def place(self, x: Tensor) -> Tensor:
         """A copy of x as the network takes it."""

@@ -24,6 +24,7 @@ from innermax.oracle.compiled import Compiled, floating_dtype, share
 from innermax.oracle.cuda_graphs import Replayed
 from innermax.oracle.draws import draws
 from innermax.oracle.frozen import frozen_copy
+from innermax.oracle.recurrent import NOTE
 from innermax.oracle.threads import Workers
 from innermax.oracle.timing import times_as_long
 from innermax.utils.generators import cuda_devices, private_randomness, restore_randomness
@@ -101,7 +102,8 @@ class Oracle:
     @property
     def plan(self) -> str:
         """The steps and their notes in one line."""
-        return ", ".join(f"{step} ({note})" if note else step for step, note in self.steps.items())
+        told = [f"{step} ({note})" if note else step for step, note in self.steps.items()]
+        return ", ".join([*told, NOTE] if self._compiled.recurrent else told)
 
     @property
     def scheme(self) -> str:

@@ -14,6 +14,7 @@ from innermax.oracle.compiled import floating_dtype, put_channels_last
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.lowering import answer_in_bf16, image_layers
 from innermax.oracle.oracle import Precision, has_fast_bf16, is_out_of_memory
+from innermax.oracle.recurrent import pass_gradients, uses_cudnn
 from innermax.utils.copying import copy_model
 from innermax.utils.generators import restore_randomness
 from innermax.utils.validation import summarize_error
@@ -93,6 +94,7 @@ def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> None:
         torch.inference_mode(False),
         torch.enable_grad(),
         arithmetic.keep_images(network, kind),
+        pass_gradients(uses_cudnn(network)),
         torch.autocast(kind, torch.bfloat16, enabled=arithmetic.bf16),
     ):
         logits = network(x.to(floating_dtype(network) or x.dtype, copy=True))
