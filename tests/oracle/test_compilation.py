@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from innermax.losses import margin
-from innermax.oracle.comparison import break_ties
+from innermax.oracle.comparison import Difference, break_ties
 from innermax.oracle.oracle import Oracle
 from tests.helpers.oracles import Net, batch, close, learn, plain
 
@@ -184,6 +184,23 @@ def test_a_network_that_is_right_stays():
     learn(model, x, y)
     oracle.refresh()
     assert oracle.recheck() is oracle
+
+
+@pytest.mark.parametrize(("cosine", "stays"), [(0.9499, True), (0.91, True), (0.89, False)])
+def test_a_cosine_near_the_bar_does_not_switch_the_network(monkeypatch, cosine, stays):
+    """Taken from 0.95 on, left below 0.9; and what a fresh one answers, too, is not stale."""
+    torch.manual_seed(0)
+    x, _ = batch()
+    model = BUILDS["view"]()
+    oracle = Oracle.fast(model, x, "bf16")
+    assert oracle.lowered
+    measured = Difference(logits=0.0, scale=1.0, gradient=0.0, cosine=cosine)
+    monkeypatch.setattr("innermax.oracle.oracle.difference_in_use", lambda *asked: measured)
+    assert oracle.recheck() is oracle  # the fresh one is the same, and not held against this figure
+    monkeypatch.setattr("innermax.oracle.compilation.difference_in_use", lambda *asked: measured)
+    fresh = oracle.recheck()
+    assert (fresh is oracle) == stays
+    assert fresh.lowered == stays
 
 
 def test_weights_that_do_not_follow_the_model_are_found_by_the_recheck():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from innermax.losses import Loss
 from innermax.models.wrappers import unwrap
 from innermax.oracle.comparison import break_ties
-from innermax.oracle.compilation import COPIED, compile_network, difference_in_use, is_close
+from innermax.oracle.compilation import COPIED, compile_network, difference_between, difference_in_use, is_close
 from innermax.oracle.compiled import Compiled, floating_dtype, share
 from innermax.oracle.cuda_graphs import Replayed
 from innermax.oracle.draws import draws
@@ -250,9 +250,11 @@ class FastOracle(Oracle):
         if right and self.lowered == self._bf16:
             return self
         fresh = FastOracle(self._source, example, precision)
-        if right and fresh.scheme == self.scheme:
-            return self
-        if fresh.scheme == self.scheme:  # it keeps something from before the updates, which no refresh reaches
+        if fresh.scheme == self.scheme:
+            same = difference_between(self._compiled, fresh._compiled, example)
+            if right or is_close(same, lowered=False):
+                return self
+            # It keeps something from before the updates, which no refresh reaches.
             fresh = FastOracle(self._source, example, precision, COPIED)
         _log.warning("attack network: %s; it was: %s", fresh.plan, self.plan)
         return fresh
