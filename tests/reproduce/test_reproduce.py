@@ -523,6 +523,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
         ("--scale", "smoke"): "innermax: reproduce takes what to reproduce first, got --scale",
         ("table1", "--scale", "huge"): "innermax: unknown scale 'huge'",
         ("table1", "--minutes", "-1"): "innermax: --minutes must be ≥ 0",
+        ("table1", "--data", "cifar"): "innermax: unknown data 'cifar'; did you mean 'cifar10'?",
+        ("table1", "--strategies", "[dynamc]"): "innermax: unknown strategy 'dynamc'; did you mean 'dynamic'?",
     }.items():
         assert main(["reproduce", *words]) == 2
         told = capsys.readouterr().err

@@ -13,6 +13,7 @@ from innermax.reproduce.answers import Answers
 from innermax.reproduce.artifact import Artifact
 from innermax.reproduce.cache import Cache, Experiment, InUse, Result, hash_name
 from innermax.reproduce.scales import Scale, find_scale
+from innermax.reproduce.selection import select_experiments
 from innermax.utils.files import write_json, write_text
 from innermax.utils.validation import summarize_error, unknown
 
@@ -26,6 +27,8 @@ def reproduce(
     scale: str = "cpu",
     out: str | Path = "results/paper",
     cache: str | Path = "runs/paper",
+    data: str | None = None,
+    strategies: Sequence[str] | None = None,
     minutes: float | None = None,
     device: str = "auto",
     say: Callable[[str], None] = print,
@@ -41,12 +44,16 @@ def reproduce(
         out: Folder of the pages. Beside them the results are packed into answers.json.xz, which is read first; at scale
             "full" networks are copied into out/models. Results in out/answers, of version 0.1, are read as well.
         cache: Folder of the trained networks, and of new results in cache/answers until they are packed.
+        data: Runs only what is trained on this data set, such as cifar10. None: on any.
+        strategies: Runs only what is trained with these, such as [warm-start, dynamic], the first of them first. None:
+            with any.
         minutes: Time limit, at which what is running is interrupted. None: no limit; 0: only show what was measured.
         device: "auto", "cpu", "cuda" or "cuda:N".
         say: takes lines of progress.
 
     Raises:
-        ValueError: an unknown name or scale, minutes < 0, or no Matplotlib (pip install 'innermax[report]').
+        ValueError: an unknown name, scale, data set or strategy, minutes < 0, or no Matplotlib (pip install
+            'innermax[report]').
     """
     if minutes is not None and not minutes >= 0:
         raise ValueError(f"minutes must be ≥ 0 or None, got {minutes}")
@@ -60,8 +67,9 @@ def reproduce(
     pack, loose = Path(out) / chosen.name / "answers.json.xz", (Path(cache) / "answers", Path(out) / "answers")
     store = Cache(Answers(pack, loose), Path(cache), device, say, exports)
     experiments = list(dict.fromkeys(one for artifact in artifacts for one in artifact.experiments(chosen)))
+    missing = select_experiments(experiments, data, strategies)
     with _limit_time(minutes) as has_time:
-        if not _measure_all(experiments, store, has_time):
+        if not _measure_all(missing, store, has_time):
             say("The time is up. The same command resumes from here.")
     store.answers.pack_up(map(hash_name, experiments))
     return [_write_page(artifact, chosen, store.find, Path(out)) for artifact in artifacts]
