@@ -15,10 +15,10 @@ FLOORS = (
     ("__init__",),
     ("reporting",),
     ("training", "lightning"),
-    ("evaluation", "strategies"),
+    ("evaluation", "strategies", "objectives"),
     ("attacks",),
     ("oracle",),
-    ("threat", "losses", "objectives", "models", "data", "distributed"),
+    ("threat", "losses", "models", "data", "distributed"),
     ("utils",),
 )
 FLOOR = {entry: floor for floor, entries in enumerate(FLOORS) for entry in entries}

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import innermax as im
-from innermax.strategies import STRATEGIES, Strategy, build_strategy
+from innermax.losses import KLDivergence, cross_entropy
+from innermax.strategies import STRATEGIES, Strategy, build_strategy, search_for
 
 ATTACK = im.PGD(im.Linf(0.1), steps=10)
 PAPER = replace(ATTACK, gauge="ball")
@@ -88,18 +89,22 @@ def test_the_threshold_falls_to_exactly_zero(epochs, data, shape):
 
 
 @pytest.mark.parametrize(
-    ("gauge", "c_max", "stop_at"),
+    ("gauge", "c_max", "stop_at", "loss"),
     [
-        ("ball", None, 0.5),
-        ("ball", "auto", None),
-        ("exact", None, 0.15),
-        ("relative", None, None),
-        ("exact", "auto", None),
-        ("exact", 0.4, 0.4),
+        ("ball", None, 0.5, "cross_entropy"),
+        ("ball", "auto", None, "cross_entropy"),
+        ("exact", None, 0.15, "cross_entropy"),
+        ("exact", None, 0.15, cross_entropy),
+        ("relative", None, None, "cross_entropy"),
+        ("exact", "auto", None, "cross_entropy"),
+        ("exact", 0.4, 0.4, "cross_entropy"),
+        ("exact", None, None, "margin"),  # 0.15 is in units of the cross-entropy
+        ("ball", None, None, KLDivergence()),
+        ("exact", 0.4, 0.4, KLDivergence()),
     ],
 )
-def test_whose_c_max_is_measured(gauge, c_max, stop_at):
-    strategy = im.Dynamic(replace(ATTACK, gauge=gauge, loss="margin"), c_max)
+def test_whose_c_max_is_measured(gauge, c_max, stop_at, loss):
+    strategy = im.Dynamic(replace(ATTACK, gauge=gauge, loss=loss), c_max)
     first = strategy.attack_at(0.0)
     assert strategy.measures == ({"halfway_gauge"} if stop_at is None else set())
     assert first.stop_at == stop_at
@@ -321,3 +326,52 @@ def test_a_strategy_that_is_added_is_on_the_command_line(tmp_path):
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True, capture_output=True)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["training"]["strategy"]["name"] == "Mine"
+
+
+@pytest.mark.parametrize("build", [im.Standard, im.Curriculum, im.FGSMThenPGD, im.Dynamic, im.WarmStart])
+def test_attacks_maximise_what_the_objective_says(build):
+    own = build(ATTACK)
+    other = search_for(own, KLDivergence())
+    assert type(other) is build
+    assert other.attack == replace(ATTACK, loss=KLDivergence())
+    for progress in (0.0, 0.5, 0.9):
+        attack = other.attack_at(progress, [{"halfway_gauge": 0.1, "accuracy": 0.5}] if progress else ())
+        assert attack is None or (attack.loss == KLDivergence() and attack.random_start)
+    assert search_for(own, None) is own
+    assert search_for(other, KLDivergence()) == other
+
+
+def test_a_strategy_of_ones_own_searches_as_the_objective_says():
+    class Own:
+        warm_start = True
+        measures = frozenset({"halfway_gauge"})
+        attack = ATTACK
+
+        def attack_at(self, progress, history=()):
+            return None if progress < 0.5 else replace(ATTACK, steps=2)
+
+    other = search_for(Own(), KLDivergence())
+    assert other.attack_at(0.1) is None
+    assert other.attack_at(0.6) == replace(ATTACK, steps=2, loss=KLDivergence())
+    assert other.attack == replace(ATTACK, loss=KLDivergence())
+    assert (other.warm_start, other.measures) == (True, {"halfway_gauge"})
+    assert not hasattr(other, "patience")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (
+            im.Unsecured(),
+            r"strategy must attack where the objective says .* got Unsecured; use objective cross_entropy",
+        ),
+        (
+            im.Standard(replace(ATTACK, loss="margin")),
+            r"loss of the strategy's attack must be left out .* got 'margin'",
+        ),
+        (im.Standard(im.FGSM(ATTACK.threat)), r"random_start must be True with loss KLDivergence\(\)"),
+    ],
+)
+def test_what_a_strategy_cannot_serve(strategy, message):
+    with pytest.raises(ValueError, match=message):
+        search_for(strategy, KLDivergence())

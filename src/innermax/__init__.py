@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from innermax.models.load import load_model as load_model
     from innermax.models.registry import build_model as build_model
     from innermax.models.wrappers import Normalize as Normalize
+    from innermax.objectives import AWP as AWP
+    from innermax.objectives import MART as MART
+    from innermax.objectives import TRADES as TRADES
+    from innermax.objectives import CrossEntropy as CrossEntropy
     from innermax.oracle.oracle import Oracle as Oracle
     from innermax.reporting.contents import Exhibit as Exhibit
     from innermax.reporting.gallery import Gallery as Gallery

@@ -105,7 +105,7 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
         batch[image] = result.x_adv.to(x.dtype)
         self._seen, self._gradients = self._seen + len(x), self._gradients + int(result.gradient_calls.sum())
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # costs one more gradient
-            gradient = oracle.gradient(result.x_adv, y, attack.objective()).gradient
+            gradient = attack.gradient_at(oracle, x, y, result.x_adv).gradient
             fosc = attack.threat.around(x).gap(gradient, result.x_adv).mean()
             pl_module.log("adversarial/fosc", fosc, on_step=True, on_epoch=False, batch_size=len(x))
 

@@ -1,8 +1,15 @@
-"""Per-example losses an attack maximises: functions of (logits, label) that grow as the label is left behind."""
+"""Per-example losses an attack maximises: functions of (logits, label) that grow as the label is left behind.
+
+A loss may also depend on the clean input, by what the network answers there. It is then a function of (logits, label,
+*given), and `given = loss.prepare(clean_logits, label)`: tensors with a row for each example, which a search takes as
+constants. Such a loss is a frozen value that holds no tensor. Where it has its minimum at the clean input, it says so
+by `stationary_at_clean = True`: a search cannot start there, where there is no slope to follow.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -12,7 +19,8 @@ from innermax.utils.validation import unknown
 
 Logits = Float[Tensor, "b classes"]
 Labels = Int[Tensor, " b"]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]  # (logits, label, *given) → (B,)
+Given = tuple[Tensor, ...]
 TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -91,6 +99,21 @@ class CappedMargin:
         return (-margin(logits, target)).clamp(max=self.confidence)
 
 
+@dataclass(frozen=True)
+class KLDivergence:
+    """KL(p(x) ‖ p(x')) ≥ 0, from the softmax at the clean input to that at x' (TRADES: Zhang et al. 2019, Eq. 5)."""
+
+    stationary_at_clean: ClassVar[bool] = True
+
+    def prepare(self, clean_logits: Logits, label: Labels) -> Given:
+        """(B, classes) log softmax at the clean inputs."""
+        return (F.log_softmax(clean_logits, dim=1),)
+
+    def __call__(self, logits: Logits, label: Labels, clean: Float[Tensor, "b classes"]) -> Float[Tensor, " b"]:
+        """Σ p(x) · (log p(x) − log p(x')); clean: log p(x)."""
+        return F.kl_div(F.log_softmax(logits, dim=1), clean, reduction="none", log_target=True).sum(1)
+
+
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
 
 
@@ -103,9 +126,31 @@ def find_loss(loss: str | Loss) -> Loss:
     return LOSSES[loss]
 
 
+def needs_clean(loss: Loss) -> bool:
+    """Whether a loss depends on what the network answers to the clean input."""
+    return hasattr(loss, "prepare")
+
+
+def is_stationary_at_clean(loss: Loss) -> bool:
+    """Whether a loss has no slope at the clean input, so that no search can start there."""
+    return bool(getattr(loss, "stationary_at_clean", False))
+
+
+def select(given: Given, rows: Tensor | slice) -> Given:
+    """What a loss is given, for some of the examples."""
+    return tuple(value[rows] for value in given)
+
+
 def make_reaching(loss: Loss) -> Loss:
-    """What to maximise in order to reach a label instead of leaving it: the loss's own `reach`, or its negative."""
+    """What to maximise in order to reach a label instead of leaving it: the loss's own `reach`, or its negative.
+
+    Raises ValueError for a loss that depends on the clean input: to come back there reaches no label.
+    """
     own: Loss | None = getattr(loss, "reach", None)
+    if own is None and needs_clean(loss):
+        raise ValueError(
+            f"loss {loss!r} leaves the clean input and reaches no label: leave target out, or use 'cross_entropy'"
+        )
     return own if own is not None else _Negative(loss)
 
 

@@ -1,12 +1,21 @@
-"""Objectives: what training minimises, a function of the network, the clean and the attacked batch."""
+"""Objectives: what training minimises, a function of the network, the clean and the attacked batch.
+
+An objective may have two attributes more. `search_loss` is the loss that attacks maximise instead of their own.
+`weight_perturbation`, γ > 0, asks for an update against the worst weights nearby (see AWP).
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from innermax.utils.validation import check_logits, unknown
+from innermax.losses import KLDivergence, Loss
+from innermax.utils.validation import check_logits, check_number, unknown
 
 # (model, x, y, x_adv, epoch) → the scalar to minimise and the (B, classes) logits at x_adv
 Objective = Callable[[nn.Module, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -16,8 +25,7 @@ def cross_entropy(
     model: nn.Module, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"], x_adv: Float[Tensor, "b ..."], epoch: int
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy on the attacked batch (Wang et al. 2019, Eq. 1)."""
-    logits = check_logits(model(x_adv), len(y), "in training mode, the model")
-    return F.cross_entropy(logits.float(), y), logits
+    return CrossEntropy()(model, x, y, x_adv, epoch)
 
 
 def loss_weighted(
@@ -27,13 +35,192 @@ def loss_weighted(
 
     This is in the code released with Wang et al. 2019, not in the paper.
     """
-    logits = check_logits(model(x_adv), len(y), "in training mode, the model")
-    losses = F.cross_entropy(logits.float(), y, reduction="none")
-    return (losses if epoch == 0 else losses * losses.detach()).mean(), logits
+    return LossWeighted()(model, x, y, x_adv, epoch)
+
+
+@dataclass(frozen=True)
+class _Smoothed:
+    """What objectives with a cross-entropy in them share.
+
+    Raises:
+        ValueError, TypeError: label_smoothing is out of range, or no number.
+    """
+
+    label_smoothing: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        allowed = "a number ≥ 0 and < 1"
+        check_number(self.label_smoothing, "label_smoothing", allowed, lambda value: 0 <= value < 1)
+
+    def _cross_entropies(self, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Each example's, in float32."""
+        return F.cross_entropy(logits.float(), y, reduction="none", label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class CrossEntropy(_Smoothed):
+    """Mean cross-entropy on the attacked batch (Wang et al. 2019, Eq. 1); attacks maximise their own loss.
+
+    Args:
+        label_smoothing: α in [0, 1): the target is 1 − α for the label, and α is shared by all classes (Szegedy et al.
+            2016, §7).
+    """
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The mean, and the logits at x_adv."""
+        logits = _ask(model, x_adv)
+        return self._cross_entropies(logits, y).mean(), logits
+
+
+@dataclass(frozen=True)
+class LossWeighted(_Smoothed):
+    """From the second epoch on, the mean of each attacked example's cross-entropy, weighted by itself.
+
+    Weights get no gradient. This is in the code released with Wang et al. 2019, not in the paper.
+
+    Args:
+        label_smoothing: as for CrossEntropy.
+    """
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The mean, and the logits at x_adv."""
+        logits = _ask(model, x_adv)
+        losses = self._cross_entropies(logits, y)
+        return (losses if epoch == 0 else losses * losses.detach()).mean(), logits
+
+
+@dataclass(frozen=True)
+class TRADES(_Smoothed):
+    """Mean of CE(x, y) + β · KL(p(x) ‖ p(x')): accuracy on clean inputs, and the same answer around them (Zhang et al.
+    2019, Eq. 5).
+
+    Attacks maximise the KL divergence. It takes one forward pass more than the cross-entropy, and attacks one more.
+
+    Args:
+        beta: β ≥ 0, which the paper calls 1/λ.
+        label_smoothing: of the cross-entropy, as for CrossEntropy.
+    """
+
+    beta: float = 6.0
+    search_loss: ClassVar[Loss] = KLDivergence()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_weight(self.beta, "beta")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The mean, and the logits at x_adv."""
+        clean, logits = _ask(model, x), _ask(model, x_adv)
+        return (self._cross_entropies(clean, y) + self.beta * _divergences(clean, logits)).mean(), logits
+
+
+@dataclass(frozen=True)
+class MART(_Smoothed):
+    """Mean of BCE(x', y) + β · KL(p(x) ‖ p(x')) · (1 − p(y | x)): more weight where the clean input is misclassified.
+
+    BCE is −log p(y | x') − log(1 − p(k | x')) for the likeliest wrong class k (Wang et al. 2020, Eqs. 8 and 11).
+    Attacks maximise their own loss, the cross-entropy. It takes one forward pass more than the cross-entropy.
+
+    Args:
+        beta: β ≥ 0, which the paper calls λ.
+        label_smoothing: of the cross-entropy −log p(y | x'), as for CrossEntropy.
+    """
+
+    beta: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_weight(self.beta, "beta")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The mean, and the logits at x_adv."""
+        clean, logits = _ask(model, x), _ask(model, x_adv)
+        losses = self._cross_entropies(logits, y) - _log_of_others(logits, _likeliest_wrong(logits, y))
+        doubt = 1 - clean.float().softmax(1).gather(1, y[:, None])[:, 0]
+        return (losses + self.beta * _divergences(clean, logits) * doubt).mean(), logits
+
+
+@dataclass(frozen=True)
+class AWP:
+    """An objective at the worst weights nearby: adversarial weight perturbation (Wu et al. 2020).
+
+    An update first finds the gradient of the objective at the weights w. It moves every tensor of at least two
+    dimensions upwards along its own gradient g, by γ‖w‖·g/‖g‖, and takes the gradient of the objective there. Then the
+    weights are put back, and the optimiser steps with that gradient. An update costs twice its forward and backward
+    passes, and a copy of the weights. BatchNorm's statistics are those of the second pass.
+
+    Args:
+        objective: any; attacks search as it says.
+        gamma: γ > 0, the size of the perturbation over that of the weights.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described above.
+    """
+
+    objective: str | Objective = "cross_entropy"
+    gamma: float = 0.005
+
+    def __post_init__(self) -> None:
+        _check_perturbation(self.gamma, "gamma")
+        if weight_perturbation(find_objective(self.objective)) is not None:
+            raise ValueError(f"objective of AWP must not perturb weights itself, got {self.objective!r}")
+
+    @property
+    def search_loss(self) -> Loss | None:
+        """What attacks maximise for the objective."""
+        return search_loss(find_objective(self.objective))
+
+    @property
+    def weight_perturbation(self) -> float:
+        """γ."""
+        return self.gamma
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The objective at the weights that the model has."""
+        return find_objective(self.objective)(model, x, y, x_adv, epoch)
+
+
+def _ask(model: nn.Module, x: Tensor) -> Tensor:
+    return check_logits(model(x), len(x), "in training mode, the model")
+
+
+def _divergences(clean: Float[Tensor, "b classes"], logits: Float[Tensor, "b classes"]) -> Float[Tensor, " b"]:
+    """KL(p(x) ‖ p(x')) of each example, with gradients of both."""
+    target = F.log_softmax(clean.float(), dim=1)
+    return F.kl_div(F.log_softmax(logits.float(), dim=1), target, reduction="none", log_target=True).sum(1)
+
+
+def _likeliest_wrong(logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+    return logits.detach().scatter(1, y[:, None], -inf).argmax(1)
+
+
+def _log_of_others(logits: Float[Tensor, "b classes"], k: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """log(1 − p(k)), exact where p(k) is close to 1."""
+    logits = logits.float()
+    return torch.logsumexp(logits.scatter(1, k[:, None], -inf), 1) - torch.logsumexp(logits, 1)
+
+
+def _check_perturbation(value: float, name: str) -> None:
+    check_number(value, name, "a finite number > 0", lambda value: 0 < value < inf)
+
+
+def _check_weight(value: float, name: str) -> None:
+    check_number(value, name, "a finite number ≥ 0", lambda value: 0 <= value < inf)
 
 
 # By name, for `im.train`, the command line and recipes.
-OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy, "loss_weighted": loss_weighted}
+OBJECTIVES: dict[str, Objective] = {
+    "cross_entropy": cross_entropy,
+    "loss_weighted": loss_weighted,
+    "trades": TRADES(),
+    "mart": MART(),
+}
+_KINDS: dict[str, Callable[..., Objective]] = {
+    "cross_entropy": CrossEntropy,
+    "loss_weighted": LossWeighted,
+    "trades": TRADES,
+    "mart": MART,
+}
 
 
 def find_objective(objective: str | Objective) -> Objective:
@@ -49,3 +236,33 @@ def find_objective(objective: str | Objective) -> Objective:
     if objective not in OBJECTIVES:
         raise unknown("objective", objective, OBJECTIVES)
     return OBJECTIVES[objective]
+
+
+def build_objective(
+    name: str, beta: float | None = None, label_smoothing: float | None = None, awp: float | None = None
+) -> str | Objective:
+    """The objective of a name with options of its own, each None where it was not given; the name where none was.
+
+    Raises:
+        ValueError, TypeError: the name is unknown, it has no such option, or a value is out of range.
+    """
+    find_objective(name)
+    options = {"beta": beta, "label_smoothing": label_smoothing}
+    given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
+    if "beta" in given and name not in ("trades", "mart"):
+        raise ValueError(f"beta goes with objective trades or mart, not with {name}: leave it out")
+    objective = _KINDS[name](**given) if given else name
+    if awp is None:
+        return objective
+    _check_perturbation(awp, "awp")
+    return AWP(objective, awp)
+
+
+def search_loss(objective: Objective) -> Loss | None:
+    """What attacks maximise for an objective; None: their own loss."""
+    return getattr(objective, "search_loss", None)
+
+
+def weight_perturbation(objective: Objective) -> float | None:
+    """γ of the weight perturbation that an objective asks for; None: it asks for none."""
+    return getattr(objective, "weight_perturbation", None)

@@ -7,7 +7,7 @@ epochs; the history holds what the epochs so far have measured, one mapping per 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from innermax.attacks.pgd import FGSM, PGD
 from innermax.attacks.search import Gauge, measure
+from innermax.losses import Loss, cross_entropy
 from innermax.oracle.oracle import Oracle
 from innermax.utils.validation import check_count, unknown
 
@@ -131,9 +132,9 @@ class Dynamic:
     Args:
         attack: PGD, whose steps are the most that an example takes, and whose gauge is compared with c_t.
         c_max: c_t at the start, > 0, in units of the gauge. None: 0.5 (the paper's) on the "ball" gauge, 0.15 (the best
-            on MNIST's validation split) on the "exact" gauge, "auto" on the "relative" gauge. "auto": the median gauge
-            after half of the attack's steps, measured at the end of the first epoch, which trains against the whole
-            attack.
+            on MNIST's validation split) on the "exact" gauge, "auto" on the "relative" gauge and, as these two are in
+            units of the cross-entropy, where the attack maximises another loss. "auto": the median gauge after half of
+            the attack's steps, measured at the end of the first epoch, which trains against the whole attack.
         zero_at: T' / T in (0, 1], the progress from which c_t is 0 (the paper: 40 / 50 on MNIST, 100 / 120 on
             CIFAR-10).
         shape: how c_t falls until then: "linear", "cosine" or "constant".
@@ -157,8 +158,10 @@ class Dynamic:
 
     @property
     def _start(self) -> Threshold:
-        """c_max, or the gauge's default."""
-        return _C_MAX[self.attack.gauge] if self.c_max is None else self.c_max
+        """c_max, or the default of gauge and loss."""
+        if self.c_max is not None:
+            return self.c_max
+        return _C_MAX[self.attack.gauge] if self.attack.objective() is cross_entropy else "auto"
 
     @property
     def automatic(self) -> bool:
@@ -221,6 +224,26 @@ class WarmStart:
         return attack if self.floor is None else replace(attack, stop_at=self.floor, gauge="relative")
 
 
+def search_for(strategy: Strategy, loss: Loss | None) -> Strategy:
+    """The strategy with attacks that maximise a loss, the one of an objective; None: their own.
+
+    Raises:
+        ValueError: the strategy has no attack, an attack that was told to maximise another loss, or one that cannot
+            maximise this.
+    """
+    if loss is None:
+        return strategy
+    if isinstance(strategy, Unsecured):
+        raise ValueError(
+            f"strategy must attack where the objective says what attacks maximise ({loss!r}), got Unsecured; use "
+            "objective cross_entropy, or a strategy such as Standard"
+        )
+    attack = getattr(strategy, "attack", None)
+    if is_dataclass(strategy) and isinstance(attack, PGD) and "attack" in {field.name for field in fields(strategy)}:
+        return replace(strategy, attack=_maximising(attack, loss))
+    return _Searching(strategy, loss)
+
+
 def awaits_halfway_gauge(strategy: Strategy, history: History) -> bool:
     """Whether a strategy asks for the median `halfway_gauge` at the end of this epoch, which is then the first."""
     return "halfway_gauge" in getattr(strategy, "measures", ()) and not history
@@ -243,8 +266,7 @@ def halfway_gauge(
     steps = math.ceil(attack.steps / 2)
     half = replace(attack, steps=steps, step_size=attack.step_sizes()[:steps], restarts=1, stop_at=None)
     found = half(oracle, x, y, seed=seed, index=index, final="none")
-    with oracle.private_randomness(seed):
-        gradient = oracle.gradient(found.x_adv, y, half.objective()).gradient
+    gradient = half.gradient_at(oracle, x, y, found.x_adv, seed).gradient
     return measure(half.threat.around(x), gradient, found.x_adv, half.gauge).nan_to_num(0.0)
 
 
@@ -269,6 +291,37 @@ def build_strategy(name: str, attack: PGD, **options: Any) -> Strategy:
         raise unknown("strategy", name, STRATEGIES)
     build = STRATEGIES[name]
     return build(attack, **options) if "attack" in inspect.signature(build).parameters else build(**options)
+
+
+class _Searching:
+    """Somebody's strategy with attacks that maximise another loss; all else that it has stays as it is."""
+
+    def __init__(self, strategy: Strategy, loss: Loss) -> None:
+        self._strategy, self._loss = strategy, loss
+        attack = getattr(strategy, "attack", None)
+        if isinstance(attack, PGD):
+            self.attack = _maximising(attack, loss)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_strategy":
+            raise AttributeError(name)
+        return getattr(self._strategy, name)
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD | None:
+        attack = self._strategy.attack_at(progress, history)
+        return None if attack is None else _maximising(attack, self._loss)
+
+
+def _maximising(attack: PGD, loss: Loss) -> PGD:
+    """The attack with another loss. Raises ValueError where it was told to maximise a third."""
+    if attack.objective() == loss:
+        return attack
+    if attack.objective() is not cross_entropy:
+        raise ValueError(
+            f"loss of the strategy's attack must be left out where the objective says what attacks maximise ({loss!r}),"
+            f" got {attack.loss!r}"
+        )
+    return replace(attack, loss=loss)
 
 
 def _decay(shape: Shape, share: float) -> float:

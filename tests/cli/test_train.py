@@ -48,6 +48,54 @@ def test_options_reach_the_training(folder, capsys):
     assert (training["lr"], training["flip"], training["shift"]) == (0.001, True, 0)
 
 
+OBJECTIVES = [
+    (["--objective", "trades"], "trades"),
+    (["--objective", "trades", "--beta", "3"], {"name": "TRADES", "beta": 3.0, "label_smoothing": 0.0}),
+    (["--objective=mart", "--label-smoothing=0.1"], {"name": "MART", "beta": 5.0, "label_smoothing": 0.1}),
+    (["--label-smoothing", "1/10"], {"name": "CrossEntropy", "label_smoothing": 0.1}),
+    (["--awp", "0.005"], {"name": "AWP", "objective": "cross_entropy", "gamma": 0.005}),
+]
+
+
+@pytest.mark.parametrize(("options", "objective"), OBJECTIVES, ids=[" ".join(words) for words, _ in OBJECTIVES])
+def test_objectives_reach_the_training(folder, capsys, options, objective):
+    assert said(capsys, "train", "mnist", "--strategy=standard", "--run-dir", "run", *FAST, *options)[0] == 0
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["training"]["objective"] == objective
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("typed", "known"), [([], None), (["--dynamic.c-max", "0.25"], 0.25)])
+def test_a_recipes_threshold_belongs_to_the_cross_entropy(folder, capsys, typed, known):
+    words = ["train", "mnist", "--objective", "trades", "--run-dir", "run", *FAST, *typed]
+    status, _, err = said(capsys, *words)
+    assert status == 0
+    assert ("dynamic.c_max is in units of the cross-entropy" in err) == (known is None)
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["training"]["strategy"]["c_max"] == known
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["threshold"] == known
+    assert ("halfway_gauge" in rows[0]) == (known is None)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--objective", "trade"], "--objective must be one of cross_entropy, loss_weighted, trades, mart, got trade"),
+        (["--objective", "trades", "--beta", "-1"], "--beta must be a finite number ≥ 0, got -1"),
+        (["--beta", "6"], "--beta goes with objective trades or mart, not with cross_entropy: leave it out"),
+        (["--label-smoothing", "1"], "--label-smoothing must be a number ≥ 0 and < 1, got 1"),
+        (["--awp", "0"], "--awp must be a finite number > 0, got 0"),
+        (["--objective", "trades", "--strategy", "unsecured"], "--strategy must attack where the objective says what"),
+        (
+            ["--objective", "trades", "--strategy", "standard", "--attack.random_start", "false"],
+            "random_start must be True with loss KLDivergen",
+        ),
+    ],
+)
+def test_an_objective_that_does_not_go_is_refused_in_one_line(folder, capsys, options, told):
+    assert told in refused(capsys, "train", "mnist", "--run-dir", "run", *FAST, *options)
+    assert not Path("run").exists()
+
+
 def test_a_folder_of_another_configuration_is_left_alone(folder, capsys):
     assert said(capsys, "train", "mnist", "--run-dir", "run", *FAST)[0] == 0
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}

@@ -20,14 +20,14 @@ class Tape:
     def __init__(self):
         self.recorded = []
 
-    def __call__(self, compute, x, label):
-        self.recorded.append(len(x))
-        answer = compute(x, label)
+    def __call__(self, compute, *inputs):
+        self.recorded.append(len(inputs[0]))
+        answer = compute(*inputs)
 
-        def play(new_x, new_label):
-            x.copy_(new_x)
-            label.copy_(new_label)
-            fresh = compute(x, label)
+        def play(*fresh):
+            for place, value in zip(inputs, fresh, strict=True):
+                place.copy_(value)
+            fresh = compute(*inputs)
             for mine, theirs in zip(vars(answer).values(), vars(fresh).values(), strict=True):
                 mine.copy_(theirs)
             return answer

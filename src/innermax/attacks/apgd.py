@@ -13,7 +13,17 @@ from innermax.attacks.base import VerdictAttack, build_result, search_survivors
 from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
 from innermax.attacks.search import AttackResult, choose_rows, reassemble
-from innermax.losses import Loss, Paired, TowardsLikeliest, dlr, find_loss, make_reaching, make_targeted, margin
+from innermax.losses import (
+    Loss,
+    Paired,
+    TowardsLikeliest,
+    dlr,
+    find_loss,
+    make_reaching,
+    make_targeted,
+    margin,
+    needs_clean,
+)
 from innermax.oracle.oracle import Response
 from innermax.threat import L1, L2, FeasibleSet, Linf
 from innermax.utils import randomness
@@ -61,7 +71,8 @@ class APGD(VerdictAttack):
             check_count(getattr(self, name), name)
         if self.targets is not None:
             check_count(self.targets, "targets")
-        find_loss(self.loss)
+        if needs_clean(find_loss(self.loss)):
+            raise ValueError(f"loss of APGD must depend on logits and label alone, got {self.loss!r}; PGD takes it")
 
     @property
     def cost(self) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast, get_args
 
 import torch
@@ -11,8 +11,18 @@ from torch import Tensor
 from innermax.attacks.base import BaseAttack
 from innermax.attacks.cost import FORWARD
 from innermax.attacks.problem import Problem
-from innermax.attacks.search import AttackResult, Final, Gauge, Observer, choose_better, concatenate, search
-from innermax.losses import CappedMargin, Loss, find_loss, make_reaching
+from innermax.attacks.search import (
+    AttackResult,
+    Final,
+    Gauge,
+    Observer,
+    choose_better,
+    choose_rows,
+    concatenate,
+    search,
+)
+from innermax.losses import CappedMargin, Loss, find_loss, is_stationary_at_clean, make_reaching, needs_clean
+from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import Threat
 from innermax.utils.validation import check_count, check_labels, unknown
 
@@ -28,7 +38,8 @@ class PGD(BaseAttack):
             one per step, or "annealed": ε for the first quarter of the steps, then half as long with every quarter.
             math.inf jumps to the maximizer.
         random_start: start from a random point of X(x) instead of x.
-        loss: "cross_entropy", "margin", "dlr" or a function (logits, label) → (B,).
+        loss: "cross_entropy", "margin", "dlr" or a function (logits, label) → (B,); or a value that also depends on the
+            network's answer to the clean input (see innermax.losses), for one forward pass.
         restarts: searches from different random starts; the best is kept for each example.
         stop_at: value of the gauge at or below which an example stops, after at least one step; None: never.
         gauge: FOSC "exact" over X(x), over the "ball" alone (the paper's closed form), or "relative", in [0, 1].
@@ -60,7 +71,10 @@ class PGD(BaseAttack):
             raise TypeError(f"stop_at must be a number or None, got {self.stop_at!r}")
         if self.stop_at is not None and not self.stop_at >= 0:
             raise ValueError(f"stop_at must be ≥ 0 or None, got {self.stop_at}")
-        self.objective()
+        if is_stationary_at_clean(self.objective()) and not self.random_start:
+            raise ValueError(
+                f"random_start must be True with loss {self.loss!r}, which has no slope at x to follow, got False"
+            )
         self.step_sizes()
 
     def step_sizes(self) -> tuple[float, ...]:
@@ -92,22 +106,23 @@ class PGD(BaseAttack):
     @property
     def cost(self) -> float:
         """About how many gradients per example it takes."""
-        return self.steps * self.restarts + 1 + FORWARD
+        return self.steps * self.restarts + 1 + FORWARD * (2 if needs_clean(self.objective()) else 1)
 
     def solve(self, problem: Problem, final: Final) -> AttackResult:
         """The best of the restarts; with stop_on_success only survivors start again."""
-        loss = self.checked_objective(problem)
+        loss = self.checked_loss(problem)
         each = "loss" if final == "none" and self.restarts > 1 else final  # restarts are compared by their loss
 
         def best_of(rows: Tensor) -> AttackResult:
-            best, again = self.search_once(problem[rows], loss, 0, each), torch.arange(len(rows), device=rows.device)
+            some, again = self.prepare(problem[rows], each), torch.arange(len(rows), device=rows.device)
+            best = self.search_once(some, loss, 0, each)
             for restart in range(1, self.restarts):
                 if self.stop_on_success:
                     again = (~cast(Tensor, best.misclassified)).nonzero()[:, 0]
                 if len(again) > 0:
-                    other = self.search_once(problem[rows[again]], loss, restart, each)
+                    other = self.search_once(some[again], loss, restart, each)
                     best = best.with_rows(again, choose_better(best[again], other))
-            return best
+            return replace(best, forward_calls=best.forward_calls + 1) if needs_clean(loss) else best
 
         rows = torch.arange(len(problem.y), device=problem.y.device)
         return concatenate(problem.oracle.side_by_side(best_of, rows))
@@ -115,19 +130,19 @@ class PGD(BaseAttack):
     def search_once(
         self, problem: Problem, loss: Loss, restart: int, final: Final, observe: Observer | None = None
     ) -> AttackResult:
-        """One search of all examples; the first, restart 0, begins at the problem's start where it has one."""
+        """One search of all examples; the first, restart 0, begins at the problem's start where it has one.
+
+        problem: as `prepare` returns it.
+        """
         warm = problem.start is not None and restart == 0
-        if warm:
-            start = cast(Tensor, problem.start)
-        else:
-            start = problem.feasible.sample(problem.keys(restart)) if self.random_start else problem.feasible.x
         return search(
             problem.oracle,
             problem.feasible,
-            start,
+            self._start(problem, loss, restart),
             problem.label,
             loss,
             self.step_sizes(),
+            given=problem.given,
             reach=problem.reach,
             gauge=self.gauge,
             stop_at=self.stop_at,
@@ -137,20 +152,59 @@ class PGD(BaseAttack):
             observe=observe,
         )
 
-    def checked_objective(self, problem: Problem) -> Loss:
-        """What a search of the problem maximises; labels the model has no class for raise ValueError."""
+    def _start(self, problem: Problem, loss: Loss, restart: int) -> Tensor:
+        """Where a search begins: where it was told to, at x, or at a random point, as is each that would have no slope
+        to follow.
+        """
+        feasible, told = problem.feasible, problem.start if restart == 0 else None
+        if told is None:
+            return feasible.sample(problem.keys(restart)) if self.random_start else feasible.x
+        if is_stationary_at_clean(loss):
+            clean = (told == feasible.x).flatten(1).all(1)
+            if bool(clean.any()):
+                return choose_rows(clean, feasible.sample(problem.keys(restart)), told)
+        return told
+
+    def checked_loss(self, problem: Problem) -> Loss:
+        """What a search of the problem maximises; labels that the model has no class for raise ValueError."""
         name, classes = "target" if problem.reach else "y", problem.oracle.classes
         loss = make_reaching(self.objective()) if problem.reach else self.objective()
-        if classes is None:
-            return _Checked(loss, name, int(problem.label.max()))
-        # The loss itself, whatever the labels: a CUDA graph of it is found again.
-        check_labels(problem.label, len(problem.label), classes, name)
-        return loss
+        if classes is not None:
+            check_labels(problem.label, len(problem.label), classes, name)
+        if classes is not None or needs_clean(loss):  # the clean inputs are asked first
+            return loss
+
+        highest = int(problem.label.max())  # read once: every look at a device's numbers waits for it
+
+        def checked(logits: Tensor, label: Tensor) -> Tensor:
+            if highest >= logits.shape[1]:
+                check_labels(label, len(label), logits.shape[1], name)
+            return loss(logits, label)
+
+        return checked  # a network that nobody has asked before is asked as it is, and nothing is recorded
+
+    def prepare(self, problem: Problem, final: Final) -> Problem:
+        """The problem with what the loss is given; in float32 where the end of the search is scored in float32."""
+        oracle = problem.oracle
+        return problem.prepare(self.checked_loss(problem), oracle if final == "none" else oracle.precise)
+
+    def gradient_at(self, oracle: Oracle, x: Tensor, y: Tensor, x_adv: Tensor, seed: int = 0) -> Response:
+        """The gradient of the attack's loss at points x_adv of X(x), with which their gauges are measured.
+
+        x, x_adv: (B, *features); y: (B,); seed: of what the model draws.
+        """
+        with oracle.private_randomness(seed):
+            problem = self.prepare(Problem.of(self.threat, oracle, x, y, seed=seed), "none")
+            return problem.gradient(x_adv, self.objective())
 
 
 def FGSM(threat: Threat, loss: str | Loss = "cross_entropy") -> PGD:
-    """The fast gradient sign method (Goodfellow et al. 2015): one jump from x to the maximizer of the linear model."""
-    return PGD(threat, steps=1, step_size=math.inf, random_start=False, loss=loss)
+    """The fast gradient sign method (Goodfellow et al. 2015): one jump from x to the maximizer of the linear model.
+
+    A loss that has no slope at x, such as the KL divergence from the clean prediction, is followed from a random point.
+    """
+    random_start = is_stationary_at_clean(find_loss(loss))
+    return PGD(threat, steps=1, step_size=math.inf, random_start=random_start, loss=loss)
 
 
 def CW(threat: Threat, steps: int = 30, confidence: float = 0.0) -> PGD:
@@ -161,17 +215,3 @@ def CW(threat: Threat, steps: int = 30, confidence: float = 0.0) -> PGD:
     if not (math.isfinite(confidence) and confidence >= 0):
         raise ValueError(f"confidence must be a finite number ≥ 0, got {confidence}")
     return PGD(threat, steps=steps, loss=CappedMargin(confidence))
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A loss that refuses labels the model has no class for, where nobody has asked the model before."""
-
-    loss: Loss
-    name: str
-    highest: int  # read once: every look at a device's numbers waits for it
-
-    def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
-        if self.highest >= logits.shape[1]:
-            check_labels(label, len(label), logits.shape[1], self.name)
-        return self.loss(logits, label)

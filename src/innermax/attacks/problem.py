@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from innermax.attacks.search import has_won
-from innermax.losses import Loss, likeliest_others
+from innermax.losses import Given, Loss, likeliest_others, needs_clean, select
 from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import FeasibleSet, Threat
 from innermax.utils import randomness
@@ -29,6 +29,7 @@ class Problem:
             `losses.Paired` loss. Such a search has won wherever y is left.
         samples: answers of the network that are averaged each time it is asked (expectation over transformation).
         start: (B, *features) points of X(x) where the first search begins; None: where the attack chooses.
+        given: what the loss of the search is given beside logits and label; a row per example.
     """
 
     oracle: Oracle
@@ -40,6 +41,7 @@ class Problem:
     pair: Int[Tensor, " b"] | None = None
     samples: int = 1
     start: Float[Tensor, "b ..."] | None = None
+    given: Given = ()
 
     @classmethod
     def of(
@@ -84,8 +86,23 @@ class Problem:
             feasible=self.feasible[rows],
             y=self.y[rows],
             index=self.index[rows],
+            given=select(self.given, rows),
             **{name: value[rows] for name, value in optional.items() if value is not None},
         )
+
+    def prepare(self, loss: Loss, oracle: Oracle) -> "Problem":
+        """The problem with what the loss is given, for which the oracle is asked once, if it depends on the clean
+        inputs.
+        """
+        if not needs_clean(loss):
+            return self
+        with torch.no_grad():
+            clean = _mean(oracle.logits, self.feasible.x, self.samples)
+            check_labels(self.label, len(clean), clean.shape[1], "target" if self.reach else "y")
+            given = loss.prepare(clean, self.label)  # type: ignore[attr-defined]  # that is how it depends on them
+        if not isinstance(given, tuple) or any(len(value) != len(clean) for value in given):
+            raise ValueError(f"loss {loss!r} must prepare a tuple of tensors with {len(clean)} rows, one per example")
+        return replace(self, given=given)
 
     def towards(self, targets: int, clean: Float[Tensor, "b classes"]) -> "Iterator[Problem]":
         """The problem with one wrong class after the other to head for, the most likely on the clean input first."""
@@ -123,9 +140,9 @@ class Problem:
     def gradient(self, point: Float[Tensor, "b ..."], loss: Loss) -> Response:
         """Gradient, loss and logits at a point of each example, the means of `samples` answers."""
         label = self.label if self.pair is None else self.pair
-        answer = self.oracle.gradient(point, label, loss)
+        answer = self.oracle.gradient(point, label, loss, self.given)
         for _ in range(1, self.samples):
-            more = self.oracle.gradient(point, label, loss)
+            more = self.oracle.gradient(point, label, loss, self.given)
             answer = Response(answer.gradient + more.gradient, answer.loss + more.loss, answer.logits + more.logits)
         return Response(answer.gradient / self.samples, answer.loss / self.samples, answer.logits / self.samples)
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from innermax.losses import Loss
+from innermax.losses import Given, Loss, select
 from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import FeasibleSet
 
@@ -74,6 +74,7 @@ def search(
     loss: Loss,
     step_sizes: Sequence[float],
     *,
+    given: Given = (),
     reach: bool = False,
     gauge: Gauge = "exact",
     stop_at: float | None = None,
@@ -97,8 +98,9 @@ def search(
         feasible: X(x).
         start: (B, *features) points of X(x).
         label: (B,) the label to leave, or to reach.
-        loss: (logits, label) → (B,), maximised.
+        loss: (logits, label, *given) → (B,), maximised.
         step_sizes: one per step, in the threat's norm.
+        given: what the loss is given beside logits and label; a row per example.
         reach: the adversary wants the label predicted, not left.
         gauge: how far from stationary an iterate is: FOSC "exact" over X(x), over the "ball" alone, or "relative".
         stop_at: an example stops at its first iterate after a step whose gauge is ≤ this, unless its gradient is 0.
@@ -114,7 +116,7 @@ def search(
     coarse = len(step_sizes) if final == "none" else int(_COARSE * len(step_sizes))
     for step, step_size in enumerate(step_sizes):
         asked = oracle if step < coarse else oracle.precise
-        answer = asked.gradient(x_adv, label, loss)
+        answer = asked.gradient(x_adv, label, loss, given)
         gradient = answer.gradient
         if observe is not None:
             observe(feasible, x_adv, answer)
@@ -124,7 +126,7 @@ def search(
         if stop_on_success:
             seeming = has_won(answer.logits, label, reach)
             if asked.lowered and bool(seeming.any()):
-                answer = _confirm(asked.precise, x_adv, answer, label, loss, seeming.nonzero()[:, 0])
+                answer = _confirm(asked.precise, x_adv, answer, label, loss, given, seeming.nonzero()[:, 0])
                 confirmations[rows[seeming]] += 1
             stopping |= has_won(answer.logits, label, reach)
         if (stop_at is not None or stop_on_success) and bool(stopping.any()):
@@ -134,18 +136,18 @@ def search(
             )
             if len(going) == 0:
                 break
-            rows, x_adv, label = rows[going], x_adv[going], label[going]
+            rows, x_adv, label, given = rows[going], x_adv[going], label[going], select(given, going)
             feasible, gradient = feasible[going], gradient[going]
         x_adv = feasible.step(x_adv, gradient, step_size)
     else:
         if final == "gradient":
-            answer = oracle.precise.gradient(x_adv, label, loss)
+            answer = oracle.precise.gradient(x_adv, label, loss, given)
             if observe is not None:
                 observe(feasible, x_adv, answer)
             pieces.append((rows, _end_gauged(feasible, x_adv, answer, label, reach, len(step_sizes))))
         else:
             scored = oracle.precise if final == "loss" else None
-            pieces.append((rows, _end_ungauged(scored, x_adv, label, loss, reach, len(step_sizes))))
+            pieces.append((rows, _end_ungauged(scored, x_adv, label, loss, given, reach, len(step_sizes))))
     result = reassemble(pieces)
     return replace(result, forward_calls=result.forward_calls + confirmations)
 
@@ -213,19 +215,25 @@ def has_won(logits: Tensor, label: Tensor, reach: bool) -> Tensor:
 
 
 def _confirm(
-    precise: Oracle, x_adv: Tensor, answer: Response, label: Tensor, loss: Loss, rows: Int[Tensor, " k"]
+    precise: Oracle,
+    x_adv: Tensor,
+    answer: Response,
+    label: Tensor,
+    loss: Loss,
+    given: Given,
+    rows: Int[Tensor, " k"],
 ) -> Response:
     """An answer in bf16 whose logits and loss are float32's in some rows."""
     logits = precise.logits(x_adv[rows])
     return replace(
         answer,
         logits=answer.logits.index_copy(0, rows, logits.to(answer.logits)),
-        loss=answer.loss.index_copy(0, rows, loss(logits, label[rows]).to(answer.loss)),
+        loss=answer.loss.index_copy(0, rows, loss(logits, label[rows], *select(given, rows)).to(answer.loss)),
     )
 
 
 def _end_ungauged(
-    oracle: Oracle | None, x_adv: Tensor, label: Tensor, loss: Loss, reach: bool, steps: int
+    oracle: Oracle | None, x_adv: Tensor, label: Tensor, loss: Loss, given: Given, reach: bool, steps: int
 ) -> AttackResult:
     """The result of examples that took every step, without FOSC; without an oracle, without loss and logits, too."""
     count, nothing = torch.full_like(label, steps), torch.zeros_like(label)
@@ -233,7 +241,7 @@ def _end_ungauged(
         return AttackResult(x_adv, None, None, None, None, None, None, count, count, nothing)
     logits = oracle.logits(x_adv)
     won = has_won(logits, label, reach)
-    return AttackResult(x_adv, loss(logits, label), logits, None, None, None, won, count, count, nothing + 1)
+    return AttackResult(x_adv, loss(logits, label, *given), logits, None, None, None, won, count, count, nothing + 1)
 
 
 def _end_gauged(

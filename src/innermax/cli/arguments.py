@@ -156,6 +156,11 @@ def option_name(word: str) -> str:
     return word.removeprefix("--").replace("-", "_")
 
 
+def is_given(option: str, words: Sequence[str]) -> bool:
+    """Whether an option, by its name in the parser, is among the words."""
+    return any(option_name(word.partition("=")[0]) == option for word in words if word.startswith("--"))
+
+
 def show_options(text: str) -> str:
     """A text with hyphens in the names of options."""
     return _OPTION.sub(lambda match: match[0].replace("_", "-"), text)

@@ -11,6 +11,7 @@ from innermax.oracle.oracle import Precision
 from innermax.reproduce.comparison import TABLE_ATTACKS
 from innermax.strategies import STRATEGIES, Shape, Strategy
 from innermax.threat import NORMS, Threat, build_threat
+from innermax.utils.serialization import added_field
 
 TABLE = ",".join(TABLE_ATTACKS)
 
@@ -78,6 +79,11 @@ class RecipeSettings:
         strategy: The defence.
         switch: Of fgsm-pgd: share of the training after which PGD takes over.
         objective: What is minimised. loss_weighted is what the code released with the paper minimises.
+        beta: Of trades and mart: weight of the divergence between the answers to clean and adversarial images. By
+            default 6 for trades, 5 for mart.
+        label_smoothing: Share of the target, at least 0 and below 1, that is spread over all classes. By default 0.
+        awp: Size of an adversarial weight perturbation over that of the weights, such as 0.005. By default weights are
+            not perturbed.
         attacks: Attacks on the result with the test images, separated by commas.
     """
 
@@ -89,6 +95,9 @@ class RecipeSettings:
     strategy: StrategyName = "dynamic"
     switch: float = 1 / 6
     objective: ObjectiveName = "cross_entropy"
+    beta: float | None = added_field(None)
+    label_smoothing: float | None = added_field(None)
+    awp: float | None = added_field(None)
     attacks: str = TABLE
 
 

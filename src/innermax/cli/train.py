@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import nn
 import innermax as im
 from innermax.attacks.named import parse_attacks
 from innermax.cli import settings
-from innermax.cli.arguments import Parser, build_parser, read_fractions, split_words
+from innermax.cli.arguments import Parser, build_parser, is_given, read_fractions, split_words
 from innermax.cli.recipes import read_yaml, recipe_text
 from innermax.cli.settings import build_strategy
 from innermax.data.image_set import Data
 from innermax.distributed.launch import count_processes, find_device, is_first
 from innermax.models.registry import MODELS
+from innermax.objectives import build_objective, find_objective, search_loss
 from innermax.reporting.tables import format_audit, format_table
 from innermax.training.loggers import LoggerName
 from innermax.training.options import option_names
@@ -44,6 +46,14 @@ def run(words: list[str]) -> None:
     recipes, options = split_words(words, "the name of a recipe", "innermax train digits")
     parser = train_parser(read_recipe(recipes[0]) if recipes else {})
     chosen = parser.parse_args(options)
+    if chosen.dynamic.c_max is not None and not is_given("dynamic.c_max", options) and _searches_otherwise(chosen):
+        chosen.dynamic.c_max = None
+        if chosen.strategy == "dynamic":
+            warnings.warn(
+                f"a recipe's dynamic.c_max is in units of the cross-entropy: for objective {chosen.objective} it is "
+                "measured at the end of the first epoch",
+                stacklevel=2,
+            )
     _train_and_attack(recipes[0], parser.instantiate(chosen), chosen.as_dict())
 
 
@@ -102,11 +112,17 @@ def build_network(name: str, classes: int, shape: Sequence[int], seed: int, init
     return model if init is None else im.load_model(init, model).train()
 
 
+def _searches_otherwise(chosen: Any) -> bool:
+    """Whether the objective says what attacks maximise."""
+    return search_loss(find_objective(chosen.objective)) is not None
+
+
 def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> None:
     """Trains as chosen, then evaluates and reports on the result; stated: the same as plain values."""
     threat = chosen.threat.build()
     attack, attacks = chosen.attack.build(threat), parse_attacks(chosen.attacks, threat)
     strategy = build_strategy(chosen.strategy, attack, chosen.dynamic, chosen.curriculum, chosen.warm, chosen.switch)
+    objective = build_objective(chosen.objective, chosen.beta, chosen.label_smoothing, chosen.awp)
     device = find_device(chosen.device)
     held_out = _share_or_count(chosen.validation)
     data = im.load_data(chosen.data, validation=held_out, label_column=chosen.label_column)
@@ -116,7 +132,7 @@ def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> No
         build_network(chosen.model, data.num_classes, data.train.shape, chosen.seed, chosen.init),
         data.train,
         strategy,
-        objective=chosen.objective,
+        objective=objective,
         validation_set=data.validation,
         validation_attack=attack,
         settings={name: stated[name] for name in _RECORDED} | _given(label_column=chosen.label_column),

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from innermax.losses import Loss
+from innermax.losses import Given, Loss, select
 from innermax.models.wrappers import unwrap
 from innermax.oracle.comparison import break_ties
 from innermax.oracle.compilation import COPIED, compile_network, difference_between, difference_in_use, is_close
@@ -139,15 +139,15 @@ class Oracle:
         """(B, classes) float32 logits."""
         return torch.cat(self._in_parts(lambda rows: self._logits(x[rows]), len(x)))
 
-    def gradient(self, x: Float[Tensor, "b ..."], label: Int[Tensor, " b"], loss: Loss) -> Response:
-        """The gradient of each example's loss in its own input, with loss and logits.
+    def gradient(self, x: Float[Tensor, "b ..."], label: Int[Tensor, " b"], loss: Loss, given: Given = ()) -> Response:
+        """The gradient of each example's loss(logits, label, *given) in its own input, with loss and logits.
 
         Non-finite entries of a gradient come back as 0: an attack cannot follow them.
 
         Raises:
             ValueError: the model does not take x, or does not return (B, classes); loss does not return (B,).
         """
-        parts = self._in_parts(lambda rows: self._gradient(x[rows], label[rows], loss), len(x))
+        parts = self._in_parts(lambda rows: self._gradient(x[rows], label[rows], loss, select(given, rows)), len(x))
         if len(parts) == 1:
             return parts[0]
         return Response(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
@@ -185,12 +185,12 @@ class Oracle:
     def _logits(self, x: Tensor) -> Tensor:
         return self._forward(x)
 
-    def _gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Response:
+    def _gradient(self, x: Tensor, label: Tensor, loss: Loss, given: Given) -> Response:
         with torch.inference_mode(False), torch.enable_grad():
             point = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-            label = label.clone() if label.is_inference() else label
+            known = [value.clone() if value.is_inference() else value for value in (label, *given)]
             logits = self._forward(point)
-            value = loss(logits, label)
+            value = loss(logits, *known)
             if value.shape != (len(x),):
                 raise ValueError(f"loss must return one value an example ({len(x)},), got {tuple(value.shape)}")
             # A sum, not a mean: no example's gradient may depend on how many others there are.
@@ -282,10 +282,10 @@ class FastOracle(Oracle):
             self._workers = Workers(self._threads)
         return self._workers.map(work, rows.tensor_split(self._threads))
 
-    def _gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Response:
+    def _gradient(self, x: Tensor, label: Tensor, loss: Loss, given: Given) -> Response:
         if self._replayed is None:
-            return super()._gradient(x, label, loss)
-        answer: Response = self._replayed(x, label, loss)
+            return super()._gradient(x, label, loss, given)
+        answer: Response = self._replayed(x, label, loss, given)
         return answer
 
     def _keep_plain(self, scheme: str, reason: str) -> None:
@@ -368,7 +368,7 @@ def _difference_together(oracle: "FastOracle", example: Tensor) -> float:
     copies = -(-_WORTH_A_THREAD * torch.get_num_threads() // len(example))
     x = break_ties(example).repeat(copies, *[1] * (example.ndim - 1))
     label = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    alone = Oracle._gradient(oracle, x, label, _margin)
+    alone = Oracle._gradient(oracle, x, label, _margin, ())
     return max(
         float((found - truth).abs().max()) / (float(truth.abs().max()) or 1.0)
         for together in [_gradient_together(oracle, x) for _ in range(3)]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from innermax.losses import Loss
+from innermax.losses import Given, Loss
 from innermax.oracle.oracle import Oracle, Response
 
 _NOTHING, _LOGITS, _GRADIENT = range(3)  # what a process asks of a pass
@@ -38,15 +38,15 @@ class ShardedOracle(Oracle):
         """(B, classes) float32 logits."""
         return self._pass(x, self._agree(_LOGITS))
 
-    def gradient(self, x: Tensor, label: Tensor, loss: Loss) -> Response:
+    def gradient(self, x: Tensor, label: Tensor, loss: Loss, given: Given = ()) -> Response:
         """As `Oracle.gradient`."""
         self._agree(_GRADIENT)
-        return self._gradient(x, label, loss)
+        return self._gradient(x, label, loss, given)
 
     def _pass(self, x: Tensor, asked: int) -> Tensor:
         """The logits, from a pass of the kind that the other processes make."""
         if asked == _GRADIENT:
-            return self._gradient(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), _sum).logits
+            return self._gradient(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), _sum, ()).logits
         with torch.no_grad():
             return self._forward(x)
 

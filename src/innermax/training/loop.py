@@ -4,8 +4,8 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from innermax.data.augmentation import augment
 from innermax.data.streaming import Batch, TrainingSet, batch_count, batches
 from innermax.distributed.fsdp import as_float
 from innermax.distributed.process_group import Ranks
-from innermax.objectives import Objective
+from innermax.objectives import Objective, search_loss, weight_perturbation
 from innermax.oracle.compiled import floating_dtype
-from innermax.strategies import awaits_halfway_gauge
+from innermax.strategies import awaits_halfway_gauge, search_for
 from innermax.training.arithmetic import Arithmetic
 from innermax.training.checkpoints import due_every
 from innermax.training.loggers import Picture, draw_picture
@@ -29,6 +29,7 @@ from innermax.training.options import TrainingOptions
 from innermax.training.progress import TrainingDisplay
 from innermax.training.state import State
 from innermax.training.time_left import TrainingClock
+from innermax.training.weight_perturbation import perturbed_weights
 from innermax.utils import randomness
 from innermax.utils.files import refuse_link
 from innermax.utils.generators import seed_randomness
@@ -43,7 +44,7 @@ class Loop:
     """The epochs of a training: what they need, and how far they are.
 
     Attributes:
-        options: of the training.
+        options: of the training; the strategy's attacks maximise what the objective says.
         objective: what an update minimises.
         data: the training set, on this process's device.
         ranks: this process in its group.
@@ -80,6 +81,7 @@ class Loop:
     ) -> "Loop":
         """The loop before its first update; the ranks' Fabric has the arithmetic's precision."""
         data = data.to(ranks.device)
+        options = replace(options, strategy=search_for(options.strategy, search_loss(objective)))
         state = State.start(model, data, options, ranks, arithmetic.channels_last)
         clock = TrainingClock(options.strategy, options.epochs, len(data))
         return cls(options, objective, data, ranks, state, arithmetic, clock, due_every(options.checkpoint_every))
@@ -178,27 +180,25 @@ class Loop:
         """
         state, options = self.state, self.options
         dtype = floating_dtype(state.network) or x.dtype
-        x, x_adv = x.to(dtype), x_adv.to(dtype)
+        x, x_adv, gamma = x.to(dtype), x_adv.to(dtype), weight_perturbation(self.objective)
         # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
         own = (self.ranks.rank,) if self.ranks.rank > 0 else ()
         seed_randomness(randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own))
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(moment, options)
         # A forward pass changes BatchNorm's buffers.
-        before = [value.clone() for value in state.wrapped.buffers()] if options.on_nan == "skip" else []
+        buffers = list(state.wrapped.buffers()) if options.on_nan == "skip" or gamma is not None else []
+        before = [value.clone() for value in buffers]
         try:
-            with self.arithmetic.keep_images(state.network, x.device.type):
-                loss, logits = self.objective(state.wrapped, x, y, x_adv, state.epoch)
-            own_sums = {"loss": float(loss.detach()) * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
-            sums = {"examples": float(count)} | self.ranks.sum(own_sums)
-            self._check_finite("the loss", sums["loss"] / count)
-            weight = self.ranks.weight(len(y), count)
-            self.ranks.fabric.backward(loss if weight == 1 else weight * loss)
+            sums = self._pass_back(x, y, x_adv, count)
+            if gamma is not None:
+                _restore(buffers, before)
+                with perturbed_weights(state.network, gamma):
+                    self._pass_back(x, y, x_adv, count)
             self._check_finite("the gradient's norm", self._clip())
         except FloatingPointError:
             state.optimizer.zero_grad()
-            for now, then in zip(state.wrapped.buffers(), before, strict=False):
-                now.copy_(then)
+            _restore(buffers, before)
             raise
         state.optimizer.step()
         state.optimizer.zero_grad()
@@ -206,6 +206,17 @@ class Loop:
         if state.averaged is not None:
             state.averaged.update_parameters(state.network)
         state.oracle.refresh()
+        return sums
+
+    def _pass_back(self, x: Tensor, y: Tensor, x_adv: Tensor, count: int) -> dict[str, float]:
+        """Adds the objective's gradients to the weights'; sums over the batch's examples."""
+        with self.arithmetic.keep_images(self.state.network, x.device.type):
+            loss, logits = self.objective(self.state.wrapped, x, y, x_adv, self.state.epoch)
+        own_sums = {"loss": float(loss.detach()) * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
+        sums = {"examples": float(count)} | self.ranks.sum(own_sums)
+        self._check_finite("the loss", sums["loss"] / count)
+        weight = self.ranks.weight(len(y), count)
+        self.ranks.fabric.backward(loss if weight == 1 else weight * loss)
         return sums
 
     def _clip(self) -> float:
@@ -299,3 +310,9 @@ class Loop:
     def _seconds(self) -> float:
         """Spent on the epoch, before an interruption and since."""
         return self.state.seconds + time.perf_counter() - self.began
+
+
+@torch.no_grad()
+def _restore(buffers: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    for now, then in zip(buffers, before, strict=True):
+        now.copy_(then)

@@ -88,8 +88,7 @@ def measure_gauges(
     "fosc" over ball and bounds, which may be no finite number; "relative_fosc", 0 where it is undefined; "ball_fosc",
     the paper's closed form, which ignores the bounds; "zero_gradient", 1 or 0.
     """
-    with oracle.private_randomness(seed):
-        gradient = oracle.gradient(x_adv, y, attack.objective()).gradient
+    gradient = attack.gradient_at(oracle, x, y, x_adv, seed).gradient
     feasible = attack.threat.around(x)
     return {
         "fosc": feasible.gap(gradient, x_adv).tolist(),

@@ -18,9 +18,9 @@ from innermax.data.streaming import TrainingSet
 from innermax.distributed.launch import Launch, Parallel, find_device
 from innermax.evaluation.progress import ProgressCallback, check_progress
 from innermax.models.wrappers import unwrap
-from innermax.objectives import Objective, find_objective
+from innermax.objectives import Objective, find_objective, search_loss
 from innermax.oracle.oracle import Precision
-from innermax.strategies import Strategy
+from innermax.strategies import Strategy, search_for
 from innermax.training.checkpoints import due_every
 from innermax.training.loggers import Logger, LoggerName
 from innermax.utils.serialization import added_field, describe, described_fields
@@ -78,7 +78,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if not callable(getattr(self.strategy, "attack_at", None)):
             raise TypeError(f"strategy must have attack_at(progress, history), got {self.strategy!r}")
-        find_objective(self.objective)
+        search_for(self.strategy, search_loss(find_objective(self.objective)))
         _check_integers(self)
         _check_numbers(self)
         _check_names(self)
