@@ -9,7 +9,7 @@ from innermax.data.image_set import ImageSet
 from innermax.data.streaming import Batch
 from innermax.distributed.launch import find_device, plan_launch
 from innermax.distributed.process_group import connect
-from innermax.objectives import cross_entropy
+from innermax.objectives import Objective, cross_entropy
 from innermax.strategies import Strategy, Unsecured
 from innermax.training.arithmetic import choose_arithmetic
 from innermax.training.loop import Loop
@@ -23,6 +23,7 @@ def started(
     precision: Any,
     device: str = "auto",
     strategy: Strategy | None = None,
+    objective: Objective = cross_entropy,
     **more: Any,
 ) -> Loop:
     """The loop before its first update, as `im.train` starts it; more: of its options."""
@@ -33,7 +34,7 @@ def started(
     data = ImageSet(images, labels)
     arithmetic = choose_arithmetic(model, data.batch(torch.arange(4))[0], precision, chosen)
     ranks = connect(plan_launch(1, 1, chosen), chosen, arithmetic.bf16)
-    return Loop.start(model, data, options, cross_entropy, ranks, arithmetic)
+    return Loop.start(model, data, options, objective, ranks, arithmetic)
 
 
 def whole(loop: Loop) -> Batch:

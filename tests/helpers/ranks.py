@@ -75,6 +75,7 @@ def trained(name, **options):
         "dynamic": (network(), dynamic, {"shift": 1, "flip": True}),
         "warm": (network(), im.WarmStart(PGD), {"shift": 1}),
         "weighted": (network(), im.Standard(PGD), {"objective": "loss_weighted", "clip": 0.5, "ema": 0.9}),
+        "trades": (network(), im.WarmStart(PGD), {"objective": im.AWP(im.TRADES(3), 0.02)}),
         "frozen": (network(norm=True, frozen=True), im.Standard(PGD), {}),
         "norm": (network(norm=True), im.Standard(PGD), {}),
         "spoiled": (network(), im.Standard(PGD), {"objective": spoiled, "on_nan": "skip"}),
@@ -113,12 +114,18 @@ def few(folder):
 
 def everything(folder):
     """Every training, and those that others began."""
-    for name in ("dynamic", "weighted", "frozen", "norm", "spoiled", "streamed"):
+    for name in ("dynamic", "weighted", "trades", "frozen", "norm", "spoiled", "streamed"):
         run = trained(name)
         keep(folder, name, run)
         if name == "norm":
             save_tensors(folder / f"norm-of-{os.environ['RANK']}.safetensors", run.model.state_dict())
-    for name, parallel in (("standard", "ddp"), ("warm", "ddp"), ("warm", "fsdp"), ("standard", "fsdp")):
+    for name, parallel in (
+        ("standard", "ddp"),
+        ("warm", "ddp"),
+        ("warm", "fsdp"),
+        ("standard", "fsdp"),
+        ("trades", "fsdp"),
+    ):
         run = trained(
             name, parallel=parallel, run_dir=folder / f"{name}-{parallel}", keep_checkpoints=99, checkpoint_every=2
         )
