@@ -114,6 +114,23 @@ def test_a_network_is_exported(tmp_path, monkeypatch, largest):
         torch.testing.assert_close(found[name], value, rtol=2**-8 if lowered else 0, atol=0)
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_a_network_that_is_not_in_the_cache_is_taken_from_the_shared_copy(tmp_path, monkeypatch, best):
+    store = make_cache(tmp_path, exports=tmp_path / "exports")
+    trained = store.network(tiny(), best=best).state_dict()
+    monkeypatch.setattr(im, "train", lambda *arguments, **options: pytest.fail("trained a second time"))
+    found = replace(store, models=tmp_path / "elsewhere").network(tiny(), best=best)
+    assert not found.training
+    assert all(torch.equal(value, trained[name]) for name, value in found.state_dict().items())
+
+
+def test_a_shared_copy_in_bf16_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_LARGEST", 0)
+    store = make_cache(tmp_path, exports=tmp_path / "exports")
+    store.train(tiny())
+    assert replace(store, models=tmp_path / "elsewhere")._find_export(hash_name(tiny())) is None
+
+
 def test_the_best_epochs_network_is_exported_beside_the_last(tmp_path):
     store = make_cache(tmp_path, exports=tmp_path / "exports")
     best = store.network(tiny(epochs=2), best=True).state_dict()

@@ -21,7 +21,7 @@ from innermax.models.files import write_model
 from innermax.reproduce.answers import Answers
 from innermax.reproduce.scales import Setting, Training
 from innermax.utils.environment import environment
-from innermax.utils.files import LockHeld, lock_file
+from innermax.utils.files import LockHeld, load_tensors, lock_file
 from innermax.utils.serialization import describe
 
 Result = dict[str, Any]  # JSON
@@ -121,12 +121,27 @@ class Cache:
             return run
 
     def network(self, training: Training, best: bool = False) -> nn.Module:
-        """The trained network of the last epoch, or of the best on the validation split."""
-        run, name = self.train(training), hash_name(training)
+        """The trained network of the last epoch, or of the best on the validation split.
+
+        Where the run is not in the cache, the shared copy is taken if it holds the weights as they were trained.
+        """
+        name = hash_name(training)
+        if find_run(self.models / name, training.setting.epochs) is None:
+            shared = self._find_export(f"{name}-best" if best else name)
+            if shared is not None:
+                return shared.to(find_device(self.device)).eval()
+        run = self.train(training)
         model = im.load_model(self.models / name / "best.safetensors") if best else run.model
         if best and self.exports is not None:
             export_network(model, self.exports / f"{name}-best")
         return model.to(find_device(self.device)).eval()
+
+    def _find_export(self, name: str) -> nn.Module | None:
+        """A shared copy in full precision, None where there is none."""
+        if self.exports is None or not (self.exports / name).exists():
+            return None
+        tensors, _ = load_tensors(self.exports / name / "model.safetensors")
+        return None if torch.bfloat16 in {t.dtype for t in tensors.values()} else im.load_model(self.exports / name)
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
