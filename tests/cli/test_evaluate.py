@@ -20,6 +20,9 @@ def test_train_then_evaluate(folder, capsys):
     assert all(name in out for name in ("Clean", "FGSM", "PGD-2", "Worst case"))
     scores = json.loads(Path("s.json").read_text())
     assert scores["settings"]["count"] == 3
+    assert len(scores["examples"]["index"]) == 3
+    said(capsys, "evaluate", "run", "--attacks", "fgsm", "--limit", "first:3", "--json", "first.json")
+    assert "index" not in json.loads(Path("first.json").read_text())["examples"]
     assert "eps=0.3" in scores["settings"]["attacks"]["pgd-2"]
     assert said(capsys, "evaluate", "run", "--threat.norm", "l2", "--threat.eps", "1/2", "--json", "t.json")[0] == 0
     assert "L2(eps=0.5" in json.loads(Path("t.json").read_text())["settings"]["attacks"]["fgsm"]

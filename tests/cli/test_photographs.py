@@ -109,10 +109,10 @@ def test_one_number_for_all_channels():
 
 @pytest.mark.filterwarnings("default")
 def test_a_limit_that_leaves_classes_out(photos, capsys):
-    words = ["evaluate", "mine:build", "--data", "photos", *WORDS, "--classes", "names.txt", "--limit", "5"]
+    words = ["evaluate", "mine:build", "--data", "photos", *WORDS, "--classes", "names.txt", "--limit", "first:5"]
     status, _, err = said(capsys, *words)
     assert status == 0
-    assert "--limit 5: the first 5 test images are of 1 of 3 classes alone" in err
+    assert "--limit first:5: these 5 test images are of 1 of 3 classes alone" in err
 
 
 def test_brackets_in_names_are_no_markup(photos, capsys):

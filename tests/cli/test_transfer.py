@@ -34,9 +34,11 @@ def test_the_command(runs, capsys, monkeypatch):
     assert "Images made on run" in out
     assert all(heading in out for heading in ("Clean", "FGSM", "PGD-2", "bare", "(white box)", "50 examples."))
     result = im.Transfer.from_json(Path("t.json").read_text())
+    index = result.columns()["index"][:50].tolist()
+    assert index == sorted(set(index)) != list(range(50)), "a random sample, by its numbers in the test set"
     assert result.white_box == (("run", str(runs / "run")),), "one place is one model, however it is spelled"
     assert "eps=0.15" in result.settings.attacks["pgd-2"], "the run's own"
-    test = im.load_data("digits", validation=0).test[:50]
+    test = im.load_data("digits", validation=0).test.sample(50, seed=0)
     threat, model = im.Linf(0.15), im.load_model("run")
     attacks = {"fgsm": im.FGSM(threat), "pgd-2": im.PGD(threat, steps=2)}
     evaluation = im.evaluate(model, test, attacks, batch_size=30, precision="auto")
@@ -76,6 +78,10 @@ def test_the_command_asks_where_runs_differ(runs, capsys, monkeypatch):
         (["run", "bare", "--attacks", ""], "at least one attack"),
         (["run", "bare", "--devices", "0"], "devices must be at least 1, got 0"),
         (["run", "bare", "--limit", "0"], "limit must be at least 1, got 0"),
+        (
+            ["run", "bare", "--limit", "last:5"],
+            "--limit must be a number such as 500, for a random sample, or first:500",
+        ),
         (["run", "bare", "--json", "no/where.json"], "its folder does not exist"),
         (["run", "bare", "--json", "run"], "it is a folder"),
         (["run", "bare", "--quantize", "40"], "quantize must be in 1…16"),

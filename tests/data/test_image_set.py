@@ -62,3 +62,27 @@ def test_splits_must_agree():
         Data("made up", small, None, other, 2, None)
     with pytest.raises(ValueError, match="validation labels of made up must be in 0…1, got values from 2"):
         Data("made up", small, ImageSet(BYTES, LABELS + 2), small, 2, None)
+
+
+def test_a_sample_knows_its_examples():
+    images = ImageSet(torch.rand(40, 3), torch.arange(40))
+    sample = images.sample(7, seed=1)
+    numbers = sample.index.tolist()
+    assert numbers == sorted(set(numbers))
+    assert sample.labels.tolist() == numbers
+    assert torch.equal(sample.images, images.images[sample.index])
+    assert images.sample(7, seed=1).index.tolist() == numbers
+    assert images.sample(7, seed=2).index.tolist() != numbers
+    again = sample.sample(3, seed=5)
+    assert set(again.index.tolist()) < set(numbers)
+    assert again.labels.tolist() == again.index.tolist()
+    assert sample[2:4].index.tolist() == sample[torch.tensor([2, 3])].to("cpu").index.tolist() == numbers[2:4]
+    assert images.sample(40, seed=1) is images
+    assert images[5:].index.tolist() == list(range(35))
+
+
+def test_every_example_is_as_likely_to_be_drawn():
+    images = ImageSet(torch.rand(10, 1), torch.arange(10))
+    drawn = torch.cat([images.sample(5, seed).index for seed in range(400)]).bincount()
+    assert len(drawn) == 10
+    assert int((drawn - 200).abs().max()) < 50  # five standard deviations

@@ -255,3 +255,28 @@ def test_wrong_arguments(changed, error, words):
     arguments = {"model": network(), "test_set": examples(), "attacks": {"pgd": PGD}} | changed
     with pytest.raises(error, match=words):
         im.evaluate(**arguments)
+
+
+def test_a_samples_rows_are_those_of_the_whole_set():
+    """Random starts belong to an example's number, so a sample is a part of the whole evaluation."""
+    x, y = examples(40)
+    images, model = im.ImageSet(x, y), network()
+    attacks = {"pgd": im.PGD(im.Linf(0.1), steps=3)}
+    whole = im.evaluate(model, images, attacks, batch_size=9, audit=False)
+    sample = images.sample(11, seed=4)
+    part = im.evaluate(model, sample, attacks, batch_size=4, audit=False)
+    assert part.examples["index"].tolist() == part.index.tolist() == sample.index.tolist()
+    assert np.array_equal(part.label, whole.label[part.index])
+    assert np.allclose(part.rows["pgd"].loss, whole.rows["pgd"].loss[part.index], rtol=1e-5)
+    assert not np.allclose(part.rows["pgd"].loss, im.evaluate(model, sample[:], attacks, seed=1).rows["pgd"].loss)
+    assert np.array_equal(im.Evaluation.from_json(part.to_json()).index, part.index)
+    assert im.Evaluation.from_json(whole.to_json()).index is None
+
+
+def test_samples_of_different_examples_are_not_compared():
+    x, y = examples(40)
+    images = im.ImageSet(x, torch.zeros_like(y))
+    one, other = (im.evaluate(network(), images.sample(9, seed), {}) for seed in (0, 1))
+    assert one.difference(one, "clean").estimate == 0
+    with pytest.raises(ValueError, match="other must be an evaluation of the same examples"):
+        one.difference(other, "clean")

@@ -52,7 +52,7 @@ class TestImages(NamedTuple):
 
 
 def load_images(data: str, sources: Sequence[str], chosen: Any) -> TestImages:
-    """The first test images of a data set, so many as were asked for.
+    """The test images of a data set, or as many of them as were asked for.
 
     Raises ValueError where the data set, or the file that names the models' classes, is not readable, or they do not
     fit each other.
@@ -65,12 +65,28 @@ def load_images(data: str, sources: Sequence[str], chosen: Any) -> TestImages:
         classes = read_classes(chosen.classes)
         numbers = torch.tensor(match_classes(names, classes), device=images.labels.device)
         images, names = ImageSet(images.images, numbers[images.labels]), tuple(name for name, *_ in classes)
-    first = images[: chosen.limit]
-    there, all_there = (len(set(some.labels.tolist())) for some in (first, images))
-    if there < min(len(first), all_there) / 2:
-        told = f"--limit {chosen.limit}: the first {len(first)} test images are of {there} of {all_there} classes alone"
+    count, first = read_limit(chosen.limit)
+    some = images[:count] if count is None or first else images.sample(count, chosen.seed)
+    there, all_there = (len(set(part.labels.tolist())) for part in (some, images))
+    if there < min(len(some), all_there) / 2:
+        told = f"--limit {chosen.limit}: these {len(some)} test images are of {there} of {all_there} classes alone"
         warnings.warn(told, stacklevel=2)
-    return TestImages(first, names)
+    return TestImages(some, names)
+
+
+def read_limit(limit: int | str | None) -> tuple[int | None, bool]:
+    """How many images, None for all, and whether they are the first ones instead of a random sample: 500 or first:500.
+
+    Raises:
+        ValueError: it is neither of these, or below 1.
+    """
+    if limit is None:
+        return None, True
+    first, _, number = str(limit).rpartition(":")
+    if first not in ("", "first") or not number.lstrip("-").isdigit():
+        raise ValueError(f"--limit must be a number such as 500, for a random sample, or first:500, got {limit}")
+    check_given_count("--limit", int(number))
+    return int(number), first == "first"
 
 
 def check_classes(model: nn.Module, test: TestImages, chosen: Any) -> None:
@@ -100,7 +116,7 @@ def choose_attacks(sources: Sequence[str], chosen: Any) -> dict[str, Attack]:
 
 def choose_options(chosen: Any) -> dict[str, Any]:
     """The options that `im.evaluate` and `im.transfer` take alike, checked before anything is loaded."""
-    check_given_count("--limit", chosen.limit)
+    read_limit(chosen.limit)
     check_file("--json", chosen.json)
     devices = count_processes() if chosen.devices is None else chosen.devices
     passed_on = {name: getattr(chosen, name) for name in _PASSED_ON}

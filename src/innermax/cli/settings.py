@@ -154,7 +154,8 @@ class EvaluateSettings:
         classes: How the model numbers its classes, where the data set numbers them otherwise: a file with a name per
             line, such as "n01440764 tench, Tinca tinca", or imagenet. The data set's classes are found by their names.
         attacks: Attacks by name, separated by commas.
-        limit: Number of test images to evaluate, from the first. By default all.
+        limit: Evaluate a random sample of so many test images, which the seed draws, or the first ones: first:500. By
+            default all.
         quantize: Round adversarial images to so many bits before they are scored.
         precision: Precision of the attacks; bf16 and auto are faster and find slightly fewer adversarial images. Scores
             are always float32.
@@ -178,7 +179,7 @@ class EvaluateSettings:
     label_column: str | None = None
     classes: str | None = None
     attacks: str = TABLE
-    limit: int | None = None
+    limit: int | str | None = None
     quantize: int | None = None
     precision: Precision = "float32"
     batch_size: int = 250

@@ -1,26 +1,31 @@
 """Images and labels in memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from innermax.data.decoding import select
+from innermax.utils import randomness
 from innermax.utils.validation import check_inputs, check_labels
+
+_SAMPLE = 2**32  # a stream of random numbers, apart from those of a training
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images and their labels, checked when it is made.
 
-    images: uint8 (N, C, H, W), or float32 (N, *features) in [0, 1]; labels: int64 (N,), ≥ 0; N ≥ 1. Images that
-    innermax reads are in a temporary file (in TMPDIR) where they take more than 2 GiB.
+    images: uint8 (N, C, H, W), or float32 (N, *features) in [0, 1]; labels: int64 (N,), ≥ 0; N ≥ 1; numbers: int64 (N,)
+    the examples' numbers in the set that they are a sample of; None: 0…N − 1. Images that innermax reads are in a
+    temporary file (in TMPDIR) where they take more than 2 GiB.
     Raises TypeError for another type, ValueError for another shape or range.
     """
 
     images: Tensor
     labels: Tensor
+    numbers: Tensor | None = None
 
     def __post_init__(self) -> None:
         images = self.images
@@ -35,6 +40,8 @@ class ImageSet:
         else:
             raise TypeError(f"images must be uint8 or float32, got {images.dtype}")
         check_labels(self.labels, len(images), name="labels")
+        if self.numbers is not None:
+            check_labels(self.numbers, len(images), name="numbers")
         if images.device != self.labels.device:
             raise ValueError(f"images and labels must be on one device, got {images.device} and {self.labels.device}")
 
@@ -42,9 +49,21 @@ class ImageSet:
         return len(self.images)
 
     def __getitem__(self, index: Tensor | slice) -> "ImageSet":
-        """The chosen examples, at least one."""
+        """The chosen examples, at least one; unless they are of a sample, they are numbered anew."""
         images = self.images[index] if isinstance(index, slice) else select(self.images, index)
-        return ImageSet(images, self.labels[index])
+        return ImageSet(images, self.labels[index], None if self.numbers is None else self.numbers[index])
+
+    def sample(self, count: int, seed: int) -> "ImageSet":
+        """Some examples drawn from the seed, in their order here and with their numbers; all where count ≥ N."""
+        if count >= len(self):
+            return self
+        chosen = randomness.permutation(seed, len(self), _SAMPLE)[:count].sort().values.to(self.labels.device)
+        return replace(self, numbers=self.index)[chosen]
+
+    @property
+    def index(self) -> Int[Tensor, " n"]:
+        """The examples' numbers."""
+        return torch.arange(len(self), device=self.labels.device) if self.numbers is None else self.numbers
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,7 +82,8 @@ class ImageSet:
 
     def to(self, device: torch.device | str) -> "ImageSet":
         """The same set on another device."""
-        return ImageSet(self.images.to(device), self.labels.to(device))
+        numbers = None if self.numbers is None else self.numbers.to(device)
+        return ImageSet(self.images.to(device), self.labels.to(device), numbers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -154,6 +154,7 @@ def _evaluate(
         evaluation = Evaluation(
             settings=settings,
             label=bench.images.labels.cpu().numpy().copy(),
+            index=None if bench.images.numbers is None else bench.images.numbers.cpu().numpy().copy(),
             clean_prediction=parts.join(CLEAN).columns["prediction"],
             rows={name: AttackRows(**part.columns) for name, part in found.items()},
             seconds={name: part.seconds for name, part in found.items()},

@@ -105,11 +105,11 @@ class Measurement:
         """Adds the clean images' missing parts; checks labels, bounds and bits before the first long search."""
         with _exchange(self.parts, self.ranks):
             mine = self.parts.find_missing(CLEAN)[self.ranks.rank :: self.ranks.count]
-            for index, x, y in self.bench.batches(CLEAN, mine):
+            for start, _, x, y in self.bench.batches(CLEAN, mine):
                 check_images(x, self.attacks, self.bench.quantize)
                 began = time.perf_counter()
                 columns = scorer.clean_rows(x, y)
-                self.parts.add(CLEAN, int(index[0]), Part(columns, time.perf_counter() - began))
+                self.parts.add(CLEAN, start, Part(columns, time.perf_counter() - began))
 
     def attack(self, scorer: Scorer) -> None:
         """Adds the searches' missing parts."""
@@ -144,7 +144,7 @@ def identify(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, dict[st
 
     The answers are there because a model's code can change without its weights.
     """
-    _, x, y = next(bench.batches(CLEAN))
+    _, _, x, y = next(bench.batches(CLEAN))
     found = {}
     for name, model in models.items():
         exact = Oracle(model)
@@ -161,6 +161,8 @@ def identify(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, dict[st
 def describe_measurement(bench: Bench, attacks: Mapping[str, Attack], settings: Settings) -> dict[str, Any]:
     """What identifies a measurement besides its models, as plain YAML."""
     tensors = {"images": bench.images.images, "labels": bench.images.labels}
+    if bench.images.numbers is not None:
+        tensors["numbers"] = bench.images.numbers
     return {
         "test_set": hash_tensors(tensors.items()),
         **describe(asdict(settings)),

@@ -72,6 +72,7 @@ class Evaluation:
         audit: whether the result can be believed; None where it was not asked for, or nothing was attacked.
         weights: fingerprint of the weights that were measured (`innermax.models.files.hash_weights`); None where it is
             not recorded.
+        index: (N,) the examples' numbers in the set that they are a sample of; None: 0…N − 1.
     """
 
     settings: Settings
@@ -81,6 +82,7 @@ class Evaluation:
     seconds: dict[str, float]
     audit: Audit | None = None
     weights: str | None = None
+    index: Column | None = None
 
     @cached_property
     def accuracy(self) -> dict[str, Accuracy]:
@@ -111,7 +113,7 @@ class Evaluation:
         """The columns of `examples` by name."""
         count = len(self.label)
         table = {
-            "index": np.arange(count),
+            "index": np.arange(count) if self.index is None else self.index,
             "label": self.label,
             "clean_prediction": self.clean_prediction,
             "clean_correct": self.correct("clean"),
@@ -145,10 +147,10 @@ class Evaluation:
 
         name: "clean", an attack both have, or "worst_case". Raises ValueError where the examples are not the same.
         """
-        if not np.array_equal(self.label, other.label):
+        if not (np.array_equal(self.label, other.label) and _same(self.index, other.index)):
             raise ValueError(
-                f"other must be an evaluation of the same examples: its {len(other.label)} labels differ from these "
-                f"{len(self.label)}"
+                f"other must be an evaluation of the same examples: its {len(other.label)} labels or their numbers "
+                f"differ from these {len(self.label)}"
             )
         mine, theirs = self.correct(name), other.correct(name)
         return paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine))
@@ -167,7 +169,7 @@ class Evaluation:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The evaluation as JSON, written to path if one is given; null for NaN and infinity."""
-        examples = {
+        examples = ({} if self.index is None else {"index": self.index.tolist()}) | {
             "label": self.label.tolist(),
             "clean_prediction": self.clean_prediction.tolist(),
             "attacks": {
@@ -200,6 +202,7 @@ class Evaluation:
                 seconds={name: convert(float, document["convergence"][name]["seconds"], "seconds") for name in attacks},
                 audit=None if document.get("audit") is None else Audit.from_dict(document["audit"]),
                 weights=convert(str | None, document.get("weights"), "weights"),
+                index=_read_column(examples["index"], "index", settings.count) if "index" in examples else None,
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -208,6 +211,10 @@ class Evaluation:
     def _count_correct(self, name: str) -> Accuracy:
         correct = self.correct(name)
         return accuracy(int(correct.sum()), len(correct))
+
+
+def _same(one: Column | None, other: Column | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
 
 
 def _measure_convergence(rows: AttackRows, seconds: float) -> Convergence:

@@ -118,21 +118,22 @@ class Bench:
         with private_randomness(self.seed, cuda_devices(model)):
             return Oracle.fast(model, self.example(), precision)
 
-    def batches(self, title: str, only: Container[int] | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Index, images and labels of each batch, on the device.
+    def batches(self, title: str, only: Container[int] | None = None) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Each batch's start, and its examples' numbers, images and labels, on the device.
 
-        title: names the progress. only: batches to yield, by the number of their first example; None: all.
+        title: names the progress. only: batches to yield, by their start, the position of their first example; None:
+        all.
         """
         for start in range(0, len(self.images), self.batch_size):
             stop = min(start + self.batch_size, len(self.images))
             if only is None or start in only:
-                index = torch.arange(start, stop)
-                x, y = self.images.batch(index.to(self.images.images.device))
+                place = torch.arange(start, stop, device=self.images.images.device)
+                x, y = self.images.batch(place)
                 # For models that draw random numbers; the caller's random state was set aside.
                 seed_randomness(derive_seed(self.seed, start))
                 if isinstance(self.progress, EvaluationDisplay):
                     self.progress.begin_batch()
-                yield index.to(self.device), x.to(self.device), y.to(self.device)
+                yield start, self.images.index[place].to(self.device), x.to(self.device), y.to(self.device)
             if self.progress is not None:
                 self.progress(title, stop, len(self.images))
 
@@ -140,7 +141,7 @@ class Bench:
         self, title: str, name: str, attack: Attack, oracle: Oracle, only: Container[int] | None = None
     ) -> Iterator[AttackedBatch]:
         """Each batch after the attack of this name. title, only: as for `batches`."""
-        for index, x, y in self.batches(title, only):
+        for start, index, x, y in self.batches(title, only):
             feasible = attack.threat.around(x)
             began = time.perf_counter()
             # Copies: an attack that works in place must not move what it is measured against.
@@ -148,7 +149,7 @@ class Bench:
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             seconds = time.perf_counter() - began
-            yield AttackedBatch(self.admit(name, result, feasible), y, result, seconds, int(index[0]))
+            yield AttackedBatch(self.admit(name, result, feasible), y, result, seconds, start)
 
     def settings(self, attacks: Mapping[str, Attack], precision: Precision, attack_network: str) -> Settings:
         """What is evaluated and how."""

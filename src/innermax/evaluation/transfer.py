@@ -43,12 +43,14 @@ class Transfer:
         clean_correct: target → correct on the clean images.
         transferred_correct: surrogate → target → attack → correct on the images made on the surrogate.
         white_box: the pairs (surrogate, target) that are one model, which is attacked directly.
+        index: (N,) the examples' numbers in the set that they are a sample of; None: 0…N − 1.
     """
 
     settings: Settings
     clean_correct: dict[str, Column]
     transferred_correct: dict[str, dict[str, dict[str, Column]]]
     white_box: tuple[tuple[str, str], ...]
+    index: Column | None = None
 
     @cached_property
     def clean_accuracy(self) -> dict[str, Accuracy]:
@@ -95,7 +97,7 @@ class Transfer:
         count = self.settings.count
         names = {"surrogate": surrogates, "target": targets, "attack": attacks}
         return {key: np.repeat(np.array(values), count) for key, values in names.items()} | {
-            "index": np.tile(np.arange(count), len(cells)),
+            "index": np.tile(np.arange(count) if self.index is None else self.index, len(cells)),
             "clean_correct": np.concatenate(clean),
             "correct": np.concatenate(correct),
         }
@@ -107,7 +109,8 @@ class Transfer:
             "white_box": self.white_box,
             "clean_accuracy": {target: asdict(value) for target, value in self.clean_accuracy.items()},
             "accuracy": _map_cells(asdict, self.accuracy),
-            "examples": {
+            "examples": ({} if self.index is None else {"index": self.index.tolist()})
+            | {
                 "clean_correct": {target: column.tolist() for target, column in self.clean_correct.items()},
                 "transferred_correct": _map_cells(np.ndarray.tolist, self.transferred_correct),
             },
@@ -125,9 +128,9 @@ class Transfer:
             examples = document["examples"]
             settings = convert(Settings, document["settings"], "settings")
 
-            def correct(values: Any) -> Column:
+            def correct(values: Any, name: str = "correct") -> Column:
                 column = np.array(values)
-                check_column(column, "correct", settings.count)
+                check_column(column, name, settings.count)
                 return column
 
             clean = {target: correct(column) for target, column in examples["clean_correct"].items()}
@@ -138,7 +141,8 @@ class Transfer:
             white_box = tuple((surrogate, target) for surrogate, target in document["white_box"])
             if not all(surrogate in found and target in clean for surrogate, target in white_box):
                 raise ValueError("white_box names models that are not there")
-            return cls(settings, clean, found, white_box)
+            index = correct(examples["index"], "index") if "index" in examples else None
+            return cls(settings, clean, found, white_box, index)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise ValueError(f"text must be a transfer's JSON: {told}") from error
@@ -296,6 +300,7 @@ def _measure(measurement: Measurement, precision: Precision, white_box: tuple[tu
                     for surrogate in scorer.fast
                 },
                 white_box=white_box,
+                index=None if bench.images.numbers is None else bench.images.numbers.cpu().numpy().copy(),
             )
             measurement.write_table(transfer.columns)
     return transfer

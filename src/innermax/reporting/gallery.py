@@ -190,9 +190,8 @@ def _make_pictures(
 ) -> Iterator[Picture]:
     """The pictures of the chosen images, each under all attacks."""
     for start in range(0, len(chosen), _CHUNK):
-        index = chosen[start : start + _CHUNK]
-        x, y = bench.images.batch(index.to(bench.images.images.device))
-        x, y, index = x.to(bench.device), y.to(bench.device), index.to(bench.device)
+        place = chosen[start : start + _CHUNK].to(bench.images.images.device)
+        x, y, index = (value.to(bench.device) for value in (*bench.images.batch(place), bench.images.index[place]))
         check_images(x, attacks, bench.quantize)
         before = scoring_logits(exact, x, y).argmax(1)
         columns = [
