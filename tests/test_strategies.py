@@ -28,6 +28,10 @@ KINDS = {
     "dynamic": im.Dynamic(PAPER),
     "automatic": im.Dynamic(ATTACK, "auto"),
     "warm": im.WarmStart(ATTACK),
+    "fgsm-rs": im.FGSMRS(ATTACK),
+    "n-fgsm": im.NFGSM(ATTACK),
+    "atta": im.ATTA(ATTACK),
+    "fat": im.FAT(ATTACK),
 }
 
 
@@ -239,6 +243,28 @@ def test_a_warm_start_takes_few_steps_that_shrink():
     assert (floored.stop_at, floored.gauge) == (0.1, "relative")
 
 
+def test_one_step_as_published():
+    attack = im.PGD(im.L2(0.8), steps=10, loss="margin", stop_at=0.3)
+    assert im.FGSMRS(attack).attack_at(0.5) == im.PGD(im.L2(0.8), 1, 1.0, loss="margin")
+    noisy = im.NFGSM(attack, step=0.5, noise=3.0).attack_at(0.5)
+    assert (noisy.threat, noisy.steps, noisy.step_size, noisy.noise, noisy.loss) == (im.L2(0.8), 1, 0.4, 3, "margin")
+
+
+def test_atta_starts_near_x_and_resets():
+    strategy = im.ATTA(im.PGD(im.Linf(0.1), steps=10, loss="margin"), steps=3, step=0.25, reset_every=4)
+    assert strategy.attack_at(0.5) == im.PGD(im.Linf(0.1), 3, 0.025, random_start=0.001, loss="margin")
+    assert [epoch for epoch in range(13) if strategy.resets(epoch)] == [3, 7, 11]
+    assert not any(im.ATTA(ATTACK, reset_every=None).resets(epoch) for epoch in range(20))
+
+
+def test_friendly_searches_go_on_longer_later():
+    strategy = im.FAT(replace(ATTACK, stop_at=0.3))
+    steps = [strategy.attack_at(epoch / 120).steps_after_success for epoch in range(120)]
+    assert steps == [0] * 50 + [1] * 40 + [2] * 30  # as published, where epochs 50 and 90 are the last of their τ
+    assert strategy.attack_at(0.5) == replace(ATTACK, stop_on_success=True, steps_after_success=1)
+    assert im.FAT(ATTACK, rise_at=[0.5]) == im.FAT(ATTACK, rise_at=(0.5,))
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("progress", [-0.1, 1.0, math.nan])
 def test_progress_out_of_range(name, progress):
@@ -246,7 +272,7 @@ def test_progress_out_of_range(name, progress):
         KINDS[name].attack_at(progress, [{"accuracy": 0.5, "halfway_gauge": 0.5}])
 
 
-@pytest.mark.parametrize("kind", [im.Standard, im.Curriculum, im.FGSMThenPGD, im.Dynamic, im.WarmStart])
+@pytest.mark.parametrize("kind", [type(one) for one in KINDS.values() if not isinstance(one, im.Unsecured)])
 @pytest.mark.parametrize("attack", [None, "pgd", im.Linf(0.1), im.PGD])
 def test_what_is_no_attack(untyped, kind, attack):
     with pytest.raises(TypeError, match=r"attack must be a PGD such as PGD\(Linf\(8 / 255\)\), got "):
@@ -274,6 +300,13 @@ def test_what_is_no_attack(untyped, kind, attack):
         (lambda: im.WarmStart(ATTACK, floor=-0.1), r"floor must be in \[0, 1\] or None, got -0\.1"),
         (lambda: im.WarmStart(ATTACK, floor=1.5), r"floor must be in \[0, 1\] or None, got 1\.5"),
         (lambda: im.WarmStart(ATTACK, floor=math.nan), r"floor must be in \[0, 1\] or None, got nan"),
+        (lambda: im.FGSMRS(ATTACK, step=0.0), "step must be a finite number > 0, got 0"),
+        (lambda: im.NFGSM(ATTACK, step=math.inf), "step must be a finite number > 0, got inf"),
+        (lambda: im.NFGSM(ATTACK, noise=-1.0), "noise must be a finite number ≥ 0, got -1"),
+        (lambda: im.ATTA(ATTACK, steps=0), "steps must be at least 1, got 0"),
+        (lambda: im.ATTA(ATTACK, step=-1.0), "step must be a finite number > 0, got -1"),
+        (lambda: im.ATTA(ATTACK, reset_every=0), "reset_every must be at least 1, got 0"),
+        (lambda: im.FAT(ATTACK, rise_at=(0.5, 50.0)), r"rise_at must be in \(0, 1\], got 50"),
         (lambda: im.Dynamic(ATTACK, shape="line"), r"unknown shape 'line'; did you mean 'linear'\?"),
     ],
 )
@@ -291,6 +324,10 @@ def test_a_strategy_is_built_by_its_name():
         "fgsm-pgd": im.FGSMThenPGD(ATTACK, switch=0.5),
         "dynamic": im.Dynamic(ATTACK, c_max=0.3, shape="cosine"),
         "warm-start": im.WarmStart(ATTACK),
+        "fgsm-rs": im.FGSMRS(ATTACK),
+        "n-fgsm": im.NFGSM(ATTACK),
+        "atta": im.ATTA(ATTACK),
+        "fat": im.FAT(ATTACK),
     }
 
 
@@ -328,7 +365,7 @@ def test_a_strategy_that_is_added_is_on_the_command_line(tmp_path):
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["training"]["strategy"]["name"] == "Mine"
 
 
-@pytest.mark.parametrize("build", [im.Standard, im.Curriculum, im.FGSMThenPGD, im.Dynamic, im.WarmStart])
+@pytest.mark.parametrize("build", {type(one) for one in KINDS.values()} - {im.Unsecured})
 def test_attacks_maximise_what_the_objective_says(build):
     own = build(ATTACK)
     other = search_for(own, KLDivergence())

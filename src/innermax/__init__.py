@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from innermax.reporting.hub import push_to_hub as push_to_hub
     from innermax.reporting.hub import save_pretrained as save_pretrained
     from innermax.reporting.page import report as report
+    from innermax.strategies import ATTA as ATTA
+    from innermax.strategies import FAT as FAT
+    from innermax.strategies import FGSMRS as FGSMRS
+    from innermax.strategies import NFGSM as NFGSM
     from innermax.strategies import Curriculum as Curriculum
     from innermax.strategies import Dynamic as Dynamic
     from innermax.strategies import FGSMThenPGD as FGSMThenPGD

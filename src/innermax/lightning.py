@@ -105,8 +105,9 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
         batch[image] = result.x_adv.to(x.dtype)
         self._seen, self._gradients = self._seen + len(x), self._gradients + int(result.gradient_calls.sum())
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # costs one more gradient
-            gradient = attack.gradient_at(oracle, x, y, result.x_adv).gradient
-            fosc = attack.threat.around(x).gap(gradient, result.x_adv).mean()
+            feasible = attack.threat.around(x)
+            point = attack.gauged_point(feasible, result.x_adv)
+            fosc = feasible.gap(attack.gradient_at(oracle, x, y, point).gradient, point).mean()
             pl_module.log("adversarial/fosc", fosc, on_step=True, on_epoch=False, batch_size=len(x))
 
     def on_validation_batch_end(

@@ -13,17 +13,19 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from innermax.attacks.noisy_pgd import NoisyPGD
 from innermax.attacks.pgd import FGSM, PGD
 from innermax.attacks.search import Gauge, measure
 from innermax.losses import Loss, cross_entropy
 from innermax.oracle.oracle import Oracle
-from innermax.utils.validation import check_count, unknown
+from innermax.utils.validation import check_count, check_number, unknown
 
 History = Sequence[Mapping[str, Any]]
 Measure = Literal["halfway_gauge"]
 Shape = Literal["linear", "cosine", "constant"]
 Threshold = float | Literal["auto"]
 SAMPLE = 1000  # training examples on which an automatic c_max is measured
+_NEAR = 0.001  # standard deviation of the noise around x where ATTA starts
 _C_MAX: Mapping[Gauge, Threshold] = {"ball": 0.5, "exact": 0.15, "relative": "auto"}
 
 
@@ -36,7 +38,7 @@ class Strategy(Protocol):
     A strategy may have two attributes more. `measures`, a set, names what the first row must hold besides:
     "halfway_gauge", the median gauge of training examples after half of the steps of the strategy's `attack`, measured
     at the end of the first epoch. With `warm_start = True` its attacks start, from the second epoch on, where the last
-    one left each example.
+    one left each example; in an epoch, counted from 0, for which its method `resets(epoch)` is true, they start afresh.
     """
 
     def attack_at(self, progress: float, history: History = ()) -> PGD | None:
@@ -193,9 +195,10 @@ class WarmStart:
     """A few shrinking steps per epoch, from where the example's search ended in the epoch before.
 
     The network changes little in an epoch, so that point is still close to a maximum, which a new search would have to
-    find again: two gradients per epoch do the work of ten. To keep perturbations over epochs is Zheng et al. 2020's
-    idea; new are the shrinking steps and the floor, by which examples that are still converged take no step. The
-    perturbations take two bytes for each value of the training set, in memory and in every checkpoint.
+    find again: two gradients per epoch do the work of ten. To keep perturbations over epochs, and to undo and redo the
+    augmentation around them, is Zheng et al. 2020's idea (see ATTA; one step, of ε/2, is ATTA-1 without its reset). New
+    are the shrinking steps and the floor, by which examples that are still converged take no step. The perturbations
+    take two bytes for each value of the training set, in memory and in every checkpoint.
 
     Args:
         attack: the attack at full strength; its threat model and its loss are used.
@@ -222,6 +225,141 @@ class WarmStart:
         sizes = tuple(self.attack.threat.eps * 0.5**step for step in range(1, self.steps + 1))
         attack = replace(self.attack, steps=self.steps, step_size=sizes, stop_at=None)
         return attack if self.floor is None else replace(attack, stop_at=self.floor, gauge="relative")
+
+
+@dataclass(frozen=True)
+class FGSMRS:
+    """FGSM-RS: one step from a random point of X(x) (Wong et al. 2020, Algorithm 3).
+
+    Published for CIFAR-10: ε = 8/255, α = 10/255, 15 epochs of 128 images, SGD with weight decay 5e-4 and a learning
+    rate that climbs to 0.2 and falls again; for MNIST: ε = 0.3, α = 0.375, 10 epochs, Adam, 5e-3. The released code
+    attacks in training mode, this one in evaluation mode. It can overfit catastrophically: robust against its own step,
+    and against nothing else.
+
+    Args:
+        attack: the attack at full strength; its threat model and its loss are used.
+        step: α over ε, > 0.
+    """
+
+    attack: PGD
+    step: float = 1.25
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _check_attack(self.attack)
+        _check_step(self.step)
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD:
+        """The one step."""
+        _check_progress(progress)
+        return PGD(self.attack.threat, 1, self.step * self.attack.threat.eps, loss=self.attack.loss)
+
+
+@dataclass(frozen=True)
+class NFGSM:
+    """N-FGSM: one step from noise beyond the ball, without a projection onto it (de Jorge et al. 2022, Algorithm 1).
+
+    Its points lie within the pixel bounds, but mostly outside X(x); gauges are those of their projections. Published
+    for CIFAR-10: ε = 8/255, 30 epochs of 128 images, SGD with weight decay 5e-4 and a learning rate that climbs to 0.2
+    and falls again. The released code attacks in training mode, this one in evaluation mode.
+
+    Args:
+        attack: the attack at full strength; its threat model and its loss are used.
+        step: α over ε, > 0.
+        noise: k, the radius of the ball of the uniform noise over ε, ≥ 0.
+    """
+
+    attack: PGD
+    step: float = 1.0
+    noise: float = 2.0
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _check_attack(self.attack)
+        _check_step(self.step)
+        self.attack_at(0.0)
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD:
+        """The one step."""
+        _check_progress(progress)
+        threat = self.attack.threat
+        return NoisyPGD(threat, 1, self.step * threat.eps, loss=self.attack.loss, noise=self.noise)
+
+
+@dataclass(frozen=True)
+class ATTA:
+    """ATTA: a few steps per epoch, from where the example's search ended in the epoch before (Zheng et al. 2020).
+
+    Perturbations are kept without the augmentation, which every epoch does to them anew. The first epoch, and each
+    whose number, from 1, is a multiple of `reset_every`, starts from x and Gaussian noise of 0.001. Published for
+    CIFAR-10: ε = 0.031, 38 epochs of 64 images, SGD with learning rate 0.1, divided by 10 at epochs 30 and 36, weight
+    decay 2e-4; steps of 0.015 (one step), 0.01 (3) or 0.007 (10), reset every 10 epochs; for MNIST: ε = 0.3, steps of
+    0.01, 60 epochs of 128 images, SGD with learning rate 0.01, divided by 10 at epoch 55, no reset. The perturbations
+    take two bytes for each value of the training set, in memory and in every checkpoint. The released code keeps them
+    for the image with its margin, this one without: what is shifted out of the image loses its perturbation.
+
+    Args:
+        attack: the attack at full strength; its threat model and its loss are used.
+        steps: per epoch.
+        step: length of a step over ε, > 0.
+        reset_every: epochs; None: never.
+    """
+
+    attack: PGD
+    steps: int = 1
+    step: float = 0.5
+    reset_every: int | None = 10
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+    warm_start: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_attack(self.attack)
+        check_count(self.steps, "steps")
+        _check_step(self.step)
+        if self.reset_every is not None:
+            check_count(self.reset_every, "reset_every")
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD:
+        """The attack of a few steps, which training starts where the last epoch's ended."""
+        _check_progress(progress)
+        size = self.step * self.attack.threat.eps
+        return PGD(self.attack.threat, self.steps, size, random_start=_NEAR, loss=self.attack.loss)
+
+    def resets(self, epoch: int) -> bool:
+        """Whether searches of an epoch, counted from 0, start afresh."""
+        return self.reset_every is not None and (epoch + 1) % self.reset_every == 0
+
+
+@dataclass(frozen=True)
+class FAT:
+    """FAT: friendly adversarial training, whose search stops τ steps after the example fell (Zhang et al. 2020,
+    Algorithms 1 and 2).
+
+    τ is 0 at first, and one more from each of `rise_at` on. Published for CIFAR-10: ε = 0.031, at most 10 steps of
+    0.007, 120 epochs of 128 images, SGD with learning rate 0.1, divided by 10 at epochs 60 and 90 and by 2 at 110,
+    weight decay 2e-4; τ rises after epochs 50 and 90. The released code also adds Gaussian noise of 0.001 to every
+    step, which the paper does not.
+
+    Args:
+        attack: PGD, whose steps are the most that an example takes.
+        rise_at: shares of the training, in (0, 1).
+    """
+
+    attack: PGD
+    rise_at: Sequence[float] = (50 / 120, 90 / 120)
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+
+    def __post_init__(self) -> None:
+        _check_attack(self.attack)
+        for share in self.rise_at:
+            _check_share("rise_at", share)
+        object.__setattr__(self, "rise_at", tuple(self.rise_at))
+
+    def attack_at(self, progress: float, history: History = ()) -> PGD:
+        """The attack that stops an example τ steps after it fell."""
+        _check_progress(progress)
+        tau = sum(progress >= share - 1e-9 for share in self.rise_at)
+        return replace(self.attack, stop_at=None, stop_on_success=True, steps_after_success=tau)
 
 
 def search_for(strategy: Strategy, loss: Loss | None) -> Strategy:
@@ -278,6 +416,10 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fgsm-pgd": FGSMThenPGD,
     "dynamic": Dynamic,
     "warm-start": WarmStart,
+    "fgsm-rs": FGSMRS,
+    "n-fgsm": NFGSM,
+    "atta": ATTA,
+    "fat": FAT,
 }
 
 
@@ -351,6 +493,10 @@ def _read_measure(epoch: Mapping[str, Any], name: str) -> float:
 def _check_attack(attack: object) -> None:
     if not isinstance(attack, PGD):
         raise TypeError(f"attack must be a PGD such as PGD(Linf(8 / 255)), got {attack!r}")
+
+
+def _check_step(step: float) -> None:
+    check_number(step, "step", "a finite number > 0", lambda value: 0 < value < math.inf)
 
 
 def _check_progress(progress: float) -> None:

@@ -213,9 +213,23 @@ class FeasibleSet:
         inside = ((u >= self.floor - atol) & (u <= self.ceiling + atol)).all(1)
         return inside & (self.threat.norm(u) <= self.threat.eps + atol)
 
-    def sample(self, key: Int[Tensor, " b"]) -> Float[Tensor, "b ..."]:
-        """A random start in X(x) for each key."""
-        u = self.threat.eps * self.threat._draw(key, self.floor.shape[1]).to(self.x.dtype)
+    def with_radius(self, eps: float) -> "FeasibleSet":
+        """The inputs within the same bounds and another radius, which may be larger than the bounds allow."""
+        low, high = self.threat.box(self.x)
+        largest = float(self.threat.norm(high[:1] - low[:1]))  # from which on the bounds are all there is
+        floor, ceiling = (low - self.x.flatten(1)).clamp(min=-eps), (high - self.x.flatten(1)).clamp(max=eps)
+        return replace(self, threat=replace(self.threat, eps=min(eps, largest)), floor=floor, ceiling=ceiling)
+
+    def sample(self, key: Int[Tensor, " b"], radius: float | None = None) -> Float[Tensor, "b ..."]:
+        """A random start in X(x) for each key: uniform in the ball, or in a ball of another radius, then projected."""
+        u = self.threat._draw(key, self.floor.shape[1]).to(self.x.dtype)
+        return self._at(
+            self.threat._nearest((self.threat.eps if radius is None else radius) * u, self.floor, self.ceiling)
+        )
+
+    def sample_near(self, key: Int[Tensor, " b"], deviation: float) -> Float[Tensor, "b ..."]:
+        """A random start in X(x) for each key: x and Gaussian noise of a standard deviation, projected."""
+        u = deviation * randomness.normal(key, self.floor.shape[1]).to(self.x.dtype)
         return self._at(self.threat._nearest(u, self.floor, self.ceiling))
 
     def maximizer(self, gradient: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:

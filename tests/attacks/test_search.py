@@ -230,6 +230,30 @@ def test_fallen_examples_leave():
     assert model.log.rows == [int((first >= k).sum()) for k in range(7)]
 
 
+@pytest.mark.parametrize("more", [1, 2])
+def test_fallen_examples_go_on_for_so_many_steps(more):
+    x, y = images(12, shape=(6,), dtype=torch.float64)
+    y[2:] = logits_of(mlp(), x).argmax(1)[2:]
+    threat = Linf(0.5, bounds=None)
+    result = PGD(threat, steps=6, stop_on_success=True, step_size=0.1, steps_after_success=more)(mlp(), x, y)
+    path = starts(PGD(threat, steps=6, step_size=0.1), mlp(), x, y)
+    wrong = torch.stack([logits_of(mlp(), point).argmax(1) != y for point in path])
+    last = torch.where(wrong.cumsum(0).eq(more + 1).any(0), wrong.cumsum(0).eq(more + 1).long().argmax(0), 6)
+    assert torch.equal(result.steps, last)
+    assert more in last
+    assert 6 in last
+    expected = torch.stack([path[k][row] for row, k in enumerate(last.tolist())])
+    torch.testing.assert_close(result.x_adv, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("deviation", [0.001, 0.5])
+def test_a_start_near_x(deviation):
+    x, y = images(12, shape=(6,), dtype=torch.float64)
+    found = starts(PGD(Linf(0.3), steps=1, random_start=deviation), mlp(), x, y, seed=4)[0]
+    noise = deviation * randomness.normal(randomness.hash_keys(4, torch.arange(12), 0), 6)
+    torch.testing.assert_close(found, torch.min(torch.max(x + noise, x - 0.3), x + 0.3).clamp(0, 1))
+
+
 def single_searches(attack, model, x, y, seed, restarts):
     """Each restart's search for itself."""
     oracle, feasible, index = Oracle(model), attack.threat.around(x), torch.arange(len(x))

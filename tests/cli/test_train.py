@@ -14,6 +14,7 @@ from tests.helpers.commands import refused, said
 from tests.helpers.recipes import FAST, SHAPES
 
 STRATEGY_NAMES = ["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "warm-start"]
+STRATEGY_NAMES += ["fgsm-rs", "n-fgsm", "atta", "fat"]
 # Every recipe, and every strategy, in a fast test; every pair in a slow one.
 PAIRS = [
     pytest.param(name, strategy, marks=() if name == "mnist" or strategy == "dynamic" else pytest.mark.slow)

@@ -87,6 +87,7 @@ def test_ema_is_what_is_evaluated_and_saved(tmp_path):
         ({}, lambda t: 1 if t < 0.4 else 0.1 if t < 0.8 else 0.01),
         ({"lr_drops": (0.3, 0.5, 0.6)}, lambda t: 0.1 ** sum(t >= drop for drop in (0.3, 0.5, 0.6))),
         ({"lr_drops": ()}, lambda t: 1),
+        ({"lr_schedule": "cyclic"}, lambda t: 2 * t if t < 0.5 else 2 - 2 * t),
         ({"lr_schedule": "cosine"}, lambda t: (1 + math.cos(math.pi * t)) / 2),
         ({"lr_schedule": "constant"}, lambda t: 1),
     ],

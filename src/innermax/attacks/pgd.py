@@ -23,8 +23,9 @@ from innermax.attacks.search import (
 )
 from innermax.losses import CappedMargin, Loss, find_loss, is_stationary_at_clean, make_reaching, needs_clean
 from innermax.oracle.oracle import Oracle, Response
-from innermax.threat import Threat
-from innermax.utils.validation import check_count, check_labels, unknown
+from innermax.threat import FeasibleSet, Threat
+from innermax.utils.serialization import added_field
+from innermax.utils.validation import check_count, check_integer, check_labels, check_number, unknown
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,16 @@ class PGD(BaseAttack):
         step_size: length of a step in the threat's norm; None for ε/4 (Wang et al. 2019), a number > 0, a sequence of
             one per step, or "annealed": ε for the first quarter of the steps, then half as long with every quarter.
             math.inf jumps to the maximizer.
-        random_start: start from a random point of X(x) instead of x.
+        random_start: start from a random point of X(x) instead of x; a number σ > 0: from x and Gaussian noise of that
+            standard deviation, projected onto X(x).
         loss: "cross_entropy", "margin", "dlr" or a function (logits, label) → (B,); or a value that also depends on the
             network's answer to the clean input (see innermax.losses), for one forward pass.
         restarts: searches from different random starts; the best is kept for each example.
         stop_at: value of the gauge at or below which an example stops, after at least one step; None: never.
         gauge: FOSC "exact" over X(x), over the "ball" alone (the paper's closed form), or "relative", in [0, 1].
         stop_on_success: an example that has fallen leaves the search.
+        steps_after_success: with stop_on_success, it leaves only after so many further steps from points where it has
+            fallen (Zhang et al. 2020, Algorithm 1).
 
     Raises:
         ValueError, TypeError: an argument is not as described above.
@@ -52,17 +56,25 @@ class PGD(BaseAttack):
     accepts: ClassVar[frozenset[str]] = frozenset({"target", "start"})
     steps: int = 10
     step_size: float | Sequence[float] | str | None = None
-    random_start: bool = True
+    random_start: bool | float = True
     loss: str | Loss = "cross_entropy"
     restarts: int = 1
     stop_at: float | None = None
     gauge: Gauge = "exact"
     stop_on_success: bool = False
+    steps_after_success: int = added_field(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self.steps, "steps")
         check_count(self.restarts, "restarts")
+        if not isinstance(self.random_start, bool):
+            check_number(
+                self.random_start, "random_start", "a bool or a finite number > 0", lambda sd: 0 < sd < math.inf
+            )
+        check_integer(self.steps_after_success, "steps_after_success", 0)
+        if self.steps_after_success and not self.stop_on_success:
+            raise ValueError(f"steps_after_success needs stop_on_success=True, got {self.steps_after_success} without")
         if self.restarts > 1 and not self.random_start:
             raise ValueError("restarts need random_start=True: without it every restart is the same search")
         if self.gauge not in get_args(Gauge):
@@ -147,6 +159,7 @@ class PGD(BaseAttack):
             gauge=self.gauge,
             stop_at=self.stop_at,
             stop_on_success=self.stop_on_success,
+            steps_after_success=self.steps_after_success,
             warm=warm,
             final=final,
             observe=observe,
@@ -158,12 +171,23 @@ class PGD(BaseAttack):
         """
         feasible, told = problem.feasible, problem.start if restart == 0 else None
         if told is None:
-            return feasible.sample(problem.keys(restart)) if self.random_start else feasible.x
+            return self._draw_start(problem, restart) if self.random_start else feasible.x
         if is_stationary_at_clean(loss):
             clean = (told == feasible.x).flatten(1).all(1)
             if bool(clean.any()):
                 return choose_rows(clean, feasible.sample(problem.keys(restart)), told)
         return told
+
+    def _draw_start(self, problem: Problem, restart: int) -> Tensor:
+        """A random start, in the ball or near x."""
+        key = problem.keys(restart)
+        if self.random_start is True:
+            return problem.feasible.sample(key)
+        return problem.feasible.sample_near(key, self.random_start)
+
+    def gauged_point(self, feasible: FeasibleSet, x_adv: Tensor) -> Tensor:
+        """Where the gauges of a point that the attack has found are measured: there, as it lies in X(x)."""
+        return x_adv
 
     def checked_loss(self, problem: Problem) -> Loss:
         """What a search of the problem maximises; labels that the model has no class for raise ValueError."""

@@ -79,6 +79,7 @@ def search(
     gauge: Gauge = "exact",
     stop_at: float | None = None,
     stop_on_success: bool = False,
+    steps_after_success: int = 0,
     warm: bool = False,
     final: Final = "gradient",
     observe: Observer | None = None,
@@ -105,6 +106,7 @@ def search(
         gauge: how far from stationary an iterate is: FOSC "exact" over X(x), over the "ball" alone, or "relative".
         stop_at: an example stops at its first iterate after a step whose gauge is ≤ this, unless its gradient is 0.
         stop_on_success: an example stops where the adversary has what it wants.
+        steps_after_success: so many iterates where it has what it wants are passed by first.
         warm: the start is where an earlier search ended, so an example may stop there, before any step.
         final: what is computed where the steps end: "gradient" (loss, logits, FOSC), "loss" (loss, logits) or "none".
         observe: called with X(x), the iterates and the oracle's answer there, of the examples that are still searching:
@@ -112,7 +114,7 @@ def search(
     """
     rows, x_adv = torch.arange(len(start), device=start.device), start
     pieces: list[tuple[Tensor, AttackResult]] = []
-    confirmations = torch.zeros_like(label)
+    confirmations, fallen = torch.zeros_like(label), torch.zeros_like(label)
     coarse = len(step_sizes) if final == "none" else int(_COARSE * len(step_sizes))
     for step, step_size in enumerate(step_sizes):
         asked = oracle if step < coarse else oracle.precise
@@ -128,7 +130,8 @@ def search(
             if asked.lowered and bool(seeming.any()):
                 answer = _confirm(asked.precise, x_adv, answer, label, loss, given, seeming.nonzero()[:, 0])
                 confirmations[rows[seeming]] += 1
-            stopping |= has_won(answer.logits, label, reach)
+            fallen = fallen + (won := has_won(answer.logits, label, reach))
+            stopping |= won & (fallen > steps_after_success)
         if (stop_at is not None or stop_on_success) and bool(stopping.any()):
             done, going = stopping.nonzero()[:, 0], (~stopping).nonzero()[:, 0]
             pieces.append(
@@ -136,8 +139,8 @@ def search(
             )
             if len(going) == 0:
                 break
-            rows, x_adv, label, given = rows[going], x_adv[going], label[going], select(given, going)
-            feasible, gradient = feasible[going], gradient[going]
+            rows, x_adv, label, gradient, fallen = select((rows, x_adv, label, gradient, fallen), going)
+            feasible, given = feasible[going], select(given, going)
         x_adv = feasible.step(x_adv, gradient, step_size)
     else:
         if final == "gradient":

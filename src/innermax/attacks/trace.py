@@ -57,7 +57,7 @@ def search_with_trace(
     index: Int[Tensor, " b"] | None = None,
 ) -> tuple[AttackResult, Trace]:
     """What such a search finds, and its trace; arguments and errors as for `trace_search`."""
-    attack = replace(attack, stop_at=None, stop_on_success=False)
+    attack = replace(attack, stop_at=None, stop_on_success=False, steps_after_success=0)
     problem = Problem.of(attack.threat, model, x, y, seed=seed, index=index)
     met: list[tuple[Tensor, Tensor, Tensor]] = []
     points: list[Tensor] = []

@@ -1,6 +1,6 @@
 """Settings as a recipe or the command line gives them, and the values they build."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from innermax import strategies
@@ -144,6 +144,56 @@ class WarmSettings:
 
 
 @dataclass(frozen=True)
+class FGSMRSSettings:
+    """Options of the strategy fgsm-rs.
+
+    Args:
+        step: Length of the step over ε.
+    """
+
+    step: float = 1.25
+
+
+@dataclass(frozen=True)
+class NFGSMSettings:
+    """Options of the strategy n-fgsm.
+
+    Args:
+        step: Length of the step over ε.
+        noise: Largest noise over ε.
+    """
+
+    step: float = 1.0
+    noise: float = 2.0
+
+
+@dataclass(frozen=True)
+class ATTASettings:
+    """Options of the strategy atta.
+
+    Args:
+        steps: Steps per epoch.
+        step: Length of a step over ε.
+        reset_every: Epochs after which perturbations start afresh; null for never.
+    """
+
+    steps: int = 1
+    step: float = 0.5
+    reset_every: int | None = 10
+
+
+@dataclass(frozen=True)
+class FATSettings:
+    """Options of the strategy fat.
+
+    Args:
+        rise_at: Shares of the training after each of which the search goes on for one more step after an image fell.
+    """
+
+    rise_at: list[float] = field(default_factory=lambda: [50 / 120, 90 / 120])
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """What is evaluated, and against which attacks.
 
@@ -221,19 +271,30 @@ class ExportSettings:
     allow_code: bool = False
 
 
-def build_strategy(
-    name: StrategyName,
-    attack: PGD,
-    dynamic: DynamicSettings,
-    curriculum: CurriculumSettings,
-    warm: WarmSettings,
-    switch: float,
-) -> Strategy:
-    """The strategy of a name, with the options that it takes."""
-    options: dict[str, dict[str, Any]] = {
-        "curriculum": vars(curriculum),
-        "fgsm-pgd": {"switch": switch},
-        "dynamic": vars(dynamic),
-        "warm-start": vars(warm),
-    }
-    return strategies.build_strategy(name, attack, **options.get(name, {}))
+# Groups of a recipe's settings by name; those of added strategies have their names.
+GROUPS: dict[str, type] = {
+    "threat": ThreatSettings,
+    "attack": AttackSettings,
+    "dynamic": DynamicSettings,
+    "curriculum": CurriculumSettings,
+    "warm": WarmSettings,
+    "fgsm_rs": FGSMRSSettings,
+    "n_fgsm": NFGSMSettings,
+    "atta": ATTASettings,
+    "fat": FATSettings,
+}
+# Settings that folders of earlier versions know nothing of, where they are at their defaults.
+ADDED: dict[str, Any] = {
+    option.name: option.default for option in fields(RecipeSettings) if option.metadata.get("added")
+}
+_EARLIER = ("threat", "attack", "dynamic", "curriculum", "warm")
+ADDED |= {name: asdict(kind()) for name, kind in GROUPS.items() if name not in _EARLIER}
+
+
+def build_strategy(name: StrategyName, attack: PGD, chosen: Any) -> Strategy:
+    """The strategy of a name, with the options that it takes; chosen: the recipe's settings."""
+    if name == "fgsm-pgd":
+        return strategies.build_strategy(name, attack, switch=chosen["switch"])
+    group = {"warm-start": "warm"}.get(name, name.replace("-", "_"))
+    options = vars(chosen[group]) if group in GROUPS else {}
+    return strategies.build_strategy(name, attack, **options)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from innermax.cli.arguments import Parser, option_name, show_options, split_words
-from innermax.cli.settings import RecipeSettings
+from innermax.cli.settings import ADDED
 from innermax.cli.sweep_engine import SweepRun, SweepSettings, combinations, sweep
 from innermax.cli.sweep_table import format_sweep, sweep_rows, write_sweep
 from innermax.cli.train import read_recipe, train_parser
@@ -20,9 +20,6 @@ _OF_THE_SWEEP = {"run_dir", *SweepSettings.__annotations__}  # options with one 
 # Options that may differ when a run is resumed; but runs of a sweep may be there to compare numbers of processes.
 _NOT_IDENTIFYING = {option.name for option in fields(TrainingOptions)} - option_names("identifies")
 _NOT_IDENTIFYING -= {"devices", "nodes", "parallel"}
-
-# Settings that folders of earlier versions know nothing of, where they are not at their defaults.
-_ADDED = {option.name: option.default for option in fields(RecipeSettings) if option.metadata.get("added")}
 
 
 def run(words: list[str]) -> None:
@@ -95,8 +92,9 @@ def list_runs(parser: Parser, recipe: str, options: Mapping[str, Sequence[str]])
     for name, combination in combinations(options).items():
         words = {option: f"--{option}={value}" for option, value in combination.items()}
         chosen = parser.parse_args(list(words.values()))
-        left_out = _OF_THE_SWEEP | _NOT_IDENTIFYING | {key for key in _ADDED if getattr(chosen, key) == _ADDED[key]}
-        settings = {key: value for key, value in chosen.as_dict().items() if key not in left_out}
+        stated = chosen.as_dict()
+        left_out = _OF_THE_SWEEP | _NOT_IDENTIFYING | {key for key in ADDED if stated[key] == ADDED[key]}
+        settings = {key: value for key, value in stated.items() if key not in left_out}
         own = [word for option, word in words.items() if option.partition(".")[0] not in _OF_THE_SWEEP]
         runs.append(SweepRun(name, [recipe, *own], settings))
     return runs, chosen

@@ -13,10 +13,9 @@ from torch import nn
 
 import innermax as im
 from innermax.attacks.named import parse_attacks
-from innermax.cli import settings
 from innermax.cli.arguments import Parser, build_parser, is_given, read_fractions, split_words
 from innermax.cli.recipes import read_yaml, recipe_text
-from innermax.cli.settings import build_strategy
+from innermax.cli.settings import GROUPS, RecipeSettings, build_strategy
 from innermax.data.image_set import Data
 from innermax.distributed.launch import count_processes, find_device, is_first
 from innermax.models.registry import MODELS
@@ -28,7 +27,6 @@ from innermax.training.train import train
 from innermax.utils.files import write_text
 from innermax.utils.validation import unknown
 
-_GROUPS = ("threat", "attack", "dynamic", "curriculum", "warm")  # of a recipe's settings
 _OPTIONS = option_names("on_command_line")  # go to `im.train` as they are; the recipe's settings stand for the others
 # Help that the docstring of `im.train` does not give; a group in a file of its own does no more than a recipe.
 _HELP = {
@@ -36,7 +34,7 @@ _HELP = {
     "run_dir": "Folder of the run. By default runs/RECIPE-STRATEGY-seedSEED.",
     "devices": "Processes on each machine that share every batch; on GPUs, one per GPU. By default as many as torchrun "
     "or SLURM started, else one.",
-    **dict.fromkeys(_GROUPS, argparse.SUPPRESS),
+    **dict.fromkeys(GROUPS, argparse.SUPPRESS),
 }
 _RECORDED = ("data", "validation", "model", "init", "threat", "attack")  # in the run's config.yaml, beside those
 
@@ -65,9 +63,9 @@ def train_parser(recipe: Mapping[str, Any]) -> Parser:
         "recipes or a YAML file. Every setting of the recipe is an option; null unsets one. The same command resumes a "
         "run that was stopped.",
     )
-    parser.add_class_arguments(settings.RecipeSettings, as_group=False)
-    for name in _GROUPS:
-        parser.add_class_arguments(getattr(settings, f"{name.capitalize()}Settings"), name)
+    parser.add_class_arguments(RecipeSettings, as_group=False)
+    for name, kind in GROUPS.items():
+        parser.add_class_arguments(kind, name)
     built: set[str | int] = {name for name in inspect.signature(train).parameters if name not in _OPTIONS}
     parser.add_function_arguments(train, as_group=False, skip=built)
     shown = "Show a live display on a terminal, elsewhere a line per epoch."
@@ -90,9 +88,9 @@ def read_recipe(name: str) -> dict[str, Any]:
     for key, value in recipe.items():
         if key in ("run_dir", "overwrite"):
             raise ValueError(f"recipe {name} must not say where to write: give --{key.replace('_', '-')} yourself")
-        if (key in _GROUPS) != isinstance(value, dict):
-            raise ValueError(f"recipe {name}: {key} must {'' if key in _GROUPS else 'not '}hold settings of its own")
-        values |= {f"{key}.{part}": each for part, each in value.items()} if key in _GROUPS else {str(key): value}
+        if (key in GROUPS) != isinstance(value, dict):
+            raise ValueError(f"recipe {name}: {key} must {'' if key in GROUPS else 'not '}hold settings of its own")
+        values |= {f"{key}.{part}": each for part, each in value.items()} if key in GROUPS else {str(key): value}
     for setting in values:
         if setting not in known:
             raise unknown(f"setting in recipe {name}", setting, known)
@@ -121,7 +119,7 @@ def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> No
     """Trains as chosen, then evaluates and reports on the result; stated: the same as plain values."""
     threat = chosen.threat.build()
     attack, attacks = chosen.attack.build(threat), parse_attacks(chosen.attacks, threat)
-    strategy = build_strategy(chosen.strategy, attack, chosen.dynamic, chosen.curriculum, chosen.warm, chosen.switch)
+    strategy = build_strategy(chosen.strategy, attack, chosen)
     objective = build_objective(chosen.objective, chosen.beta, chosen.label_smoothing, chosen.awp)
     device = find_device(chosen.device)
     held_out = _share_or_count(chosen.validation)

@@ -246,7 +246,9 @@ def _search(
 ) -> tuple[AttackResult, Trace | None]:
     """What an attack finds and, of PGD, the trace of its first search, which is all there is to most."""
     again: dict[str, Any] = {"seed": bench.seed, "index": index}
-    if isinstance(attack, PGD) and attack == replace(attack, restarts=1, stop_at=None, stop_on_success=False):
+    if isinstance(attack, PGD) and attack == replace(
+        attack, restarts=1, stop_at=None, stop_on_success=False, steps_after_success=0
+    ):
         return search_with_trace(attack, oracle, x, y, **again)
     result = attack(oracle, x.clone(), y.clone(), **again, final="gradient")
     return result, trace_search(attack, oracle, x, y, **again) if isinstance(attack, PGD) else None

@@ -74,8 +74,8 @@ def _check_sets(
     """The model's classes; raises, before anything is written, where it does not take the images or lacks a class."""
     if not isinstance(train_set, ImageSet) and getattr(options.strategy, "warm_start", False):
         raise ValueError(
-            "strategy WarmStart keeps every example's perturbation, which neither a stream nor images that random "
-            "transforms draw anew have a place for"
+            f"strategy {type(options.strategy).__name__} keeps every example's perturbation, which neither a stream "
+            "nor images that random transforms draw anew have a place for"
         )
     oracle, classes = Oracle(model), 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -259,7 +259,8 @@ class Loop:
 
     def _warm_start(self, x: Tensor, index: Tensor) -> Tensor | None:
         """Where the last epoch's attack left the examples, augmented as in this epoch; None without a warm start."""
-        if self.state.perturbations is None or self.state.epoch == 0:
+        resets = getattr(self.options.strategy, "resets", lambda epoch: False)
+        if self.state.perturbations is None or self.state.epoch == 0 or resets(self.state.epoch):
             return None
         return x + self._augment(self.state.perturbations[index].to(x.dtype), index)
 

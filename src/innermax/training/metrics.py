@@ -88,8 +88,9 @@ def measure_gauges(
     "fosc" over ball and bounds, which may be no finite number; "relative_fosc", 0 where it is undefined; "ball_fosc",
     the paper's closed form, which ignores the bounds; "zero_gradient", 1 or 0.
     """
-    gradient = attack.gradient_at(oracle, x, y, x_adv, seed).gradient
     feasible = attack.threat.around(x)
+    x_adv = attack.gauged_point(feasible, x_adv)
+    gradient = attack.gradient_at(oracle, x, y, x_adv, seed).gradient
     return {
         "fosc": feasible.gap(gradient, x_adv).tolist(),
         "relative_fosc": feasible.gap(gradient, x_adv, relative=True).nan_to_num(0.0).tolist(),

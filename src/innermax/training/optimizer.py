@@ -23,4 +23,6 @@ def learning_rate(moment: float, options: TrainingOptions) -> float:
     """The learning rate when a share `moment` in [0, 1) of the training is done."""
     if options.lr_schedule == "drops":
         return options.lr * math.pow(0.1, sum(moment >= drop - 1e-9 for drop in options.lr_drops))
-    return options.lr * (1 + math.cos(math.pi * moment)) / 2 if options.lr_schedule == "cosine" else options.lr
+    if options.lr_schedule == "cosine":
+        return options.lr * (1 + math.cos(math.pi * moment)) / 2
+    return options.lr * (1 - abs(2 * moment - 1)) if options.lr_schedule == "cyclic" else options.lr

@@ -27,7 +27,7 @@ from innermax.utils.serialization import added_field, describe, described_fields
 from innermax.utils.validation import check_choice, check_count, check_flag, check_integer, check_number, is_number
 
 Optimizer = Literal["sgd", "adamw"]
-LearningRate = Literal["drops", "cosine", "constant"]
+LearningRate = Literal["drops", "cosine", "cyclic", "constant"]
 OnNaN = Literal["stop", "skip"]
 _PROCESS = {"identifies": False}  # how a run is computed and written: the next call on its folder may say otherwise
 _VALUE = {"on_command_line": False}  # a value that no text stands for; the command line builds it

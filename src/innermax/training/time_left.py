@@ -96,6 +96,8 @@ def expected_gradients(attack: PGD | None, now: PGD | None, taken: float) -> flo
     if attack is None:
         return 0.0
     steps = float(attack.steps * attack.restarts)
+    if attack.stop_on_success:
+        return min(taken, steps) if now is not None and now.stop_on_success else _TAKEN * steps
     if attack.stop_at is None:
         return steps
     if now is None or now.stop_at is None:

@@ -105,8 +105,8 @@ def train(
         lr: Initial learning rate.
         momentum: Momentum of SGD.
         weight_decay: L2 penalty of SGD, or decoupled decay of AdamW.
-        lr_schedule: "drops" divides the learning rate by 10 at each of lr_drops, "cosine" lets it fall to 0, "constant"
-            keeps it.
+        lr_schedule: "drops" divides the learning rate by 10 at each of lr_drops, "cosine" lets it fall to 0, "cyclic"
+            lets it climb from 0 for half of the training and fall to 0 again, "constant" keeps it.
         lr_drops: Shares of the training, in (0, 1), after which the learning rate drops.
         clip: Largest gradient norm of an update. By default gradients are not clipped.
         ema: Decay, in (0, 1), of an exponential moving average of the weights, which is then evaluated and saved. By
