@@ -128,8 +128,8 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         "",
         "A training step with PGD-10 on a batch of 128: its median time; the median ratio, with quartiles, to the sum",
         "of the passes that it asks for, timed in the same turn; and the peak of memory above what the process held",
-        "before the step. S is the search, f a forward pass of the attack network, U the update with the cross-entropy,",
-        "b a forward and backward pass of the network that learns.",
+        "before the step. S is the search, f a forward pass of the attack network, U the update with the",
+        "cross-entropy, b a forward and backward pass of the network that learns.",
     ]
     for network, rows in result["networks"].items():
         lines += ["", f"{network}:", "", "| objective | ms a step | its passes | step / passes | MiB |"]

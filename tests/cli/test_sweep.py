@@ -411,3 +411,12 @@ def test_jobs_on_slurm_outlive_the_sweep_and_are_found_again(tmp_path, capsys, m
     status, out, _ = said(capsys, *words)
     assert (status, len((tmp_path / "handed_in").read_text().splitlines())) == (0, 1)
     assert f"{100 * own(tmp_path / 'sweep/run')['clean']:.2f}" in out
+
+
+def test_settings_of_later_versions_are_left_out_at_their_defaults():
+    """A folder of an earlier version knows nothing of them, and goes on."""
+    parser = sweep_parser(read_recipe("digits"))
+    (plain,), _ = list_runs(parser, "digits", {})
+    assert not {"beta", "label_smoothing", "awp"} & plain.settings.keys()
+    (told,), _ = list_runs(parser, "digits", {"objective": ["trades"], "beta": ["3"], "awp": ["0.01"]})
+    assert told.settings == plain.settings | {"objective": "trades", "beta": 3.0, "awp": 0.01}

@@ -126,7 +126,7 @@ class PGD(BaseAttack):
         each = "loss" if final == "none" and self.restarts > 1 else final  # restarts are compared by their loss
 
         def best_of(rows: Tensor) -> AttackResult:
-            some, again = self.prepare(problem[rows], each), torch.arange(len(rows), device=rows.device)
+            some, again = _prepare(problem[rows], loss, each), torch.arange(len(rows), device=rows.device)
             best = self.search_once(some, loss, 0, each)
             for restart in range(1, self.restarts):
                 if self.stop_on_success:
@@ -144,7 +144,7 @@ class PGD(BaseAttack):
     ) -> AttackResult:
         """One search of all examples; the first, restart 0, begins at the problem's start where it has one.
 
-        problem: as `prepare` returns it.
+        problem: with what the loss is given.
         """
         warm = problem.start is not None and restart == 0
         return search(
@@ -197,7 +197,6 @@ class PGD(BaseAttack):
             check_labels(problem.label, len(problem.label), classes, name)
         if classes is not None or needs_clean(loss):  # the clean inputs are asked first
             return loss
-
         highest = int(problem.label.max())  # read once: every look at a device's numbers waits for it
 
         def checked(logits: Tensor, label: Tensor) -> Tensor:
@@ -207,19 +206,19 @@ class PGD(BaseAttack):
 
         return checked  # a network that nobody has asked before is asked as it is, and nothing is recorded
 
-    def prepare(self, problem: Problem, final: Final) -> Problem:
-        """The problem with what the loss is given; in float32 where the end of the search is scored in float32."""
-        oracle = problem.oracle
-        return problem.prepare(self.checked_loss(problem), oracle if final == "none" else oracle.precise)
-
     def gradient_at(self, oracle: Oracle, x: Tensor, y: Tensor, x_adv: Tensor, seed: int = 0) -> Response:
         """The gradient of the attack's loss at points x_adv of X(x), with which their gauges are measured.
 
         x, x_adv: (B, *features); y: (B,); seed: of what the model draws.
         """
         with oracle.private_randomness(seed):
-            problem = self.prepare(Problem.of(self.threat, oracle, x, y, seed=seed), "none")
-            return problem.gradient(x_adv, self.objective())
+            loss, problem = self.objective(), Problem.of(self.threat, oracle, x, y, seed=seed)
+            return problem.prepare(loss, oracle).gradient(x_adv, loss)
+
+
+def _prepare(problem: Problem, loss: Loss, final: Final) -> Problem:
+    """The problem with what the loss is given; from float32 logits where the end of the search is scored in float32."""
+    return problem.prepare(loss, problem.oracle if final == "none" else problem.oracle.precise)
 
 
 def FGSM(threat: Threat, loss: str | Loss = "cross_entropy") -> PGD:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 
 
@@ -13,18 +14,29 @@ def perturbed_weights(network: nn.Module, gamma: float) -> Iterator[None]:
     """Context manager: each tensor w of at least two dimensions is w + γ‖w‖·g/‖g‖, with g its present gradient.
 
     The gradients are taken away at the beginning. At the end the weights are what they were, to the bit: they are
-    copied, as a sum and a difference would be rounded.
+    copied, as a sum and a difference would be rounded. Each process of a sharded network moves its own part, by norms
+    of the whole.
     """
     slopes = [(weight, weight.grad) for weight in network.parameters() if weight.ndim > 1 and weight.grad is not None]
-    before = [weight.detach().clone() for weight, _ in slopes]
     with torch.no_grad():
+        before = [_own_part(weight).clone() for weight, _ in slopes]
         for weight, slope in slopes:
-            size = vector_norm(slope)
-            weight.addcmul_(slope, (gamma * vector_norm(weight) / size).where(size > 0, 0))
+            size = _norm(slope)
+            _own_part(weight).addcmul_(_own_part(slope), (gamma * _norm(weight) / size).where(size > 0, 0))
     network.zero_grad()
     try:
         yield
     finally:
         with torch.no_grad():
             for (weight, _), own in zip(slopes, before, strict=True):
-                weight.copy_(own)
+                _own_part(weight).copy_(own)
+
+
+def _own_part(value: Tensor) -> Tensor:
+    """What of a tensor is in this process, in the same memory."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _norm(value: Tensor) -> Tensor:
+    size = vector_norm(value)
+    return size.full_tensor() if isinstance(size, DTensor) else size
