@@ -88,7 +88,7 @@ def test_a_recipes_threshold_belongs_to_the_cross_entropy(folder, capsys, typed,
         (["--objective", "trades", "--strategy", "unsecured"], "--strategy must attack where the objective says what"),
         (
             ["--objective", "trades", "--strategy", "standard", "--attack.random_start", "false"],
-            "random_start must be True with loss KLDivergen",
+            "--attack.random-start must be True with loss KLD",
         ),
     ],
 )

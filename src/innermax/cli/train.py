@@ -19,7 +19,7 @@ from innermax.cli.settings import GROUPS, RecipeSettings, build_strategy
 from innermax.data.image_set import Data
 from innermax.distributed.launch import count_processes, find_device, is_first
 from innermax.models.registry import MODELS
-from innermax.objectives import build_objective, find_objective, search_loss
+from innermax.objectives import Objective, build_objective, find_objective, search_loss
 from innermax.reporting.tables import format_audit, format_table
 from innermax.training.loggers import LoggerName
 from innermax.training.options import option_names
@@ -44,7 +44,9 @@ def run(words: list[str]) -> None:
     recipes, options = split_words(words, "the name of a recipe", "innermax train digits")
     parser = train_parser(read_recipe(recipes[0]) if recipes else {})
     chosen = parser.parse_args(options)
-    if chosen.dynamic.c_max is not None and not is_given("dynamic.c_max", options) and _searches_otherwise(chosen):
+    objective = build_objective(chosen.objective, chosen.beta, chosen.label_smoothing, chosen.awp)
+    otherwise = search_loss(find_objective(objective)) is not None
+    if otherwise and chosen.dynamic.c_max is not None and not is_given("dynamic.c_max", options):
         chosen.dynamic.c_max = None
         if chosen.strategy == "dynamic":
             warnings.warn(
@@ -52,7 +54,7 @@ def run(words: list[str]) -> None:
                 "measured at the end of the first epoch",
                 stacklevel=2,
             )
-    _train_and_attack(recipes[0], parser.instantiate(chosen), chosen.as_dict())
+    _train_and_attack(recipes[0], parser.instantiate(chosen), chosen.as_dict(), objective)
 
 
 def train_parser(recipe: Mapping[str, Any]) -> Parser:
@@ -110,17 +112,11 @@ def build_network(name: str, classes: int, shape: Sequence[int], seed: int, init
     return model if init is None else im.load_model(init, model).train()
 
 
-def _searches_otherwise(chosen: Any) -> bool:
-    """Whether the objective says what attacks maximise."""
-    return search_loss(find_objective(chosen.objective)) is not None
-
-
-def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any]) -> None:
+def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any], objective: str | Objective) -> None:
     """Trains as chosen, then evaluates and reports on the result; stated: the same as plain values."""
     threat = chosen.threat.build()
     attack, attacks = chosen.attack.build(threat), parse_attacks(chosen.attacks, threat)
     strategy = build_strategy(chosen.strategy, attack, chosen)
-    objective = build_objective(chosen.objective, chosen.beta, chosen.label_smoothing, chosen.awp)
     device = find_device(chosen.device)
     held_out = _share_or_count(chosen.validation)
     data = im.load_data(chosen.data, validation=held_out, label_column=chosen.label_column)
