@@ -40,7 +40,9 @@ ROOT = Path(__file__).parents[1]
 # Module → the files and folders of tests/ that test it.
 MODULES: dict[str, tuple[str, ...]] = {
     "threat": ("test_threat.py",),
-    "objectives": ("test_objectives.py", "attacks"),
+    "objectives": ("test_objectives.py", "training/test_objectives.py"),
+    "losses": ("test_losses.py", "attacks"),
+    "training/weight_perturbation": ("training/test_weight_perturbation.py",),
     "strategies": ("test_strategies.py",),
     **{f"attacks/{name}": ("attacks",) for name in ("search", "base", "pgd", "apgd", "fab", "square", "guided_pgd")},
     **{f"attacks/{name}": ("attacks",) for name in ("autoattack", "named", "problem", "cost")},

@@ -68,7 +68,8 @@ def search_with_trace(
         points[1:] = [x_adv]  # the start stays first
 
     with problem.oracle.private_randomness(seed):
-        loss = attack.checked_loss(problem)
-        result = attack.search_once(problem.prepare(loss, problem.oracle.precise), loss, 0, "gradient", observe)
+        maximised = attack.checked_loss(problem)
+        problem = problem.prepare(maximised, problem.oracle.precise)
+        result = attack.search_once(problem, maximised, 0, "gradient", observe)
     loss, fosc, relative_fosc = (torch.stack(values) for values in zip(*met, strict=True))
     return result, Trace(loss, fosc, relative_fosc, points[0], points[-1])
