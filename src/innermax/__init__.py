@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from innermax.evaluation.result import Evaluation as Evaluation
     from innermax.evaluation.transfer import Transfer as Transfer
     from innermax.evaluation.transfer import transfer as transfer
+    from innermax.evaluation.verify import HandedImages as HandedImages
+    from innermax.evaluation.verify import Verification as Verification
+    from innermax.evaluation.verify import verify as verify
     from innermax.models.export import export_model as export_model
     from innermax.models.files import save_model as save_model
     from innermax.models.load import load_model as load_model

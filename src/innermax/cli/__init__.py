@@ -15,6 +15,7 @@ Train classifiers that withstand adversarial examples, and know whether a robust
   innermax sweep digits --seed 0 1 2          train once for each value, or combination of values, of the options
   innermax evaluate runs/digits               attack a trained model
   innermax transfer runs/other runs/digits    make adversarial images on one model, score them on others
+  innermax verify runs/digits --claims 0.5    try to refute a claim; exit status 1 where it is refuted
   innermax report runs/digits -o report.html  write a page: how robust, why, and which images fool the model
   innermax export runs/digits --format onnx   write a model for ONNX Runtime, torch.export or the Hugging Face Hub
   innermax reproduce table1 --scale cpu       reproduce a table or figure of the paper
@@ -22,12 +23,12 @@ Train classifiers that withstand adversarial examples, and know whether a robust
 innermax COMMAND --help lists the options of a command. Fractions such as 8/255 are read as numbers; an option that is
 true or false is true without a value.
 """
-_COMPUTING = ("train", "sweep", "evaluate", "transfer", "report", "reproduce")
-_COMMANDS = ("train", "sweep", "evaluate", "transfer", "report", "export", "recipes", "reproduce")
+_COMPUTING = ("train", "sweep", "evaluate", "transfer", "verify", "report", "reproduce")
+_COMMANDS = ("train", "sweep", "evaluate", "transfer", "verify", "report", "export", "recipes", "reproduce")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Runs a command; its exit status: 0, 1 where a claim is refuted, 2 for bad input, 130 when interrupted."""
     from innermax.utils.allocator import restart_keeping_memory
     from innermax.utils.encoding import accept_all_text
 

@@ -18,10 +18,10 @@ from innermax.cli.evaluation import (
     evaluation_parser,
     is_run_folder,
     load_images,
+    load_source,
 )
 from innermax.cli.rows import measure_into, own_rows, print_place
 from innermax.distributed.launch import find_device, is_first
-from innermax.models.wrappers import IMAGENET_STATISTICS
 from innermax.reporting.tables import format_audit, format_table
 
 
@@ -38,7 +38,7 @@ def _evaluate(source: str, chosen: Any) -> None:
     data_name, attacks = choose_data([source], chosen), choose_attacks([source], chosen)
     options = choose_options(chosen)
     check_file("--html", chosen.html)
-    model = _load_model(source, chosen)
+    model = load_source(source, chosen)
     test = load_images(data_name, [source], chosen)
     check_classes(model, test, chosen)
     surrogates = None
@@ -72,15 +72,3 @@ def _write_results(
     console.print(format_table(evaluation))
     if evaluation.audit is not None:
         console.print(format_audit(evaluation.audit))
-
-
-def _load_model(source: str, chosen: Any) -> nn.Module:
-    """The model of a source, of a run its last or best epoch, with a normalisation in front where one is asked for."""
-    path = Path(source) / "best.safetensors" if chosen.best else source
-    model: nn.Module = im.load_model(path, allow_code=chosen.allow_code)
-    if chosen.normalize is None:
-        return model
-    pair = IMAGENET_STATISTICS if chosen.normalize == "imagenet" else chosen.normalize
-    if len(pair) != 2:
-        raise ValueError(f"--normalize must be imagenet or [MEAN,STD], got {chosen.normalize}")
-    return nn.Sequential(im.Normalize(*pair), model)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+import innermax as im
 from innermax.attacks.base import Attack
 from innermax.attacks.named import list_names, parse_attacks
 from innermax.cli.arguments import Parser, build_parser, check_file, check_given_count
@@ -16,6 +17,7 @@ from innermax.data.class_names import match_classes, read_classes
 from innermax.data.image_set import ImageSet
 from innermax.data.load import load_test_set
 from innermax.distributed.launch import count_processes, find_device
+from innermax.models.wrappers import IMAGENET_STATISTICS
 from innermax.oracle.oracle import Oracle
 from innermax.threat import NORMS
 from innermax.training.run_folder import read_settings
@@ -51,8 +53,32 @@ class TestImages(NamedTuple):
     class_names: tuple[str, ...] | None
 
 
+def load_source(source: str, chosen: Any) -> nn.Module:
+    """The model of a source, of a run its last or best epoch, with a normalisation in front where one is asked for."""
+    path = Path(source) / "best.safetensors" if chosen.best else source
+    model: nn.Module = im.load_model(path, allow_code=chosen.allow_code)
+    if chosen.normalize is None:
+        return model
+    pair = IMAGENET_STATISTICS if chosen.normalize == "imagenet" else chosen.normalize
+    if len(pair) != 2:
+        raise ValueError(f"--normalize must be imagenet or [MEAN,STD], got {chosen.normalize}")
+    return nn.Sequential(im.Normalize(*pair), model)
+
+
 def load_images(data: str, sources: Sequence[str], chosen: Any) -> TestImages:
-    """The test images of a data set, or as many of them as were asked for.
+    """As many of the test images of a data set as were asked for. Raises as `load_all_images`."""
+    images, names = load_all_images(data, sources, chosen)
+    count, first = read_limit(chosen.limit)
+    some = images[:count] if count is None or first else images.sample(count, chosen.seed)
+    there, all_there = (len(set(part.labels.tolist())) for part in (some, images))
+    if there < min(len(some), all_there) / 2:
+        told = f"--limit {chosen.limit}: these {len(some)} test images are of {there} of {all_there} classes alone"
+        warnings.warn(told, stacklevel=2)
+    return TestImages(some, names)
+
+
+def load_all_images(data: str, sources: Sequence[str], chosen: Any) -> TestImages:
+    """The test images of a data set.
 
     Raises ValueError where the data set, or the file that names the models' classes, is not readable, or they do not
     fit each other.
@@ -65,13 +91,7 @@ def load_images(data: str, sources: Sequence[str], chosen: Any) -> TestImages:
         classes = read_classes(chosen.classes)
         numbers = torch.tensor(match_classes(names, classes), device=images.labels.device)
         images, names = ImageSet(images.images, numbers[images.labels]), tuple(name for name, *_ in classes)
-    count, first = read_limit(chosen.limit)
-    some = images[:count] if count is None or first else images.sample(count, chosen.seed)
-    there, all_there = (len(set(part.labels.tolist())) for part in (some, images))
-    if there < min(len(some), all_there) / 2:
-        told = f"--limit {chosen.limit}: these {len(some)} test images are of {there} of {all_there} classes alone"
-        warnings.warn(told, stacklevel=2)
-    return TestImages(some, names)
+    return TestImages(images, names)
 
 
 def read_limit(limit: int | str | None) -> tuple[int | None, bool]:

@@ -12,6 +12,7 @@ from innermax.attacks.named import display_name
 from innermax.evaluation.audit import Audit
 from innermax.evaluation.result import Convergence, Evaluation
 from innermax.evaluation.transfer import Transfer
+from innermax.evaluation.verify import Verification
 from innermax.utils.intervals import Accuracy
 
 # Columns and their smallest widths: a narrow terminal loses the last columns, never the names.
@@ -52,6 +53,16 @@ def format_audit(audit: Audit) -> Text:
         lines.append(f"Fell to: {', '.join(fallen)} of {found.sampled} tried.")
     lines.append(f"Advice: {audit.advice}")
     return text.append("\n" + "\n".join(lines), style="not bold")
+
+
+def format_verification(found: Verification) -> Text:
+    """The checks, a line each, and the verdict."""
+    signs = {True: "ok ", False: "NO ", None: "   "}
+    lines = [f"{signs[check.passed]} {check.name}: {check.evidence}" for check in found.checks]
+    text = Text("\n".join(lines) + "\n")
+    return text.append(f"{found.verdict.capitalize()}.", style="bold").append(
+        "" if found.refuted else " That is no proof: something that was not tried may still refute it."
+    )
 
 
 def format_transfer(transfer: Transfer) -> Group:
