@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from innermax.models.files import save_model as save_model
     from innermax.models.load import load_model as load_model
     from innermax.models.registry import build_model as build_model
+    from innermax.models.wrappers import LogitsOnly as LogitsOnly
     from innermax.models.wrappers import Normalize as Normalize
     from innermax.objectives import AWP as AWP
     from innermax.objectives import MART as MART

@@ -1,7 +1,7 @@
-"""Normalisation as a layer of a model, and the module inside wrappers such as DDP."""
+"""Modules around a model: normalisation in front, its logits alone behind; and the module inside wrappers like DDP."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast, no_type_check
 
 import numpy as np
@@ -46,3 +46,41 @@ class Normalize(nn.Module):
     @no_type_check  # torch.fx calls it with a proxy, which a runtime type checker would refuse
     def forward(self, x):
         return (x - self.mean) / self.std
+
+
+class LogitsOnly(nn.Module):
+    """A model that returns its logits among other things, or one logit for two classes, as one that returns logits.
+
+    Args:
+        model: returns an object, a mapping or a tuple.
+        output: where the logits are: the name of an attribute or of a mapping's key, such as "logits" of Hugging Face's
+            models, or a tuple's position; None: what it returns are the logits.
+        binary: whether it returns one logit z, (B,) or (B, 1), of the second of two classes; it becomes (0, z).
+
+    Raises:
+        ValueError: as it is called, where nothing is there; it says what the model returns.
+    """
+
+    def __init__(self, model: nn.Module, output: str | int | None = "logits", binary: bool = False) -> None:
+        super().__init__()
+        self.model, self.output, self.binary = model, output, binary
+
+    @no_type_check  # as for Normalize
+    def forward(self, x):
+        found = self.model(x)
+        if self.output is not None:
+            found = _take(found, self.output)
+        if not self.binary:
+            return found
+        logit = found.reshape(len(x), 1)
+        return torch.cat([torch.zeros_like(logit), logit], 1)
+
+
+@no_type_check
+def _take(found, output):
+    try:
+        inside = isinstance(output, int) or isinstance(found, Mapping)
+        return found[output] if inside else getattr(found, output)
+    except (LookupError, AttributeError, TypeError):
+        there = f" with {', '.join(map(str, found))}" if isinstance(found, Mapping) else ""
+        raise ValueError(f"output {output!r} is not in what the model returns, {type(found).__name__}{there}") from None

@@ -33,16 +33,19 @@ def check_logits(value: object, count: int, what: str = "the model") -> Tensor:
 
 def _hint(value: object) -> str:
     """How to get at the logits in what a model returns, where that can be said."""
+    if isinstance(value, Tensor):
+        one = value.ndim == 1 or (value.ndim == 2 and value.shape[1] == 1)
+        return "; one logit for two classes: innermax.LogitsOnly(model, output=None, binary=True)" if one else ""
     if isinstance(getattr(value, "logits", None), Tensor):
-        place = ".logits"
+        place: object = "logits"
     elif isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values()):
         tensors = [key for key, one in value.items() if isinstance(one, Tensor)]
-        place = f"[{next((key for key in tensors if key == 'logits'), tensors[0])!r}]"
+        place = next((key for key in tensors if key == "logits"), tensors[0])
     elif isinstance(value, list | tuple) and len(value) > 0:
-        place = "[0]"
+        place = 0
     else:
         return ""
-    return f"; wrap it in a module whose forward returns model(x){place}"
+    return f"; take innermax.LogitsOnly(model, output={place!r})"
 
 
 def shorten(value: object) -> str:
