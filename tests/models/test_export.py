@@ -101,8 +101,8 @@ class Configured(nn.Flatten):
         (Fixed(), "model.pt2", (1, 2, 2), "torch.export cannot export the model|does not take 1 images"),
         (Drawing(), "model.pt2", (1, 2, 2), "model.pt2 must have the model's logits, got a difference of"),
         (Branching(), "model.pt2", (1, 2, 2), "torch.export cannot export the model"),
-        (Answering(lambda z: {"logits": z}), "model.pt2", (1, 2, 2), r"got dict; .* returns model\(x\)\['logits'\]"),
-        (Answering(lambda z: (z, z)), "model.onnx", (1, 2, 2), r"got tuple; wrap it .* returns model\(x\)\[0\]"),
+        (Answering(lambda z: {"logits": z}), "model.pt2", (1, 2, 2), r"got dict; .*output='logits'"),
+        (Answering(lambda z: (z, z)), "model.onnx", (1, 2, 2), r"got tuple; .*output=0"),
         (Answering(lambda z: z[:, 0]), "model.pt2", (1, 2, 2), r"must return logits of shape .* got \(2,\)"),
     ],
 )

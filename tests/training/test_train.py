@@ -289,8 +289,8 @@ class Auxiliary(nn.Module):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (lambda z, aux: (z, aux), r"must return logits .* got tuple; wrap it .* returns model\(x\)\[0\]"),
-        (lambda z, aux: {"aux": aux, "logits": z}, r"must return logits .* got dict; .*\['logits'\]"),
+        (lambda z, aux: (z, aux), r"must return logits .* got tuple; .*output=0"),
+        (lambda z, aux: {"aux": aux, "logits": z}, r"must return logits .* got dict; .*output='logits'"),
     ],
 )
 def test_auxiliary_answers_in_training_mode_are_refused_at_the_first_update(answer, words):
@@ -299,6 +299,11 @@ def test_auxiliary_answers_in_training_mode_are_refused_at_the_first_update(answ
     with pytest.raises(ValueError, match=f"^in training mode, the model {words}"):
         train(model, epochs=1)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_auxiliary_answers_are_left_out_by_a_wrapper():
+    for answer, output in ((lambda z, aux: (z, aux), 0), (lambda z, aux: {"aux": aux, "logits": z}, "logits")):
+        assert len(train(im.LogitsOnly(Auxiliary(answer), output), epochs=1).history) == 1
 
 
 def test_an_objective_of_ones_own_takes_auxiliary_answers(untyped):

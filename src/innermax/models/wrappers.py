@@ -6,7 +6,7 @@ from typing import cast, no_type_check
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std per channel, of images in [0, 1]
 
@@ -54,7 +54,8 @@ class LogitsOnly(nn.Module):
     Args:
         model: returns an object, a mapping or a tuple.
         output: where the logits are: the name of an attribute or of a mapping's key, such as "logits" of Hugging Face's
-            models, or a tuple's position; None: what it returns are the logits.
+            models, or a tuple's position; None: what it returns are the logits. A tensor that it returns is taken as it
+            is: networks with auxiliary classifiers return more in training mode alone.
         binary: whether it returns one logit z, (B,) or (B, 1), of the second of two classes; it becomes (0, z).
 
     Raises:
@@ -68,7 +69,7 @@ class LogitsOnly(nn.Module):
     @no_type_check  # as for Normalize
     def forward(self, x):
         found = self.model(x)
-        if self.output is not None:
+        if self.output is not None and not isinstance(found, Tensor):
             found = _take(found, self.output)
         if not self.binary:
             return found
