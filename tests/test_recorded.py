@@ -72,12 +72,17 @@ def parts(value):
             yield from parts(part)
 
 
+# Of innermax-best on CIFAR-10 at full scale, which got a schedule of its own before anything was measured.
+REPLACED = {"scored-cc39d7ed13e3", "scored-f744a6671ce9", "trained-cc9fbfe90295", "training-2f801c833ead"}
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_answers_and_trainings_keep_their_names(scale):
     experiments = [experiment for artifact in ARTIFACTS.values() for experiment in artifact.experiments(SCALES[scale])]
     trainings = {part for experiment in experiments for part in parts(experiment) if isinstance(part, Training)}
-    assert set(NAMES["answers"][scale]) <= set(map(hash_name, experiments))
-    assert set(NAMES["trainings"][scale]) <= set(map(hash_name, trainings))
+    assert set(NAMES["answers"][scale]) - REPLACED <= set(map(hash_name, experiments))
+    assert set(NAMES["trainings"][scale]) - REPLACED <= set(map(hash_name, trainings))
+    assert not REPLACED & json.loads((RECORDED / "answers.json").read_text()).keys()
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the source distribution leaves results out")

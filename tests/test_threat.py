@@ -786,3 +786,11 @@ def test_steps_of_several_lengths_at_once(threat):
         assert torch.equal(steps[part], around[part].step(x[part], gradient[part], size))
     with pytest.raises(ValueError, match="step_size must be at least 0, got -"):
         around.step(x, gradient, sizes - 1)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("eps", [np.float32(0.25), np.float64(0.25), np.int64(1)])
+def test_a_numpy_number_is_a_number(eps):
+    threat = Linf(eps)
+    assert threat == Linf(float(eps))
+    assert repr(threat) == repr(Linf(eps.item()))

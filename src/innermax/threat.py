@@ -11,12 +11,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from innermax.utils import randomness
-from innermax.utils.validation import check_inputs, check_labels, unknown
+from innermax.utils.validation import check_inputs, check_labels, is_number, unknown
 
 Bounds = tuple[float | Tensor, float | Tensor] | None
 Flat = Float[Tensor, "b d"]
@@ -44,8 +45,10 @@ class Threat(ABC):
     bounds: Bounds = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
+        if not is_number(self.eps):
             raise TypeError(f"eps must be a number, got {type(self.eps).__name__}")
+        if isinstance(self.eps, np.generic):
+            object.__setattr__(self, "eps", self.eps.item())  # equal threat models have one name
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise ValueError(f"eps must be a positive finite number, got {self.eps}")
         if self.bounds is None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from innermax.data.image_set import ImageSet
 from innermax.data.load import load_data
@@ -166,6 +166,10 @@ def test_as_image_set():
         "tensor data set": TensorDataset(expected, numbers),
         "tensor items": Items([(x, y) for x, y in zip(expected, labels, strict=True)]),
         "pictures": Items([(Image.fromarray(x), np.int64(y)) for x, y in zip(array, labels, strict=True)]),
+        "a mapping": {"id": ["a", "b", "c"], "img": expected, "label": numbers},
+        "a mapping of arrays": {"image": array, "label": np.array(labels)},
+        "loader": DataLoader(TensorDataset(expected, numbers), batch_size=2),
+        "loader of mappings": DataLoader([{"image": x, "label": y} for x, y in zip(expected, labels, strict=True)], 2),
         "hugging face": hugging_face(array, labels),
         "hugging face, torch format": hugging_face(array, labels).with_format("torch"),
     }
@@ -220,11 +224,25 @@ X = torch.rand(3, 2, 2)
         (datasets.Dataset.from_dict({"image": [1], "label": [0]}), ValueError, "must hold encoded images"),
         (datasets.Dataset.from_dict({"x": [1], "label": [0]}), ValueError, "no column image or img"),
         (datasets.DatasetDict(), TypeError, "got DatasetDict"),
+        (
+            DataLoader(TensorDataset(X)),
+            TypeError,
+            r"a batch of the DataLoader must be \(images, labels\) .*, got list of 1",
+        ),
+        (DataLoader([]), ValueError, "the DataLoader holds no examples"),
+        ({"image": X, "y": LABELS}, ValueError, "the mapping has no column label or fine_label"),
     ],
 )
 def test_as_image_set_errors(source, error, message):
     with pytest.raises(error, match=message):
         as_image_set(source)
+
+
+def test_a_loader_that_shuffles_is_told_of():
+    loader = DataLoader(TensorDataset(X, torch.arange(3)), shuffle=True)
+    with pytest.warns(UserWarning, match="the DataLoader shuffles"):
+        found = as_image_set(loader)
+    assert torch.equal(found.images, X[found.labels])
 
 
 def test_limit_must_be_positive():

@@ -75,14 +75,18 @@ def read_class_names(schema: Any, label_column: str | None = None) -> tuple[str,
 def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
     """A data set as an ImageSet, or its first `limit` examples.
 
-    dataset: an ImageSet; (images, labels) tensors or arrays; a torch Dataset of (x, y) with x a uint8 or float tensor
-    or array in [0, 1] or a PIL image; a Hugging Face Dataset with columns image or img, label or fine_label, through
-    its own transform if it has one. Each image is read once, with a warning where it would come out otherwise another
-    time. Raises TypeError for other types, ValueError for empty data, images of several shapes and values outside
-    [0, 1].
+    dataset: an ImageSet; (images, labels) tensors or arrays, or a mapping with both under image or img, label or
+    fine_label; a torch Dataset of (x, y) with x a uint8 or float tensor or array in [0, 1] or a PIL image; a DataLoader
+    of batches (images, labels) or such mappings; a Hugging Face Dataset with those columns, through its own transform
+    if it has one. Each image is read once, with a warning where it would come out otherwise another time. Raises
+    TypeError for other types, ValueError for empty data, images of several shapes and values outside [0, 1].
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be ≥ 1, got {limit!r}")
+    if isinstance(dataset, torch.utils.data.DataLoader):
+        dataset = _from_loader(dataset, limit)
+    if isinstance(dataset, Mapping) and any(isinstance(value, Tensor | np.ndarray) for value in dataset.values()):
+        dataset = _split_batch(dataset, "the mapping")
     if isinstance(dataset, tuple) and len(dataset) == 2 and all(isinstance(p, Tensor | np.ndarray) for p in dataset):
         dataset = _from_pair(*dataset)
     if isinstance(dataset, ImageSet):
@@ -99,8 +103,8 @@ def as_image_set(dataset: Any, *, limit: int | None = None) -> ImageSet:
         rows = len(dataset) if limit is None else min(limit, len(dataset))
         return from_hugging_face(dataset, rows, _HUGGING_FACE, follow_paths=True)
     raise TypeError(
-        "a data set must be an ImageSet, a tuple of two tensors (images, labels), a torch Dataset with length and "
-        "items (a DataLoader's is its .dataset) or a Hugging Face Dataset (one split), got "
+        "a data set must be an ImageSet, a tuple of two tensors (images, labels), a mapping of image and label, a "
+        "torch Dataset with length and items, a DataLoader or a Hugging Face Dataset (one split), got "
         f"{type(dataset).__name__}"
     )
 
@@ -234,6 +238,34 @@ def _rows(table: Any, columns: Sequence[str], where: str, start: int, *, follow_
         images = [path and Path(path) if data is None else data for data, path in zip(images, paths, strict=True)]
     for number, (data, target) in enumerate(zip(images, table[label].to_pylist(), strict=True), start):
         yield Row(f"row {number} of {where}", data, target)
+
+
+def _from_loader(loader: "torch.utils.data.DataLoader[Any]", limit: int | None) -> tuple[Tensor, Tensor]:
+    """The images and labels of a loader's batches, as many as are needed."""
+    if isinstance(loader.sampler, torch.utils.data.RandomSampler):
+        warnings.warn("the DataLoader shuffles: examples are numbered as they come this time", stacklevel=4)
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in loader:
+        x, y = map(torch.as_tensor, _split_batch(batch, "a batch of the DataLoader"))
+        images.append(x)
+        labels.append(y.reshape(-1))
+        if limit is not None and sum(map(len, images)) >= limit:
+            break
+    if not images:
+        raise ValueError("the DataLoader holds no examples")
+    return torch.cat(images), torch.cat(labels)
+
+
+def _split_batch(batch: Any, where: str) -> tuple[Any, Any]:
+    """Images and labels of a batch. Raises TypeError where it is neither a pair nor a mapping."""
+    if isinstance(batch, Mapping):
+        image, label = find_columns(list(batch), where)
+        return batch[image], batch[label]
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        kind = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+        raise TypeError(f"{where} must be (images, labels) or a mapping of image and label, got {kind}")
+    return batch[0], batch[1]
 
 
 def _from_pair(images: Tensor | Array, labels: Tensor | Array) -> ImageSet:
