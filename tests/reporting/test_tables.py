@@ -2,10 +2,13 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 import innermax as im
-from innermax.reporting.tables import format_table, format_transfer
+from innermax.evaluation.audit import judge
+from innermax.reporting.tables import format_audit, format_table, format_transfer
+from tests.helpers.audits import evidence
 from tests.helpers.evaluation import Scripted, examples, network
 
 
@@ -60,3 +63,17 @@ def test_the_table_of_a_transfer_fits_80_columns():
     assert "[/odd]" in text
     assert "White box: the target is the surrogate." in " ".join(lines)
     assert "hite box" not in shown(im.transfer(model, {"b": network(1)}, examples(), {"fgsm": im.FGSM(im.Linf(0.1))}))
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_text_of_an_audit(width):
+    audit = judge(evidence(total_gain=0.123, zero_margin_gradient=1.0, passed=("round",), fallen={"margin": 7}))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(format_audit(audit))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    flat = " ".join(text.split())
+    for words in ("gradients masked", "at least 12.3 points", "(stopped by round)", "margin 7 of 25", "Advice: attack"):
+        assert words in flat
+    console.print(format_audit(judge(evidence())))
+    assert "no failure found" in " ".join(console.export_text().split())
