@@ -51,6 +51,23 @@ def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+def recorded(model, seen):
+    """Cross-entropy that notes the weights before each update."""
+
+    def objective(wrapped, x, y, x_adv, epoch):
+        seen.append(weights(model))
+        return cross_entropy(wrapped, x, y, x_adv, epoch)
+
+    return objective
+
+
+def steps_taken(**options):
+    """Weights before and after each update."""
+    model, seen = cnn(), []
+    run = train(model, objective=recorded(model, seen), **options)
+    return run, [*seen, weights(model)]
+
+
 def distance(one, other):
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
 

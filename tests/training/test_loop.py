@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers, and batches that are left out."""
+"""The outer step: learning rates, clipping, losses and gradients that are no numbers, batches that are left out."""
 
 import itertools
 import json
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from innermax.objectives import cross_entropy
-from tests.helpers.training import DATA, cnn, saved, train, weights
+from tests.helpers.networks import same
+from tests.helpers.training import DATA, cnn, mlp, saved, steps_taken, train, weights
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -100,3 +101,52 @@ def test_a_gradient_that_is_no_number():
 
     with pytest.raises(FloatingPointError, match="the gradient's norm is nan in epoch 1, batch 1"):
         train(objective=objective, epochs=1, clip=1.0)
+
+
+def length(before, after, names):
+    return math.sqrt(sum(float((after[name] - before[name]).double().square().sum()) for name in names))
+
+
+def test_clip():
+    names = [name for name, _ in cnn().named_parameters()]
+    bare = {"momentum": 0.0, "weight_decay": 0.0, "lr_schedule": "constant", "epochs": 1, "lr": 0.5}
+    _, free = steps_taken(**bare)
+    _, clipped = steps_taken(**bare, clip=0.01)
+    assert length(free[0], free[1], names) > 0.5 * 0.02
+    for before, after in itertools.pairwise(clipped):
+        assert length(before, after, names) == pytest.approx(0.5 * 0.01, rel=1e-3)
+    _, loose = steps_taken(**bare, clip=1e6)
+    assert all(same(one, other) for one, other in zip(free, loose, strict=True))
+    # The same direction, only shorter.
+    ratio = length(free[0], free[1], names) / 0.005
+    for name in names:
+        torch.testing.assert_close(
+            (clipped[1][name] - free[0][name]) * ratio, free[1][name] - free[0][name], rtol=1e-3, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({}, lambda t: 1 if t < 0.4 else 0.1 if t < 0.8 else 0.01),
+        ({"lr_drops": (0.3, 0.5, 0.6)}, lambda t: 0.1 ** sum(t >= drop for drop in (0.3, 0.5, 0.6))),
+        ({"lr_drops": ()}, lambda t: 1),
+        ({"lr_schedule": "cyclic"}, lambda t: 2 * t if t < 0.5 else 2 - 2 * t),
+        ({"lr_schedule": "cosine"}, lambda t: (1 + math.cos(math.pi * t)) / 2),
+        ({"lr_schedule": "constant"}, lambda t: 1),
+    ],
+)
+def test_learning_rates_at_every_update(options, share):
+    model, seen = mlp(), []
+
+    def objective(wrapped, x, y, x_adv, epoch):
+        seen.append(model[3].bias.detach().double().clone())
+        return wrapped(x)[:, 0].mean(), torch.zeros(len(x), 3)  # its slope in the first bias is 1
+
+    plain = {"momentum": 0.0, "weight_decay": 0.0, "lr": 0.5, "epochs": 10}
+    run = train(model, objective=objective, **plain | options)
+    seen.append(model[3].bias.detach().double())
+    rates = [float(before[0] - after[0]) for before, after in itertools.pairwise(seen)]
+    expected = [0.5 * share((update / 3) / 10 + 1e-12) for update in range(30)]
+    assert rates == pytest.approx(expected, abs=2e-6)
+    assert [row["lr"] for row in run.history] == pytest.approx(expected[::3])

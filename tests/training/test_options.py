@@ -179,6 +179,12 @@ def test_options_do_not_change():
         dataclasses.replace(made(), lr=-0.5)
 
 
+def test_the_papers_learning_rates():
+    options = TrainingOptions(im.Unsecured(), lr_drops=(20 / 50, 40 / 50))
+    rates = [options.lr_at(epoch / 50) for epoch in range(50)]
+    assert rates == pytest.approx([0.01] * 20 + [0.001] * 20 + [0.0001] * 10)
+
+
 def test_what_identifies_a_run_is_told_in_the_order_of_the_signature():
     model = im.build_model("digits-cnn", input_shape=DIGITS.shape)
     told = describe_training(made(lr=1, lr_drops=(0.5,), settings={"a": (1,)}), model, DIGITS, None)

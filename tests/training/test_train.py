@@ -15,7 +15,6 @@ from innermax.data.augmentation import augment
 from innermax.data.streaming import ORDER
 from innermax.objectives import cross_entropy
 from innermax.training import loop
-from innermax.training.optimizer import learning_rate
 from innermax.training.options import TrainingOptions
 from innermax.utils import randomness
 from tests.helpers.networks import same
@@ -164,7 +163,7 @@ def test_a_warm_start_goes_on_where_the_epoch_before_ended(floor, moved):
         F.cross_entropy(model.train()(x_adv), y).backward()
         optimizer.step()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate((number + 1) / 9, schedule)
+            group["lr"] = schedule.lr_at((number + 1) / 9)
     costs = [row["gradients"] for row in run.history]
     assert costs == pytest.approx([sum(calls[24 * epoch : 24 * epoch + 24]) / 24 for epoch in range(3)], abs=0.05)
     assert (costs == [2, 2, 2]) == (floor is None)

@@ -24,7 +24,6 @@ from innermax.training.arithmetic import Arithmetic
 from innermax.training.checkpoints import due_every
 from innermax.training.loggers import Picture, draw_picture
 from innermax.training.metrics import measure_gauges, median_halfway_gauge, warn_of_fosc
-from innermax.training.optimizer import learning_rate
 from innermax.training.options import TrainingOptions
 from innermax.training.progress import TrainingDisplay
 from innermax.training.state import State
@@ -126,7 +125,7 @@ class Loop:
                 due = options.folder is not None and self.due()
                 if self.ranks.any(due and self.ranks.first) and state.batch < count:
                     self.save()
-        rate = learning_rate(state.epoch / options.epochs, options)
+        rate = options.lr_at(state.epoch / options.epochs)
         return state.metrics.row(state.epoch, rate, attack, state.oracle.scheme, len(self.data))
 
     def _show(self, show: TrainingDisplay) -> None:
@@ -185,7 +184,7 @@ class Loop:
         own = (self.ranks.rank,) if self.ranks.rank > 0 else ()
         seed_randomness(randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own))
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(moment, options)
+            group["lr"] = options.lr_at(moment)
         # A forward pass changes BatchNorm's buffers.
         buffers = list(state.wrapped.buffers()) if options.on_nan == "skip" or gamma is not None else []
         before = [value.clone() for value in buffers]

@@ -100,6 +100,14 @@ class TrainingOptions:
         """The run folder."""
         return None if self.run_dir is None else Path(self.run_dir)
 
+    def lr_at(self, moment: float) -> float:
+        """The learning rate when a share `moment` in [0, 1) of the training is done."""
+        if self.lr_schedule == "drops":
+            return self.lr * math.pow(0.1, sum(moment >= drop - 1e-9 for drop in self.lr_drops))
+        if self.lr_schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * moment)) / 2
+        return self.lr * (1 - abs(2 * moment - 1)) if self.lr_schedule == "cyclic" else self.lr
+
 
 def option_names(quality: Literal["identifies", "on_command_line"]) -> set[str]:
     """The options that have a quality (see TrainingOptions)."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from innermax.data.streaming import TrainingSet
@@ -20,7 +21,6 @@ from innermax.oracle.oracle import Oracle
 from innermax.oracle.sharded import ShardedOracle
 from innermax.training.checkpoints import load_checkpoint, save_checkpoint
 from innermax.training.metrics import EpochMetrics
-from innermax.training.optimizer import build_optimizer
 from innermax.training.options import TrainingOptions
 from innermax.utils.copying import copy_model
 
@@ -65,7 +65,7 @@ class State:
             network.train()
         if channels_last:
             put_channels_last(network)
-        wrapped, optimizer = set_up(ranks, network, partial(build_optimizer, options=options), options.sync_batch_norm)
+        wrapped, optimizer = set_up(ranks, network, partial(_build_optimizer, options=options), options.sync_batch_norm)
         optimizer.zero_grad()  # the model may come with gradients
         averaged = None
         if options.ema is not None:
@@ -169,3 +169,13 @@ class State:
 def _agree(oracle: Oracle, ranks: Ranks) -> Oracle:
     """The oracle compiled as rank 0's is: each process has timed for itself."""
     return oracle.recompile(ranks.broadcast(oracle.scheme))
+
+
+def _build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+    """SGD or AdamW on all parameters of a model."""
+    # torch has no fused step of sharded or complex ones.
+    fused = not any(isinstance(p, DTensor) or p.is_complex() for p in model.parameters())
+    lr, decay = options.lr, options.weight_decay
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)
+    return torch.optim.SGD(model.parameters(), lr, options.momentum, weight_decay=decay, fused=fused)
