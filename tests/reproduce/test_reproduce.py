@@ -317,12 +317,15 @@ def test_a_table_of_differences_leaves_out_what_was_not_run(store):
     assert body[0].endswith(f"| {comparison.format_points(found)} |")
 
 
-def test_fosc_is_shown_at_the_papers_moments():
-    """Of 120 epochs, after 10, 60 and 100 of them; of Curriculum's, which attacks late, after 60, 90 and 119."""
-    history = [{"ball_fosc_percentiles": [epoch]} for epoch in range(120)]
-    for shares, epochs in ((figures._SHARES, (10, 60, 100)), (figures._LATE_SHARES, (60, 90, 119))):
-        shown = figures._moments(history, shares)
-        assert shown == {f"epoch {epoch + 1}": [epoch] for epoch in epochs}
+@pytest.mark.parametrize(
+    ("length", "epochs", "late"),
+    [(120, (10, 60, 100), (60, 90, 120)), (10, (1, 5, 9), (5, 8, 10)), (3, (1, 2, 3), (2, 3)), (1, (1,), (1,))],
+)
+def test_fosc_is_shown_in_the_papers_epochs(length, epochs, late):
+    """Epochs 10, 60 and 100 of 120; of Curriculum, which attacks late, 60, 90 and 120: its last."""
+    history = [{"epoch": place, "ball_fosc_percentiles": [place + 1]} for place in range(length)]
+    for asked, expected in ((figures._EPOCHS, epochs), (figures._LATE_EPOCHS, late)):
+        assert figures._find_epochs(history, asked) == {f"epoch {epoch}": [epoch] for epoch in expected}
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans(), st.floats(0, 9)), min_size=1, max_size=50))

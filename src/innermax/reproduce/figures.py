@@ -17,8 +17,9 @@ from innermax.strategies import FGSMThenPGD, Standard
 
 _BINS = 20
 _LINES = 20
-_SHARES = (10 / 120, 60 / 120, 100 / 120)  # of the training: the paper's epochs 10, 60 and 100 of 120
-_LATE_SHARES = (60 / 120, 90 / 120, 119 / 120)  # Curriculum attacks nothing at first
+_TRAINING_EPOCHS = 120  # the paper's, on CIFAR-10
+_EPOCHS = (10, 60, 100)  # of them, counted from 1
+_LATE_EPOCHS = (60, 90, 120)  # Curriculum attacks nothing at first
 _STEP_SIZES = (1, 2, 4, 6, 8)  # ε over these
 _STEPS = (10, 20, 30, 40)
 _EPSILONS = (2 / 255, 4 / 255, 6 / 255, 8 / 255)
@@ -151,10 +152,10 @@ def _figure_2_text(numbers: Numbers) -> str:
 # Figures 3 and 5
 
 
-def _moments(history: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> dict[str, list[float]]:
-    """Percentiles of FOSC over the ball, as in the paper, in the epochs at these shares of the training."""
-    epochs = [min(int(share * len(history)), len(history) - 1) for share in shares]
-    found = {f"epoch {epoch + 1}": history[epoch].get("ball_fosc_percentiles") for epoch in dict.fromkeys(epochs)}
+def _find_epochs(history: Sequence[Mapping[str, Any]], epochs: Sequence[int]) -> dict[str, list[float]]:
+    """Percentiles of FOSC over the ball, as in the paper, in the epochs that stand for these of its 120."""
+    reached = [-(-epoch * len(history) // _TRAINING_EPOCHS) for epoch in epochs]  # rounded up
+    found = {f"epoch {epoch}": history[epoch - 1].get("ball_fosc_percentiles") for epoch in dict.fromkeys(reached)}
     return {name: values for name, values in found.items() if values is not None}
 
 
@@ -184,7 +185,7 @@ def _figure_3_numbers(scale: Scale, find: Find) -> dict[str, Any]:
         found[name] = None
         if trained is not None and scored is not None:
             accuracy = {attack: scored[attack]["accuracy"] for attack in ("clean", *TABLE_ATTACKS)}
-            found[name] = {"fosc": _moments(trained["history"], _SHARES), "accuracy": accuracy}
+            found[name] = {"fosc": _find_epochs(trained["history"], _EPOCHS), "accuracy": accuracy}
     return found
 
 
@@ -203,9 +204,9 @@ def _figure_3_text(numbers: Numbers) -> str:
     return "(a, c) Density of the ball's FOSC over training examples; (b) accuracy in %.\n\n" + "\n".join(lines)
 
 
-def _figure_5(scale: Scale) -> dict[str, tuple[Training, Sequence[float]]]:
-    shares = {"standard": _SHARES, "curriculum": _LATE_SHARES, "dynamic": _SHARES}
-    return {name.capitalize(): (scale.trainings("cifar", name)[0], moments) for name, moments in shares.items()}
+def _figure_5(scale: Scale) -> dict[str, tuple[Training, Sequence[int]]]:
+    epochs = {"standard": _EPOCHS, "curriculum": _LATE_EPOCHS, "dynamic": _EPOCHS}
+    return {name.capitalize(): (scale.trainings("cifar", name)[0], chosen) for name, chosen in epochs.items()}
 
 
 def _figure_5_experiments(scale: Scale) -> list[Experiment]:
@@ -214,19 +215,19 @@ def _figure_5_experiments(scale: Scale) -> list[Experiment]:
 
 def _figure_5_numbers(scale: Scale, find: Find) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, (training, shares) in _figure_5(scale).items():
+    for name, (training, epochs) in _figure_5(scale).items():
         trained = find(Trained(training))
-        found[name] = None if trained is None else _moments(trained["history"], shares)
+        found[name] = None if trained is None else _find_epochs(trained["history"], epochs)
     return found
 
 
 def _figure_5_text(numbers: Numbers) -> str:
     lines = ["| strategy | epoch | median | 90th percentile |", "| --- | --- | ---: | ---: |"]
-    for name, moments in numbers.items():
-        if moments is None:
+    for name, epochs in numbers.items():
+        if epochs is None:
             lines.append(f"| {name} | not run | | |")
             continue
-        lines += [f"| {name} | {moment.split()[1]} | {v[50]:.3f} | {v[90]:.3f} |" for moment, v in moments.items()]
+        lines += [f"| {name} | {epoch.split()[1]} | {v[50]:.3f} | {v[90]:.3f} |" for epoch, v in epochs.items()]
     return "Density of the ball's FOSC over training examples, in three epochs.\n\n" + "\n".join(lines)
 
 

@@ -66,7 +66,7 @@ def draw_figure_3(numbers: Mapping[str, Any], figure: "Figure") -> None:
     first, second, third = figure.subplots(1, 3)
     known = {name: row for name, row in numbers.items() if row is not None}
     plain = {n: row for n, row in known.items() if n != "FGSM-PGD"}
-    by_epoch = {f"{name}, {moment}": v for name, row in plain.items() for moment, v in row["fosc"].items()}
+    by_epoch = {f"{name}, {epoch}": v for name, row in plain.items() for epoch, v in row["fosc"].items()}
     draw_densities(first, _drop_extremes(by_epoch))
     draw_densities(third, _drop_extremes(known.get("FGSM-PGD", {}).get("fosc", {})))
     attacks = next(iter(known.values()))["accuracy"] if known else {}
@@ -105,8 +105,8 @@ def draw_figure_4(numbers: Mapping[str, Any], figure: "Figure") -> None:
 def draw_figure_5(numbers: Mapping[str, Any], figure: "Figure") -> None:
     """FOSC in three epochs of each strategy."""
     figure.set_size_inches(12, 4)
-    for letter, axis, (name, moments) in zip("abc", figure.subplots(1, 3), numbers.items(), strict=True):
-        draw_densities(axis, _drop_extremes(moments or {}))
+    for letter, axis, (name, epochs) in zip("abc", figure.subplots(1, 3), numbers.items(), strict=True):
+        draw_densities(axis, _drop_extremes(epochs or {}))
         axis.set(xlabel="FOSC (ball)", title=f"({letter}) {name}")
         _finish_axis(axis)
 
