@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -200,6 +201,30 @@ def test_what_is_not_known_is_refused(trained, tmp_path):
     (tmp_path / "half.json").write_text("{")
     with pytest.raises(ValueError, match=r"half\.json"):
         im.report(tmp_path / "half.json", tmp_path / "page.html")
+
+
+def test_parts_of_different_models_are_refused(trained, gallery, tmp_path):
+    """In whatever way the run is given; its best epoch, its last and either behind a normalisation are its models."""
+    run, data, evaluation = trained
+    folder, page = run.run_dir, tmp_path / "page.html"
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    few, attacks = data.test[:20], {"fgsm": im.FGSM(THREAT)}
+    foreign = im.evaluate(other, few, attacks)
+    for given in (run, folder, str(folder), im.Run(run.model, run.history, None)):
+        with pytest.raises(ValueError, match="evaluation of 'a' must be of its run's model, got one that") as refusal:
+            im.report({"a": im.Exhibit(foreign, given)}, page)
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(ValueError, match="gallery of 'a' must be made with its evaluation"):
+        im.report({"a": im.Exhibit(foreign, gallery=gallery)}, page)
+    with pytest.raises(ValueError, match="model must be what was evaluated: its weights differ"):
+        im.gallery(other, data.test[:160], ATTACKS, evaluation)
+    assert not page.exists()
+    for model in (im.load_model(folder), im.load_model(folder / "best.safetensors"), run.model):
+        for own in (model, nn.Sequential(im.Normalize(0.5, 0.5), model)):
+            for given in (run, folder):
+                im.report({"a": im.Exhibit(im.evaluate(own, few, {}), given)}, page)
+    im.report({"a": im.Exhibit(replace(foreign, weights=None), run)}, page)  # it does not say
+    im.report({"a": im.Exhibit(foreign, tmp_path)}, page)  # no model lies there
 
 
 @pytest.mark.parametrize(("side", "images", "pictures"), [(32, 200, 200), (100, 40, 25)])

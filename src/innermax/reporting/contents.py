@@ -1,7 +1,7 @@
 """The entries of a report: evaluation, training and pictures of each model, from values or from run folders."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from innermax.evaluation.arguments import place_model
 from innermax.evaluation.result import Evaluation
 from innermax.models.files import hash_weights
 from innermax.models.load import load_model
+from innermax.models.wrappers import unwrap
 from innermax.oracle.oracle import Oracle
 from innermax.reporting.gallery import Gallery, gallery
 from innermax.threat import build_threat
@@ -31,7 +32,7 @@ _PROBED = 200  # images
 
 @dataclass(frozen=True, eq=False)
 class Exhibit:
-    """One model in a report, which leaves out what is None.
+    """One model in a report, which leaves out what is None; `report` refuses parts of different models.
 
     Attributes:
         evaluation: of its robustness.
@@ -93,6 +94,7 @@ def _read_entry(name: str, value: Any, pictures: int, device: torch.device | str
         case Evaluation():
             return Entry(name, value, missing=("Only the evaluation is given: no training, no images.",))
         case Exhibit():
+            _check_belonging(name, value)
             return replace(_add_training(Entry(name), value.run), evaluation=value.evaluation, gallery=value.gallery)
         case Run():
             return (
@@ -110,6 +112,32 @@ def _read_entry(name: str, value: Any, pictures: int, device: torch.device | str
         "evaluations_or_runs must hold evaluations, runs, exhibits, run folders or an evaluation's JSON files, "
         f"got {type(value).__name__} for {name!r}"
     )
+
+
+def _check_belonging(name: str, exhibit: Exhibit) -> None:
+    """Raises ValueError where evaluation, run and gallery are of different weights, as far as they tell."""
+    weights = None if exhibit.evaluation is None else exhibit.evaluation.weights
+    if weights is None:
+        return
+    if exhibit.gallery is not None and exhibit.gallery.weights not in (None, weights):
+        raise ValueError(f"gallery of {name!r} must be made with its evaluation, got one of other weights")
+    known = list(_read_weights(exhibit.run))
+    # Behind a normalisation the names of a model's weights have a prefix.
+    ahead = [{f"1.{key}": value for key, value in tensors.items()} for tensors in known]
+    if known and weights not in map(hash_weights, known + ahead):
+        raise ValueError(
+            f"evaluation of {name!r} must be of its run's model, got one that measured other weights; evaluate that "
+            "model, or leave the run out"
+        )
+
+
+def _read_weights(run: Run | str | Path | None) -> Iterator[Mapping[str, Any]]:
+    """The weights of a run's models, in memory and in its folder."""
+    folder = run.run_dir if isinstance(run, Run) else run
+    if isinstance(run, Run):
+        yield unwrap(run.model).state_dict()
+    for file in [] if folder is None else _model_files(Path(folder)):
+        yield load_tensors(file)[0]
 
 
 def _add_training(entry: Entry, run: Run | str | Path | None) -> Entry:

@@ -96,12 +96,14 @@ class EpsCurve:
 class Gallery:
     """What a report shows beside an evaluation's numbers.
 
-    `pictures` is empty where inputs are not images of 1 or 3 channels; `sweep` is None without an attack.
+    `pictures` is empty where inputs are not images of 1 or 3 channels; `sweep` is None without an attack; `weights` is
+    the evaluation's.
     """
 
     pictures: tuple[Picture, ...]
     sweep: EpsCurve | None
     class_names: tuple[str, ...] | None
+    weights: str | None = None
 
 
 def gallery(
@@ -135,12 +137,12 @@ def gallery(
     """
     check_count(pictures, "pictures")
     images = as_image_set(test_set)
-    _check_evaluated(images, attacks, evaluation)
+    _check_evaluated(model, images, attacks, evaluation)
     model, device = place_model(model, images, device)
     settings = evaluation.settings
     names = None if class_names is None else tuple(map(str, class_names))
     if not attacks:
-        return Gallery((), None, names)
+        return Gallery((), None, names, evaluation.weights)
     chosen = torch.from_numpy(select_images(evaluation, max(1, pictures // len(attacks))))
     shown: tuple[Picture, ...] = ()
     sizes = _attacks_by_size(images, next(iter(attacks.values())).threat)
@@ -152,7 +154,7 @@ def gallery(
             if len(images.shape) == 3 and images.shape[0] in (1, 3):
                 shown = tuple(_limit_bytes(_make_pictures(bench, attacks, oracle, exact, chosen), _BYTES))
             swept = _measure_curve(bench, model, sizes)
-    return Gallery(shown[:pictures], swept, names)
+    return Gallery(shown[:pictures], swept, names, evaluation.weights)
 
 
 def select_images(evaluation: Evaluation, count: int) -> npt.NDArray[np.int64]:
@@ -174,7 +176,9 @@ def select_images(evaluation: Evaluation, count: int) -> npt.NDArray[np.int64]:
     return np.argsort(turn, kind="stable")[:count].astype(np.int64)
 
 
-def _check_evaluated(images: ImageSet, attacks: Mapping[str, Attack], evaluation: Evaluation) -> None:
+def _check_evaluated(model: nn.Module, images: ImageSet, attacks: Mapping[str, Attack], evaluation: Evaluation) -> None:
+    if evaluation.is_of(model) is False:
+        raise ValueError("model must be what was evaluated: its weights differ from those that the evaluation measured")
     if not np.array_equal(images.labels.cpu().numpy(), evaluation.label):
         raise ValueError(
             f"test_set must be what was evaluated: its {len(images)} labels differ from the evaluation's "
