@@ -1,13 +1,13 @@
-"""How many small faults the tests notice: mutation testing of what robustness numbers rest on.
+"""How many small faults the tests notice: mutation testing of the whole source.
 
-    make mutants                                             # 40 mutants a module, an hour or two
-    python checks/mutants.py --count 1000000                  # every place of every module, a night
-    python checks/mutants.py --only threat --count 10 --seed 1
-    python checks/mutants.py --again                          # what survived before, after new tests
+    make mutants                                        # 100 mutants, an hour or two
+    python checks/mutants.py --sample 1000000           # every place of every module, days
+    python checks/mutants.py --only threat --sample 10 --seed 1
+    python checks/mutants.py --again                    # what survived before, after new tests
 
 cosmic-ray says how a module can be changed: another operator, number, comparison, exception; a loop that does not run.
 Places are drawn with a fixed seed, and of each place one of its mutants; annotations are left out, which no test could
-mistake. A mutant meets the module's own test files, of them the tests that pass through its line, the quickest first,
+mistake. A mutant meets the tests of the module's folder, of them those that pass through its line, the quickest first,
 until one fails or takes ten times its time and half a minute: then the mutant hangs. Tests that are marked as slow are
 left out. Each mutant runs in a fork of a process that has loaded torch, on a copy of the source; results are kept as
 they come, in results/mutants.json, and the same command goes on from them.
@@ -17,6 +17,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import functools
 import json
 import os
 import random
@@ -37,27 +38,16 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).parents[1]
-# Module → the files and folders of tests/ that test it.
-MODULES: dict[str, tuple[str, ...]] = {
-    "threat": ("test_threat.py",),
-    "objectives": ("test_objectives.py", "training/test_objectives.py"),
+SOURCE = ROOT / "src/innermax"
+MODULES = sorted(str(path.relative_to(SOURCE).with_suffix("")) for path in SOURCE.rglob("*.py"))
+# Module or folder → the files and folders of tests/ that test it, where they are not those of its own name.
+TESTS = {
+    "__init__": ("test_packaging.py",),
     "losses": ("test_losses.py", "attacks"),
+    "objectives": ("test_objectives.py", "training/test_objectives.py"),
     "training/weight_perturbation": ("training/test_weight_perturbation.py",),
-    "strategies": ("test_strategies.py",),
-    **{f"attacks/{name}": ("attacks",) for name in ("search", "base", "pgd", "apgd", "fab", "square", "guided_pgd")},
-    **{f"attacks/{name}": ("attacks",) for name in ("autoattack", "named", "problem", "cost")},
-    "attacks/trace": ("attacks",),
-    **{f"oracle/{name}": ("oracle",) for name in ("oracle", "folding", "compilation", "comparison", "compiled")},
-    **{f"oracle/{name}": ("oracle",) for name in ("lowering", "timing", "threads")},
-    "training/arithmetic": ("training/test_arithmetic.py",),
-    "models/files": ("models/test_files.py", "training/test_checkpoints.py"),
-    "training/checkpoints": ("training/test_checkpoints.py", "models/test_files.py"),
-    "training/loop": ("training", "test_strategies.py"),
-    "evaluation/scoring": ("evaluation",),
-    "evaluation/store": ("evaluation",),
-    **{f"distributed/{name}": ("distributed",) for name in ("launch", "process_group", "fsdp")},
-    **{f"reproduce/{name}": ("reproduce",) for name in ("run", "cache", "experiments", "comparison", "figures")},
-    **{f"cli/{name}": ("cli/test_sweep.py",) for name in ("sweep", "sweep_engine", "sweep_table")},
+    "models": ("models", "training/test_checkpoints.py"),
+    "utils": ("utils", "training", "models", "test_recorded.py"),
 }
 _PATIENCE = 30.0  # seconds beside ten times what a test takes: then the mutant hangs
 _LONGEST = 600.0  # seconds that a test of the source as it is may take
@@ -103,27 +93,42 @@ class Chosen:
             self.file.write_text(json.dumps(found))
 
 
-def mutants(module: str, count: int, seed: int) -> list[Mutant]:
-    """One mutant each of `count` places of a module, or of all where it has no more."""
-    source = (ROOT / f"src/innermax/{module}.py").read_text()
-    tree, ignored = get_ast(source), _annotations(source)
-    places: dict[tuple[Any, Any], list[tuple[str, int]]] = {}
+def tests_of(module: str) -> tuple[str, ...]:
+    """The files and folders of tests/ that test a module."""
+    folder, _, file = module.rpartition("/")
+    own = TESTS.get(module) or TESTS.get(folder)
+    return own or ((folder,) if folder else (f"test_{file}.py",))
+
+
+def mutants(modules: Sequence[str], sample: int, seed: int) -> list[Mutant]:
+    """One mutant each of `sample` places of modules, in random order, or of all where they have no more."""
+    every = [(module, place, kinds) for module in modules for place, kinds in sorted(_places(module).items())]
+    chance = random.Random(seed)
+    drawn = chance.sample(every, min(sample, len(every)))
+    made = [_mutant(module, place, *chance.choice(kinds)) for module, place, kinds in drawn]
+    return [mutant for mutant in made if mutant is not None]
+
+
+def _places(module: str) -> dict[Any, list[tuple[str, int]]]:
+    """Where a module can be changed → operators, and which of their occurrences that place is."""
+    source = (SOURCE / f"{module}.py").read_text()
+    nodes, ignored = list(ast_nodes(get_ast(source))), _annotations(source)
+    places: dict[Any, list[tuple[str, int]]] = {}
     for name in cosmic_ray.plugins.operator_names():
         kind = cosmic_ray.plugins.get_operator(name)
         if kind.arguments():  # it wants to be told variables
             continue
-        found = (place for node in ast_nodes(tree) for place in kind().mutation_positions(node))
+        operator = kind()
+        found = (place for node in nodes for place in operator.mutation_positions(node))
         for occurrence, place in enumerate(found):
             if not any(low <= place[0] and place[1] <= high for low, high in ignored):
                 places.setdefault(place, []).append((name, occurrence))
-    chance = random.Random(f"{seed} {module}")
-    drawn = sorted(places) if count >= len(places) else sorted(chance.sample(sorted(places), count))
-    made = [_mutant(module, source, place, *chance.choice(places[place])) for place in drawn]
-    return [mutant for mutant in made if mutant is not None]
+    return places
 
 
-def _mutant(module: str, source: str, place: Any, operator: str, occurrence: int) -> Mutant | None:
+def _mutant(module: str, place: Any, operator: str, occurrence: int) -> Mutant | None:
     """The mutant, None where cosmic-ray stumbles (over an exception with a dot in its name)."""
+    source = (SOURCE / f"{module}.py").read_text()
     try:
         changed = mutate_code(source, cosmic_ray.plugins.get_operator(operator)(), occurrence)
     except AttributeError:
@@ -156,18 +161,21 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         shutil.rmtree(folder, ignore_errors=True)
-        for name in ("src", "tests", "bench"):
+        for name in ("src", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy2(ROOT / "pyproject.toml", folder)
-        (folder / "results").symlink_to(ROOT / "results")  # which tests read
+        for path in ROOT.iterdir():  # which tests read
+            if not path.name.startswith(".") and path.name not in ("build", "runs", "dist", *os.listdir(folder)):
+                (folder / path.name).symlink_to(path)
 
-    def measured(self, tests: Sequence[str]) -> tuple[dict[str, float], dict[str, dict[int, list[str]]]]:
-        """How long each test takes, and module → line → the tests that pass through it."""
+    @functools.cache  # noqa: B019  # there is one bench
+    def measured(self, tests: str) -> tuple[dict[str, float], dict[str, dict[int, list[str]]]]:
+        """How long each test of a file or folder takes, and module → line → those that pass through it."""
         told, data = self.folder / "measured.json", self.folder / "lines.coverage"
 
         def measure() -> int:
             timings = Timings()
-            words = [*self._words(tests), f"--timeout={_LONGEST}", f"--cov={self.folder}/src/innermax", *_COVERED]
+            words = [*self._words([tests]), f"--timeout={_LONGEST}", f"--cov={self.folder}/src/innermax", *_COVERED]
             status = pytest.main(words, [timings])
             told.write_text(json.dumps(timings.seconds))
             return int(status)
@@ -175,7 +183,7 @@ class Bench:
         os.environ["COVERAGE_FILE"] = str(data)
         status = self._forked(measure, None)
         if status != 0:
-            raise SystemExit(f"the tests of the source as it is end with {status}: mend them first")
+            raise SystemExit(f"{tests} of the source as it is ends with {status}: mend it first")
         found = coverage.CoverageData(str(data))
         found.read()
         passing = {}
@@ -244,18 +252,18 @@ _COVERED = ["--cov-context=test", "--cov-report="]
 
 def tested(bench: Bench, drawn: Sequence[Mutant], known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What became of each mutant, as it comes; what is known is not tried again."""
-    measured: dict[tuple[str, ...], Any] = {}
     for mutant in drawn:
         told = {"module": mutant.module, "place": mutant.place, "operator": mutant.operator, "diff": mutant.diff}
         if name(told) in known:
             yield known[name(told)]
             continue
-        files = MODULES[mutant.module]
-        if files not in measured:
-            measured[files] = bench.measured(files)
-        seconds, passing = measured[files]
-        lines = passing.get(mutant.module, {})
-        through = {test for line in range(mutant.lines[0], mutant.lines[1] + 1) for test in lines.get(line, ())}
+        seconds: dict[str, float] = {}
+        through: set[str] = set()
+        for tests in tests_of(mutant.module):
+            taken, passing = bench.measured(tests)
+            seconds |= taken
+            lines = passing.get(mutant.module, {})
+            through |= {test for line in range(mutant.lines[0], mutant.lines[1] + 1) for test in lines.get(line, ())}
         # A line that runs at import alone, or in another process, is any test's matter.
         order = sorted(through or seconds, key=seconds.__getitem__)
         yield told | bench.outcome(mutant, {test: seconds[test] for test in order})
@@ -267,24 +275,28 @@ def name(told: Mapping[str, Any]) -> str:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Kill rates, a module a line, with Wilson's 95 % intervals, of the mutants that start."""
+    """Kill rates, one line per folder, with Wilson's 95 % intervals, of the mutants that start."""
     from innermax.utils.intervals import accuracy
 
-    lines = ["| module | do not start | mutants | killed | of them hang | % | 95 % interval |", "|" + " --- |" * 7]
-    for module in [*dict.fromkeys(told["module"] for told in found), "all"]:
-        here = [told for told in found if module in (told["module"], "all")]
+    lines = ["| folder | do not start | mutants | killed | of them hang | % | 95 % interval |", "|" + " --- |" * 7]
+    for folder in [*sorted({_folder(told) for told in found}), "all"]:
+        here = [told for told in found if folder in (_folder(told), "all")]
         counts = {kind: sum(told["outcome"] == kind for told in here) for kind in ("survived", "timeout", "import")}
         started = len(here) - counts["import"]
         rate = accuracy(started - counts["survived"], started)
         shown = f"{100 * rate.value:.1f} | {100 * rate.low:.1f}–{100 * rate.high:.1f}"
-        lines.append(f"| {module} | {counts['import']} | {started} | {rate.correct} | {counts['timeout']} | {shown} |")
+        lines.append(f"| {folder} | {counts['import']} | {started} | {rate.correct} | {counts['timeout']} | {shown} |")
     return lines
+
+
+def _folder(told: Mapping[str, Any]) -> str:
+    return str(told["module"]).rpartition("/")[0] or "innermax"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=MODULES, default=list(MODULES))
-    parser.add_argument("--count", type=int, default=40, help="places a module")
+    parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES)
+    parser.add_argument("--sample", type=int, default=100, help="places in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="try what survived before again")
     parser.add_argument("--write", type=Path, default=ROOT / "results/mutants.json")
@@ -292,7 +304,7 @@ def main() -> None:
     torch.set_num_threads(1)
     before = json.loads(chosen.write.read_text()) if chosen.write.exists() else []
     known = {name(told): told for told in before if not (chosen.again and told["outcome"] == "survived")}
-    drawn = [mutant for module in chosen.only for mutant in mutants(module, chosen.count, chosen.seed)]
+    drawn = mutants(chosen.only, chosen.sample, chosen.seed)
     bench, found = Bench(ROOT / "build/mutants"), []
     for told in tested(bench, drawn, known):
         found.append(told)
