@@ -1,4 +1,4 @@
-"""The command line: one module a command, each with `run(words)`; `main` calls it and turns errors into one line."""
+"""The command line: one module per command, each with `run(words)`; `main` calls it and turns errors into one line."""
 
 import sys
 import warnings
