@@ -72,6 +72,16 @@ def test_numbers_are_the_evaluations(page, trained):
     assert all(name in told.texts and str(count) in told.texts for name, count in stronger.items())
 
 
+def test_signs_are_minus_signs_and_numbers_stand_in_line(page, trained, tmp_path):
+    """In the cards, too, where a gradient of zero leaves no line to draw between the name and the numbers."""
+    im.report([trained[2], replace(trained[2], clean_prediction=trained[2].label)], tmp_path / "two.html")
+    for file in (page, tmp_path / "two.html"):
+        texts = Page(re.sub(r"(?s)<(style|pre).*?</\1>", "", file.read_text())).texts
+        assert not [text for text in texts if re.search(r"(?:^|[\s[(])-\d|\de-\d", text)]
+    assert any(re.search(r"−\d.* → ", text) for text in Page(page.read_text()).texts), "C&W∞ has negative losses"
+    assert "<span></span><span>– → –</span>" in page.read_text()
+
+
 def test_what_is_foreign_shows_as_text(page):
     told = Page(page.read_text())
     assert HOSTILE in told.texts

@@ -78,7 +78,8 @@ def _render(entries: Sequence[Entry]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"percent": _percent, "number": _number, "brief": _brief, "shown": display_name}
+    templates.filters |= {"percent": _percent, "points": _points, "number": _number, "brief": _brief}
+    templates.filters["shown"] = display_name
     files = resources.files("innermax.reporting")
     seeds = [entry.evaluation.settings.seed for entry in entries if entry.evaluation is not None]
     made = environment(seeds[0] if seeds else 0)
@@ -287,10 +288,14 @@ def _percent(value: float | None, digits: int = 2) -> str:
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else format_number(value)
 
 
 def _brief(value: float) -> str:
     """A number in two digits."""
-    return "–" if math.isnan(value) else f"{value:.2g}"
+    return "–" if math.isnan(value) else f"{value:.2g}".replace("-", "−")

@@ -207,8 +207,8 @@ def draw_legend(series: Sequence[Series]) -> Markup:
 
 
 def format_number(value: float) -> str:
-    """A number in at most three digits, or as a whole number from 1,000 on."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    """A number in at most three digits, or as a whole number from 1,000 on; with a minus sign, not a hyphen."""
+    return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}").replace("-", "−")
 
 
 def _wrap_svg(alt: str, *parts: str) -> Markup:
