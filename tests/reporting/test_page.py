@@ -1,5 +1,6 @@
 """The report's page: its numbers are the evaluation's, and it holds nothing foreign."""
 
+import copy
 import json
 import re
 import shutil
@@ -233,6 +234,9 @@ def test_parts_of_different_models_are_refused(trained, gallery, tmp_path):
         for own in (model, nn.Sequential(im.Normalize(0.5, 0.5), model)):
             for given in (run, folder):
                 im.report({"a": im.Exhibit(im.evaluate(own, few, {}), given)}, page)
+    im.save_model(tmp_path / "half", copy.deepcopy(run.model).bfloat16())
+    half = im.evaluate(im.load_model(tmp_path / "half").float(), few, {})
+    im.report({"a": im.Exhibit(half, tmp_path / "half")}, page)
     im.report({"a": im.Exhibit(replace(foreign, weights=None), run)}, page)  # it does not say
     im.report({"a": im.Exhibit(foreign, tmp_path)}, page)  # no model lies there
 

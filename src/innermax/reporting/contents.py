@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from innermax.attacks.named import build_attack
 from innermax.data.image_set import ImageSet
@@ -122,9 +122,7 @@ def _check_belonging(name: str, exhibit: Exhibit) -> None:
     if exhibit.gallery is not None and exhibit.gallery.weights not in (None, weights):
         raise ValueError(f"gallery of {name!r} must be made with its evaluation, got one of other weights")
     known = list(_read_weights(exhibit.run))
-    # Behind a normalisation the names of a model's weights have a prefix.
-    ahead = [{f"1.{key}": value for key, value in tensors.items()} for tensors in known]
-    if known and weights not in map(hash_weights, known + ahead):
+    if known and not any(_measured(weights, tensors) for tensors in known):
         raise ValueError(
             f"evaluation of {name!r} must be of its run's model, got one that measured other weights; evaluate that "
             "model, or leave the run out"
@@ -138,6 +136,14 @@ def _read_weights(run: Run | str | Path | None) -> Iterator[Mapping[str, Any]]:
         yield unwrap(run.model).state_dict()
     for file in [] if folder is None else _model_files(Path(folder)):
         yield load_tensors(file)[0]
+
+
+def _measured(weights: str, state: Mapping[str, Any]) -> bool:
+    """Whether a fingerprint is of these weights: as they are, in float32, or as those of a model behind `Normalize`."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    single = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    behind = {f"1.{name}": value for name, value in single.items()}
+    return weights in map(hash_weights, (tensors, single, behind))
 
 
 def _add_training(entry: Entry, run: Run | str | Path | None) -> Entry:
@@ -198,7 +204,7 @@ def read_own_evaluation(folder: Path) -> tuple[Evaluation, Path | None]:
         return evaluation, None
     for file in files:
         try:
-            if hash_weights(load_tensors(file)[0]) == evaluation.weights:
+            if _measured(evaluation.weights, load_tensors(file)[0]):
                 return evaluation, file
         except ValueError:  # damaged: whoever loads it says so
             return evaluation, None
