@@ -242,7 +242,7 @@ def _compare(name: str, one: Tensor, other: Tensor, otherwise: bool | None, caus
     largest = float((one.double() - other.double()).abs().max() / (1 + one.double().abs().max()))
     changed = int((one.argmax(1) != other.argmax(1)).sum())
     if largest <= _DIFFERENT:
-        return Check(name, True, f"the same answers to {len(one)} images, but for rounding ({largest:.0e})")
+        return Check(name, True, f"the same answers to {len(one)} images, but for rounding, {largest:.0e}")
     told = f"logits differ by {largest:.2g} of the largest, {changed} of {len(one)} predictions: {cause}"
     return Check(name, otherwise, told)
 
@@ -292,7 +292,7 @@ def _judge_claim(claim: float | None, left: Accuracy, evaluation: Evaluation, *,
     audit = evaluation.audit
     gain = 0.0 if audit is None else audit.evidence.total_gain
     yield Check("audit", None, "it did not run" if audit is None else "; ".join((audit.verdict, *audit.causes)))
-    told = f"{left.correct} of {left.total} survive every attack, {left.value:.2%}"
+    told = f"{left.correct:,} of {left.total:,} survive every attack, {left.value:.2%}"
     if not everything:
         told += f" ({left.low:.2%} to {left.high:.2%})"
     if gain > 0:

@@ -55,14 +55,15 @@ def format_audit(audit: Audit) -> Text:
     return text.append("\n" + "\n".join(lines), style="not bold")
 
 
-def format_verification(found: Verification) -> Text:
-    """The checks, a line each, and the verdict."""
-    signs = {True: "ok ", False: "NO ", None: "   "}
-    lines = [f"{signs[check.passed]} {check.name}: {check.evidence}" for check in found.checks]
-    text = Text("\n".join(lines) + "\n")
-    return text.append(f"{found.verdict.capitalize()}.", style="bold").append(
-        "" if found.refuted else " That is no proof: something that was not tried may still refute it."
-    )
+def format_verification(found: Verification) -> Group:
+    """The checks, each with ok, NO or nothing in front, and the verdict."""
+    signs = {True: "ok", False: "NO", None: ""}
+    checks = Table.grid(padding=(0, 2, 0, 0))
+    for check in found.checks:
+        checks.add_row(signs[check.passed], f"{check.name}: {check.evidence}")
+    verdict = Text(f"{found.verdict.capitalize()}.", style="bold")
+    proof = "" if found.refuted else " That is no proof: something that was not tried may still refute it."
+    return Group(checks, verdict.append(proof, style="not bold"))
 
 
 def format_transfer(transfer: Transfer) -> Group:
