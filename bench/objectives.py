@@ -1,6 +1,6 @@
 """What a training step costs with each objective, against the sum of the passes that it asks for.
 
-    python bench/objectives.py [--rounds 15] [--write results/objectives.md]
+    python bench/objectives.py [--rounds 15] [--networks mnist-cnn] [--write results/objectives.md]
 
 The paper's MNIST and CIFAR networks, PGD-10, one batch. Each turn times, one after the other, the whole step with every
 objective, and the passes alone: the search with the cross-entropy (S), a forward pass of the attack network (f), the
@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,10 @@ def passes_of(loop: Loop) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(rounds: int, precision: str) -> dict[str, Any]:
+def measure(networks: Sequence[str], rounds: int, precision: str) -> dict[str, Any]:
     """For each network and objective: milliseconds of a step, its ratio to the sum of its passes, and memory."""
     found: dict[str, Any] = {}
-    for network in CASES:
+    for network in networks:
         steps = {name: step_of(loop_of(network, objective, precision)) for name, (objective, _) in OBJECTIVES.items()}
         passes = passes_of(loop_of(network, cross_entropy, precision))
         seconds = timed(steps | passes, rounds)
@@ -144,6 +144,7 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--networks", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--precision", default="auto", help="auto, float32 or bf16")
     parser.add_argument("--note", default="", help="a sentence about the machine")
     parser.add_argument("--write", type=Path, help="Markdown file; the numbers go into a .json beside it")
@@ -158,7 +159,7 @@ if __name__ == "__main__":
         "rounds": arguments.rounds,
         "precision": arguments.precision,
         "note": arguments.note,
-        "networks": measure(arguments.rounds, arguments.precision),
+        "networks": measure(arguments.networks, arguments.rounds, arguments.precision),
     }
     print(as_markdown(result), end="")
     if arguments.write is not None:

@@ -1,6 +1,7 @@
 """Ten updates of each objective, against scripts in plain PyTorch that share nothing but the random numbers."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 
 import innermax as im
 from innermax.objectives import AWP, MART, TRADES, CrossEntropy, find_objective
+from innermax.strategies import STRATEGIES, build_strategy
 from innermax.utils import randomness
 from tests.helpers.training import DATA, cnn, distance, mlp, train, weights
 
@@ -156,3 +158,15 @@ def test_ten_updates_are_those_of_a_script(name, network, awp):
         train(mine, DATA, strategy, objective=limited, epochs=5, **options)
     assert distance(weights(mine), weights(theirs)) <= 1e-5
     assert distance(weights(mine), weights(network())) > 0.01
+
+
+@pytest.mark.parametrize("norm", [im.Linf(0.2), im.L2(1.0), im.L1(4.0)], ids=lambda norm: type(norm).__name__)
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "unsecured"])
+def test_every_strategy_and_norm_serves_the_objective_that_says_what_attacks_maximise(strategy, norm):
+    options = {"full_at": 0.5} if strategy == "curriculum" else {}  # it attacks from the second epoch on
+    chosen = build_strategy(strategy, im.PGD(norm, steps=2), **options)
+    row = train(cnn(), DATA, chosen, objective=AWP(TRADES(beta=3), GAMMA), epochs=2).history[-1]
+    assert math.isfinite(row["loss"])
+    assert row["gradients"] > 0
+    assert row["zero_gradients"] == 0
+    assert 0 < row["fosc"] < 10
