@@ -64,20 +64,40 @@ class Threat(ABC):
         its size.
         """
         check_inputs(x)
+        feasible, fits = self.enclose(x)
+        if not bool(fits):
+            self._refuse(x)
+        return feasible
+
+    def enclose(self, x: Float[Tensor, "b ..."]) -> tuple["FeasibleSet", Bool[Tensor, ""]]:
+        """X(x), and whether it is one: a bool on x's device, which nobody has waited for; False where `around` raises.
+
+        x: (B, *features) floats.
+        """
         flat = x.detach().flatten(1)
         low, high = self.box(x)
-        if bool(((flat < low) | (flat > high)).any()):
+        fits = ((flat >= low) & (flat <= high)).all() & ~(self._largest(low, high) * _ROUNDING < self.eps)
+        if type(self) not in NORMS.values():
+            fits = fits & ~(self._least(flat) < 1 / _ROUNDING)
+        floor, ceiling = (low - flat).clamp(min=-self.eps), (high - flat).clamp(max=self.eps)
+        return FeasibleSet(self, x.detach(), floor, ceiling), fits
+
+    def _refuse(self, x: Float[Tensor, "b ..."]) -> None:
+        """Raises where X(x) is none, and says why."""
+        flat = x.detach().flatten(1)
+        low, high = self.box(x)
+        if not bool(((flat >= low) & (flat <= high)).all()):
             raise ValueError(
                 f"x must lie within the bounds, got values from {float(x.min()):g} to {float(x.max()):g}; "
                 "where images are normalised, let the model do it: torch.nn.Sequential(im.Normalize(mean, std), model)"
             )
-        largest = float(self.norm(high - low).max())
-        if self.eps > largest * _ROUNDING:
+        largest = float(self._largest(low, high))
+        if largest * _ROUNDING < self.eps:
             raise ValueError(f"eps must be at most {largest:g}, the size of the bounds, got {self.eps:g}")
-        if type(self) not in NORMS.values():
-            self._check_units(flat)
-        floor, ceiling = (low - flat).clamp(min=-self.eps), (high - flat).clamp(max=self.eps)
-        return FeasibleSet(self, x.detach(), floor, ceiling)
+        raise ValueError(
+            f"norm of {type(self).__name__} must be at least 1 for a change of one coordinate by 1, got "
+            f"{float(self._least(flat)):g}: divide norm and eps by that"
+        )
 
     def box(self, x: Float[Tensor, "b ..."]) -> tuple[Flat, Flat]:
         """(low, high) of every coordinate of x, flat; −∞ and ∞ without bounds."""
@@ -144,17 +164,18 @@ class Threat(ABC):
         feasible = self.around(x) if bounded else self.around(x).without_bounds()
         return feasible.gap(gradient, x_adv, relative=relative)
 
-    def _check_units(self, flat: Flat) -> None:
-        """Raises where a coordinate could move farther than ε, at which [floor, ceiling] ends; some are tried."""
+    def _largest(self, low: Flat, high: Flat) -> Float[Tensor, ""]:
+        """The norm of the way from one end of the bounds to the other, which all examples share."""
+        return self.norm(high[:1] - low[:1]).max().double()
+
+    def _least(self, flat: Flat) -> Float[Tensor, ""]:
+        """The least norm of a change of one coordinate by 1, of some that are tried. Below 1 a coordinate could move
+        farther than ε, at which [floor, ceiling] ends.
+        """
         d = flat.shape[1]
         some = torch.linspace(0, d - 1, min(d, _UNITS), device=flat.device).round().long()
         units = torch.zeros(len(some), d, dtype=flat.dtype, device=flat.device).scatter_(1, some[:, None], 1.0)
-        least = float(self.norm(units).min())
-        if least < 1 / _ROUNDING:
-            raise ValueError(
-                f"norm of {type(self).__name__} must be at least 1 for a change of one coordinate by 1, got {least:g}: "
-                "divide norm and eps by that"
-            )
+        return self.norm(units).min().double()
 
     def _inside(self, point: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """The point, drawn towards x where the roundings of many coordinates add up to a norm beyond ε."""
@@ -268,7 +289,7 @@ class FeasibleSet:
             return gap
         lowest = self.threat._vertex(-gradient, self.floor, self.ceiling)
         width = self.threat._gap(gradient, lowest, self.floor, self.ceiling)
-        return torch.where((gradient != 0).any(1), (gap / width).clamp(max=1.0), math.nan)
+        return (gap / width).clamp(max=1.0).masked_fill((gradient == 0).all(1), math.nan)
 
     def _flat(self, values: Tensor, name: str) -> Flat:
         if values.shape != self.x.shape:
@@ -371,7 +392,7 @@ class L2(Threat):
     @staticmethod
     def _along(direction: Flat, scale: Scalar, floor: Flat, ceiling: Flat) -> Flat:
         """clip(s·direction) for s up to infinity, where a coordinate without direction stays at 0."""
-        return torch.where(direction == 0, 0.0, scale * direction).clamp(floor, ceiling)
+        return (scale * direction).masked_fill(direction == 0, 0.0).clamp(floor, ceiling)
 
     def _scale(self, v: Flat, floor: Flat, ceiling: Flat) -> Scalar:
         """The s with ‖clip(s·v, floor, ceiling)‖ = ε; infinite where no s reaches ε.
@@ -384,10 +405,10 @@ class L2(Threat):
         scale = torch.zeros_like(size[:, :1])
         while True:
             free = scale * size < room
-            left = (self.eps**2 - torch.where(free, 0.0, room).square().sum(1, keepdim=True)).clamp(min=0)
-            moving = torch.where(free, size, 0.0)
+            left = (self.eps**2 - room.masked_fill(free, 0.0).square().sum(1, keepdim=True)).clamp(min=0)
+            moving = size.masked_fill(~free, 0.0)
             further = left.sqrt() / moving.amax(1, keepdim=True) / self.norm(_rescale(moving))[:, None]
-            further = torch.where(moving.any(1, keepdim=True), further, math.inf)
+            further = further.masked_fill(~moving.any(1, keepdim=True), math.inf)
             if not bool((further > scale * (1 + 4 * torch.finfo(scale.dtype).eps)).any()):
                 return scale
             scale = torch.maximum(scale, further)
@@ -412,16 +433,16 @@ class L1(Threat):
         size, room = u.abs(), torch.where(u > 0, ceiling, -floor)
         knots, order = torch.cat([size, (size - room).clamp(min=0)], dim=1).sort(dim=1, descending=True)
         # From λ = ∞ downwards the norm grows at rate 1 for each coordinate between its two knots.
-        turn = torch.where(order < size.shape[1], 1.0, -1.0).to(u.dtype)
+        turn = 2 * (order < size.shape[1]).to(u.dtype) - 1
         slope = turn.cumsum(1)
         mass = torch.nn.functional.pad((slope[:, :-1] * (knots[:, :-1] - knots[:, 1:])).cumsum(1), (1, 0))
         level = knots.gather(1, (mass <= self.eps).sum(1, keepdim=True) - 1)  # below it the norm grows past ε
         full = size - room >= level
         moving = (size >= level) & ~full
-        held = torch.where(full, room, torch.where(moving, size, 0.0)).sum(1, keepdim=True)
+        held = torch.where(full, room, size.masked_fill(~moving, 0.0)).sum(1, keepdim=True)
         threshold = ((held - self.eps) / moving.sum(1, keepdim=True)).minimum(level).clamp(min=0)
         inside = size.minimum(room).sum(1, keepdim=True) <= self.eps
-        return u.sign() * (size - torch.where(inside, 0.0, threshold)).clamp(min=0).minimum(room)
+        return u.sign() * (size - threshold.masked_fill(inside, 0.0)).clamp(min=0).minimum(room)
 
     def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
         room = torch.where(gradient > 0, ceiling, -floor) * (gradient != 0)
@@ -448,7 +469,7 @@ class L1(Threat):
         size = gradient.abs()
         room = torch.where(gradient > 0, ceiling, -floor)
         # The ball's multiplier is the largest gradient that found no full room; 0 where everything fitted.
-        multiplier = torch.where(best.abs() < room, size, 0.0).amax(1, keepdim=True)
+        multiplier = size.masked_fill(~(best.abs() < room), 0.0).amax(1, keepdim=True)
         gain = (size - multiplier).clamp(min=0) * room
         terms = gain - (gradient * u - multiplier * u.abs())
         return terms.clamp(min=0).sum(1) + multiplier[:, 0] * (self.eps - self.norm(u)).clamp(min=0)
@@ -478,12 +499,13 @@ def fill(worth: Flat, room: Flat, amount: float | Scalar) -> Flat:
 def _rescale(values: Flat) -> Flat:
     """Each row over its largest magnitude, so that sums neither under- nor overflow; what is below 1e-30 becomes 0."""
     scaled = values / values.abs().amax(1, keepdim=True)
-    return torch.where(scaled.abs() > 1e-30, scaled, 0.0)
+    return scaled.masked_fill(~(scaled.abs() > 1e-30), 0.0)
 
 
 def _expand(bound: float | Tensor, x: Tensor) -> Tensor:
     """A bound for every coordinate of x, flat. Raises ValueError where its shape does not fit one input."""
-    bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+    # A number is filled in on the device, not copied there: a copy is waited for.
+    bound = bound.to(x) if isinstance(bound, Tensor) else torch.full((), bound, dtype=x.dtype, device=x.device)
     try:
         return bound.expand(x.shape[1:]).flatten()[None].expand(len(x), -1)
     except RuntimeError:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import innermax as im
-from innermax.training import loop, train
+from innermax.training import loop, time_left, train
 from innermax.training.progress import TrainingDisplay
-from innermax.training.time_left import TrainingClock, expected_gradients
+from innermax.training.time_left import TrainingClock, expected_gradients, mark, seconds_between
 from tests.helpers.clocks import Time, worst
 
 ATTACK = im.PGD(im.Linf(0.1), steps=10)
@@ -143,11 +143,40 @@ def test_no_batch_yet_no_estimate():
     assert clock.left(0, 0.0) is None
 
 
+def test_marks_on_a_gpu_are_events(monkeypatch):
+    """A stand-in for them: they lie in the GPU's own time, in milliseconds, and recording them waits for nothing."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.timed = enable_timing
+
+        def record(self, stream):
+            self.at = next(stream)
+
+        def elapsed_time(self, other):
+            assert self.timed
+            assert other.timed
+            return other.at - self.at
+
+    stream = iter([1000.0, 4500.0])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    assert seconds_between(mark(torch.device("cuda")), mark(torch.device("cuda"))) == 3.5
+
+
+def test_marks_on_a_processor_are_its_clock(monkeypatch):
+    clock = Time()
+    monkeypatch.setattr(time_left, "time", clock)
+    before = mark(torch.device("cpu"))
+    clock.now += 2.5
+    assert seconds_between(before, mark(torch.device("cpu"))) == 2.5
+
+
 @pytest.mark.parametrize("name", ["standard", "curriculum", "dynamic"])
 def test_a_whole_training_on_a_fake_clock(name, monkeypatch, capsys):
     """Every gradient takes half a second an example, every update one, every validation and saving twenty."""
     time = Time()
-    for module in (train, loop):
+    for module in (train, loop, time_left):
         monkeypatch.setattr(module, "time", time)
     called = im.PGD.__call__
     told = []

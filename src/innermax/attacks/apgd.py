@@ -12,7 +12,7 @@ from torch import Tensor
 from innermax.attacks.base import VerdictAttack, build_result, search_survivors
 from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
-from innermax.attacks.search import AttackResult, choose_rows, reassemble
+from innermax.attacks.search import AttackResult, choose_rows, reassemble, split_rows
 from innermax.losses import (
     Loss,
     Paired,
@@ -192,7 +192,7 @@ class _Climb:
             answer=answer,
             best=choose_rows(higher, point, self.best),
             best_answer=_choose_answers(higher, answer, self.best_answer),
-            best_step=torch.where(higher, step, self.best_step),
+            best_step=self.best_step.masked_fill(higher, step),
             rises=self.rises + (answer.loss > self.answer.loss),
         )
 
@@ -201,7 +201,7 @@ class _Climb:
         if isinstance(feasible.threat, L1):
             sparsity, eps = _nonzeros(self.best - feasible.x), feasible.threat.eps
             again = sparsity < _SPARSER * self.sparsity
-            step_size = torch.where(again, eps, (self.step_size / _THINNING).clamp(min=eps / 10))
+            step_size = (self.step_size / _THINNING).clamp(min=eps / 10).masked_fill(again, eps)
             return replace(self, step_size=step_size, sparsity=sparsity)._restart(again)
         highest = self.best_answer.loss
         again = (self.rises < _RISES * interval) | (~self.reduced & (highest == self.checked))
@@ -225,8 +225,8 @@ def _climb(problem: Problem, loss: Loss, start: Float[Tensor, "b ..."], steps: i
             point = search.move(problem.feasible, step == 1)
             search = search.advance(point, problem.gradient(point, loss), step)
         won = problem.won(search.point, search.answer.logits)
-        if stop and bool(won.any()):
-            done, going = won.nonzero()[:, 0], (~won).nonzero()[:, 0]
+        if stop and (leaving := int(won.sum())):
+            going, done = split_rows(won, leaving)
             pieces.append((search.rows[done], _end(problem[done], search.point[done], search.answer[done], step, step)))
             if len(going) == 0:
                 return reassemble(pieces)
@@ -286,7 +286,7 @@ def _direction(feasible: FeasibleSet, gradient: Float[Tensor, "b d"], sparsity: 
         chosen = gradient.sign() * (size >= smallest)
         return chosen / chosen.abs().sum(1, keepdim=True).clamp(min=1)
     largest = size.amax(1, keepdim=True)  # divided out first: squares of tiny gradients would underflow
-    scaled = gradient / torch.where(largest > 0, largest, 1.0)
+    scaled = gradient / largest.masked_fill(~(largest > 0), 1.0)
     return scaled / feasible.threat.norm(scaled)[:, None].clamp(min=1)
 
 

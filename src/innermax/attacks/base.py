@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, cast, get_args, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from innermax.attacks.cost import UNKNOWN
@@ -16,7 +16,7 @@ from innermax.attacks.search import AttackResult, Final, choose_better, concaten
 from innermax.losses import Loss, margin
 from innermax.oracle.oracle import Oracle
 from innermax.threat import Threat
-from innermax.utils.validation import check_labels, unknown
+from innermax.utils.validation import are_classes, check_labels, unknown
 
 
 @runtime_checkable
@@ -145,8 +145,9 @@ class VerdictAttack(BaseAttack):
     def solve(self, problem: Problem, final: Final) -> AttackResult:
         """What the search finds, with its FOSC where `final` is "gradient"."""
         clean = problem.logits(problem.feasible.x)
-        for name, label in (("y", problem.y), ("target", problem.label)):
-            check_labels(label, len(label), clean.shape[1], name)
+        for name, label in {"y": problem.y, "target": problem.target}.items():
+            if label is not None:
+                check_labels(label, len(label), clean.shape[1], name)
         found = self.search(problem, clean)
         found = replace(found, forward_calls=found.forward_calls + problem.samples)
         return self._gauge(problem, found) if final == "gradient" else found
@@ -220,11 +221,16 @@ def check_result(result: AttackResult, y: Int[Tensor, " b"]) -> AttackResult:
     if result.logits is None:
         return result
     classes = result.logits.shape[1]
-    check_labels(y, len(y), classes)
-    bad = int(torch.isnan(result.logits).any(1).sum())
-    if bad:
-        raise ValueError(f"the model returns NaN logits for {bad} of {len(y)} inputs")
-    if looks_like_probabilities(result.logits):
+    bad = torch.isnan(result.logits).any(1).sum()
+    # Looked at together, so that their device is waited for once.
+    known, whole, probable = torch.stack(
+        [are_classes(y, classes), bad == 0, looks_like_probabilities(result.logits)]
+    ).tolist()
+    if not known:
+        check_labels(y, len(y), classes)
+    if not whole:
+        raise ValueError(f"the model returns NaN logits for {int(bad)} of {len(y)} inputs")
+    if probable:
         warnings.warn(
             "the model seems to return probabilities; attacks and gauges need logits (leave the softmax out)",
             stacklevel=3,
@@ -232,6 +238,6 @@ def check_result(result: AttackResult, y: Int[Tensor, " b"]) -> AttackResult:
     return replace(result, misclassified=result.logits.argmax(1) != y)
 
 
-def looks_like_probabilities(logits: Float[Tensor, "b classes"]) -> bool:
-    """Whether every row is non-negative and sums to one."""
-    return bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all())
+def looks_like_probabilities(logits: Float[Tensor, "b classes"]) -> Bool[Tensor, ""]:
+    """Whether every row is non-negative and sums to one: one bool, on the logits' device."""
+    return (logits >= 0).all() & ((logits.sum(1) - 1).abs() < 1e-4).all()

@@ -12,7 +12,7 @@ from torch import Tensor
 from innermax.attacks.base import VerdictAttack, build_result, search_survivors
 from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
-from innermax.attacks.search import AttackResult, has_won, reassemble
+from innermax.attacks.search import AttackResult, has_won, reassemble, split_rows
 from innermax.losses import Paired, difference, margin
 from innermax.threat import L1, L2, Flat, Linf, Scalar, Threat, fill
 from innermax.utils.validation import check_count
@@ -78,8 +78,8 @@ class FAB(VerdictAttack):
             logits = problem.logits(point)
             search = search.cross(problem, point, logits)
             fallen = search.distance <= self.threat.eps
-            if bool(fallen.any()):
-                done, going = fallen.nonzero()[:, 0], (~fallen).nonzero()[:, 0]
+            if leaving := int(fallen.sum()):
+                going, done = split_rows(fallen, leaving)
                 pieces.append((search.rows[done], _end(problem[done], point[done], logits[done], step, step)))
                 if len(going) == 0:
                     return reassemble(pieces)
@@ -144,16 +144,16 @@ def shortest_way(threat: Threat, slope: Flat, amount: Scalar, down: Flat, up: Fl
     The projection onto a hyperplane within a box (Croce & Hein 2020b).
     """
     largest = slope.abs().amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
+    largest = largest.masked_fill(~(largest > 0), 1.0)
     slope, amount = slope / largest, (amount / largest).nan_to_num(0.0, 1e30, -1e30)
     worth, direction = slope.abs(), slope.sign() * amount.sign()
-    room = torch.where(direction == 0, 0.0, torch.where(direction > 0, up, -down).clamp(min=0))
+    room = torch.where(direction > 0, up, -down).clamp(min=0).masked_fill(direction == 0, 0.0)
     if isinstance(threat, L1):
-        length = fill(worth, worth * room, amount.abs()) / torch.where(worth > 0, worth, 1.0)
+        length = fill(worth, worth * room, amount.abs()) / worth.masked_fill(~(worth > 0), 1.0)
     else:
         pace = torch.ones_like(worth) if isinstance(threat, Linf) else worth
         length = _level(pace, worth, room, amount.abs()) * pace
-    return direction * torch.where(room > 0, length.minimum(room), 0.0)
+    return direction * length.minimum(room).masked_fill(~(room > 0), 0.0)
 
 
 def _level(pace: Flat, worth: Flat, room: Flat, amount: Scalar) -> Scalar:
@@ -165,9 +165,9 @@ def _level(pace: Flat, worth: Flat, room: Flat, amount: Scalar) -> Scalar:
     level = torch.zeros_like(amount)
     while True:
         free = level * pace < room
-        left = (amount - torch.where(free, 0.0, worth * room).sum(1, keepdim=True)).clamp(min=0)
-        rate = torch.where(free, worth * pace, 0.0).sum(1, keepdim=True)
-        further = torch.where(rate > 0, left / rate, math.inf)
+        left = (amount - (worth * room).masked_fill(free, 0.0).sum(1, keepdim=True)).clamp(min=0)
+        rate = (worth * pace).masked_fill(~free, 0.0).sum(1, keepdim=True)
+        further = (left / rate).masked_fill(~(rate > 0), math.inf)
         if not bool((further > level * (1 + 4 * torch.finfo(level.dtype).eps)).any()):
             return level
         level = torch.maximum(level, further)

@@ -12,7 +12,7 @@ from torch import Tensor
 from innermax.attacks.base import VerdictAttack, build_result, search_survivors
 from innermax.attacks.cost import SURVIVING
 from innermax.attacks.problem import Problem
-from innermax.attacks.search import AttackResult, choose_better, choose_rows, reassemble
+from innermax.attacks.search import AttackResult, choose_better, choose_rows, reassemble, split_rows
 from innermax.losses import Paired, difference, margin
 from innermax.oracle.oracle import Response
 from innermax.threat import FeasibleSet
@@ -74,9 +74,9 @@ class GuidedPGD(VerdictAttack):
             found = choose_better(found, build_result(problem, hunt.point, loss, answer.logits, hunt.age, gradients=1))
             hunt = hunt.learn(problem, answer)
             done = cast(Tensor, found.misclassified) | hunt.is_hopeless()
-            if bool(done.any()):
-                pieces.append((rows[done], found[done]))
-                going = ~done
+            if leaving := int(done.sum()):
+                going, gone = split_rows(done, leaving)
+                pieces.append((rows[gone], found[gone]))
                 rows, problem, found, hunt = rows[going], problem[going], found[going], hunt[going]
                 if len(rows) == 0:
                     break
@@ -126,11 +126,11 @@ class _Hunt:
         """The hunt after the network's answer: with other step sizes, and with new searches where some have ended."""
         feasible, gradient = problem.feasible, answer.gradient
         gap, gauge = feasible.gap(gradient, self.point), feasible.gap(gradient, self.point, relative=True)
-        bound = torch.where(gauge.isnan(), math.inf, answer.loss + gap)  # no slope, no bound
+        bound = (answer.loss + gap).masked_fill(gauge.isnan(), math.inf)  # no slope, no bound
         done = gauge.isnan() | ((gauge <= _CONVERGED) & (bound < 0))
         gauge = gauge.nan_to_num(0.0)
         higher = answer.loss > self.best_loss
-        stalled = torch.where(gauge <= _PROGRESS * self.gauge, 0, self.stalled + 1)
+        stalled = (self.stalled + 1).masked_fill(gauge <= _PROGRESS * self.gauge, 0)
         halved = stalled >= _PATIENCE
         best, best_gradient = (
             choose_rows(higher, self.point, self.best),
@@ -145,7 +145,7 @@ class _Hunt:
             best_loss=answer.loss.maximum(self.best_loss),
             best_bound=torch.where(higher, bound, self.best_bound),
             gauge=gauge.minimum(self.gauge),
-            stalled=torch.where(halved, 0, stalled),
+            stalled=stalled.masked_fill(halved, 0),
             step_size=torch.where(halved, self.step_size / 2, self.step_size),
             age=self.age + 1,
             reached=self.reached.maximum(_losses(answer.logits, problem.y)),
@@ -193,7 +193,7 @@ class _Hunt:
 
     def is_hopeless(self) -> Bool[Tensor, " b"]:
         """Whose searches for every class all ended too far from the boundary for further ones to get there."""
-        spread = torch.where(self.tries > 1, self.highest - self.lowest, 0.0).amax(1, keepdim=True)
+        spread = (self.highest - self.lowest).masked_fill(self.tries <= 1, 0.0).amax(1, keepdim=True)
         short = (self.tries > 0) & (self.bound + _DOUBT * spread < 0)
         return short.all(1) & (self.tries.amax(1) >= _TRIALS)
 

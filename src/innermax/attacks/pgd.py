@@ -174,7 +174,7 @@ class PGD(BaseAttack):
             return self._draw_start(problem, restart) if self.random_start else feasible.x
         if is_stationary_at_clean(loss):
             clean = (told == feasible.x).flatten(1).all(1)
-            if bool(clean.any()):
+            if told.is_cuda or bool(clean.any()):  # usually none; on a GPU a choice costs less than waiting
                 return choose_rows(clean, feasible.sample(problem.keys(restart)), told)
         return told
 
@@ -191,12 +191,11 @@ class PGD(BaseAttack):
 
     def checked_loss(self, problem: Problem) -> Loss:
         """What a search of the problem maximises; labels that the model has no class for raise ValueError."""
-        name, classes = "target" if problem.reach else "y", problem.oracle.classes
         loss = make_reaching(self.objective()) if problem.reach else self.objective()
-        if classes is not None:
-            check_labels(problem.label, len(problem.label), classes, name)
-        if classes is not None or needs_clean(loss):  # the clean inputs are asked first
+        # The problem's labels are checked where the number of classes is known, else once the clean inputs are asked.
+        if problem.oracle.classes is not None or needs_clean(loss):
             return loss
+        name = "target" if problem.reach else "y"
         highest = int(problem.label.max())  # read once: every look at a device's numbers waits for it
 
         def checked(logits: Tensor, label: Tensor) -> Tensor:

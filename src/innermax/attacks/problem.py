@@ -1,6 +1,6 @@
 """The problem an attack is given: a network to ask, the set X(x), and a label to leave or to reach."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,14 @@ from innermax.losses import Given, Loss, likeliest_others, needs_clean, select
 from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import FeasibleSet, Threat
 from innermax.utils import randomness
-from innermax.utils.validation import check_inputs, check_labels
+from innermax.utils.validation import (
+    are_classes,
+    are_finite,
+    check_input_shape,
+    check_inputs,
+    check_label_shape,
+    check_labels,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +70,26 @@ class Problem:
         """
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer, got {seed!r}")
-        check_inputs(x)
+        check_input_shape(x)
         oracle = Oracle.of(model)
         x = x.to(torch.promote_types(x.dtype, oracle.dtype))
-        feasible = threat.around(x)
-        for name, label in (("y", y), ("target", y if target is None else target)):
-            check_labels(label, len(x), name=name)
         index = torch.arange(len(x), device=x.device) if index is None else index
-        check_labels(index, len(x), name="index")
+        labels = {"y": y, "index": index} | ({} if target is None else {"target": target})
+        classes = {"y" if target is None else "target": oracle.classes}  # None: not known yet
+        for name, label in labels.items():
+            check_label_shape(label, len(x), name)
+        inputs = {"x": x} | ({} if start is None else {"start": start})
         if start is not None:
-            check_inputs(start, "start")
+            check_input_shape(start, "start")
             if start.shape != x.shape:
                 raise ValueError(f"start must have x's shape {tuple(x.shape)}, got {tuple(start.shape)}")
+        feasible, fits = threat.enclose(x)
+        # All values are looked at together, so that their device is waited for once.
+        suit = [fits, *map(are_finite, inputs.values())]
+        suit += [are_classes(label, classes.get(name)) for name, label in labels.items()]
+        if not bool(torch.stack(suit).all()):
+            _refuse(threat, inputs, labels, classes)
+        if start is not None:
             start = feasible.project(start.to(feasible.x.dtype))
         return cls(oracle, feasible, y, target, seed, index, start=start)
 
@@ -96,9 +111,11 @@ class Problem:
         """
         if not needs_clean(loss):
             return self
+        known = self.oracle.classes is not None  # so that the labels are checked
         with torch.no_grad():
             clean = _mean(oracle.logits, self.feasible.x, self.samples)
-            check_labels(self.label, len(clean), clean.shape[1], "target" if self.reach else "y")
+            if not known:
+                check_labels(self.label, len(clean), clean.shape[1], "target" if self.reach else "y")
             given = loss.prepare(clean, self.label)  # type: ignore[attr-defined]  # that is how it depends on them
         if not isinstance(given, tuple) or any(len(value) != len(clean) for value in given):
             raise ValueError(f"loss {loss!r} must prepare a tuple of tensors with {len(clean)} rows, one per example")
@@ -127,8 +144,7 @@ class Problem:
     def won(self, point: Float[Tensor, "b ..."], logits: Float[Tensor, "b classes"]) -> Bool[Tensor, " b"]:
         """Where the adversary has what it wants, at points with these logits; bf16 logits are confirmed in float32."""
         won = has_won(logits, self.label, self.reach)
-        rows = won.nonzero()[:, 0]
-        if len(rows) > 0 and self.oracle.lowered:
+        if self.oracle.lowered and len(rows := won.nonzero()[:, 0]) > 0:
             confirmed = _mean(self.oracle.precise.logits, point[rows], self.samples)
             won[rows] = has_won(confirmed, self.label[rows], self.reach)
         return won
@@ -145,6 +161,17 @@ class Problem:
             more = self.oracle.gradient(point, label, loss, self.given)
             answer = Response(answer.gradient + more.gradient, answer.loss + more.loss, answer.logits + more.logits)
         return Response(answer.gradient / self.samples, answer.loss / self.samples, answer.logits / self.samples)
+
+
+def _refuse(
+    threat: Threat, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], classes: Mapping[str, int | None]
+) -> None:
+    """Raises for the first argument, by name, whose values do not suit."""
+    for name, value in inputs.items():
+        check_inputs(value, name)
+    threat.around(inputs["x"])
+    for name, label in labels.items():
+        check_labels(label, len(label), classes.get(name), name)
 
 
 def _mean(logits: Callable[[Tensor], Tensor], point: Tensor, samples: int) -> Tensor:

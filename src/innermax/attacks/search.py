@@ -127,13 +127,13 @@ def search(
             stopping |= _has_converged(feasible, gradient, x_adv, gauge, stop_at)
         if stop_on_success:
             seeming = has_won(answer.logits, label, reach)
-            if asked.lowered and bool(seeming.any()):
-                answer = _confirm(asked.precise, x_adv, answer, label, loss, given, seeming.nonzero()[:, 0])
-                confirmations[rows[seeming]] += 1
+            if asked.lowered and len(seen := seeming.nonzero()[:, 0]) > 0:
+                answer = _confirm(asked.precise, x_adv, answer, label, loss, given, seen)
+                confirmations[rows[seen]] += 1
             fallen = fallen + (won := has_won(answer.logits, label, reach))
             stopping |= won & (fallen > steps_after_success)
-        if (stop_at is not None or stop_on_success) and bool(stopping.any()):
-            done, going = stopping.nonzero()[:, 0], (~stopping).nonzero()[:, 0]
+        if (stop_at is not None or stop_on_success) and (leaving := int(stopping.sum())):
+            going, done = split_rows(stopping, leaving)
             pieces.append(
                 (rows[done], _end_gauged(feasible[done], x_adv[done], answer[done], label[done], reach, step))
             )
@@ -162,6 +162,15 @@ def measure(
     if gauge == "ball":
         return feasible.without_bounds().gap(gradient, x_adv)
     return feasible.gap(gradient, x_adv, relative=gauge == "relative")
+
+
+def split_rows(leaving: Bool[Tensor, " b"], count: int) -> tuple[Int[Tensor, " s"], Int[Tensor, " l"]]:
+    """The rows of those that stay and of the `count` that leave, each in their order.
+
+    A device that computes the rows is not waited for again: with their count, it has been already.
+    """
+    order = leaving.byte().argsort(stable=True)
+    return order[: len(order) - count], order[len(order) - count :]
 
 
 def concatenate(results: Sequence[AttackResult]) -> AttackResult:

@@ -12,7 +12,7 @@ from torch import Tensor
 from innermax.attacks.base import VerdictAttack, build_result, search_survivors
 from innermax.attacks.cost import FORWARD, SURVIVING
 from innermax.attacks.problem import Problem
-from innermax.attacks.search import AttackResult, choose_better, reassemble
+from innermax.attacks.search import AttackResult, choose_better, reassemble, split_rows
 from innermax.losses import margin
 from innermax.threat import L1, L2, FeasibleSet, Linf, Threat
 from innermax.utils import randomness
@@ -78,8 +78,8 @@ class Square(VerdictAttack):
         pieces: list[tuple[Tensor, AttackResult]] = []
         for query in range(1, self.queries):
             won = cast(Tensor, best.misclassified)
-            if bool(won.any()):
-                done, going = won.nonzero()[:, 0], (~won).nonzero()[:, 0]
+            if leaving := int(won.sum()):
+                going, done = split_rows(won, leaving)
                 pieces.append((rows[done], best[done]))
                 if len(going) == 0:
                     return reassemble(pieces)
@@ -138,16 +138,16 @@ def _repaint(
     turned = (draws[:, 4] > 0.5).long()[:, None, None]
     place = turned, down.clamp(0, side - 1)[:, :, None], across.clamp(0, side - 1)[:, None, :]
     pattern = _patterns(isinstance(threat, L1), side).to(x)[place][:, None]
-    old = torch.where(here, u, 0.0)
-    new = torch.where(here, signs * pattern, 0.0) + old / _length(threat, old).clamp(min=1e-12)
+    old = u.masked_fill(~here, 0.0)
+    new = (signs * pattern).masked_fill(~here, 0.0) + old / _length(threat, old).clamp(min=1e-12)
     new = new / _length(threat, new).clamp(min=1e-12) * _budget(feasible, u, here | there)
-    return feasible.project(x + _stretch(feasible, torch.where(here, new, torch.where(there, 0.0, u))))
+    return feasible.project(x + _stretch(feasible, torch.where(here, new, u.masked_fill(there, 0.0))))
 
 
 def _budget(feasible: FeasibleSet, u: Tensor, windows: Tensor) -> Float[Tensor, "b c 1 1"]:
     """The norm of a new square in each channel: what both squares held, and a share of what the ball has left."""
     threat, channels = feasible.threat, u.shape[1]
-    held = _length(threat, torch.where(windows, u, 0.0))
+    held = _length(threat, u.masked_fill(~windows, 0.0))
     size = threat.norm(u.flatten(1))[:, None, None, None]
     if isinstance(threat, L1):
         return (threat.eps - size).clamp(min=0) + channels * held

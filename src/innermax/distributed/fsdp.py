@@ -61,9 +61,9 @@ def gather_state(model: nn.Module) -> dict[str, Any]:
     return WholeState(model, model).gather().state_dict()
 
 
-def as_float(value: Any) -> float:
-    """A number, which may be a sharded tensor."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+def as_whole(value: Tensor) -> Tensor:
+    """A tensor, whole where it is sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _gather(value: T) -> T | Tensor:

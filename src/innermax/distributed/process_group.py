@@ -63,6 +63,12 @@ class Ranks:
             dist.all_reduce(totals)
         return dict(zip(values, totals.tolist(), strict=True))
 
+    def add_up(self, values: Tensor) -> Tensor:
+        """Each number summed over the processes, on the device: nobody waits for it."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
     def gather_rows(self, own: Tensor, count: int) -> Tensor:
         """The rows of a whole batch of `count` examples, of which each process has those of its share."""
         if self.count == 1:

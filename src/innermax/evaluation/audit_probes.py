@@ -183,7 +183,7 @@ def _probe_model(subject: Subject, sample: Sample, evidence: Evidence) -> Eviden
     return replace(
         evidence,
         repeat_difference=float(((logits - again).abs().amax(1) / spread).max()),
-        probabilities=looks_like_probabilities(logits),
+        probabilities=bool(looks_like_probabilities(logits)),
         zero_gradient=_share_zero(own),
         zero_margin_gradient=_share_zero(free),
         float64_agreement=_compare_float64(subject.model, point, some.y, own),

@@ -120,7 +120,7 @@ class _Scorer:
 
     def clean_rows(self, x: Tensor, y: Tensor) -> dict[str, Column]:
         logits = scoring_logits(self.exact, x, y)
-        probable = torch.full(y.shape, looks_like_probabilities(logits))
+        probable = torch.full(y.shape, bool(looks_like_probabilities(logits)))
         return vars(CleanRows(logits.argmax(1).cpu().numpy(), probable.numpy()))
 
     def searches(self) -> list[Search]:

@@ -361,7 +361,7 @@ def _check_answers(example: Tensor, models: Mapping[str, nn.Module]) -> None:
         with name_errors(role, name):
             logits = Oracle(model).logits(example)
         classes[f"{role} {name!r}"] = logits.shape[1]
-        if role == "surrogate" and looks_like_probabilities(logits):
+        if role == "surrogate" and bool(looks_like_probabilities(logits)):
             reason = "seems to return probabilities; attacks need logits (leave the softmax out)"
             warnings.warn(f"surrogate {name!r} {reason}", stacklevel=4)
             warnings.filterwarnings("ignore", message=PROBABLE)

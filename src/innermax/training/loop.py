@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 from innermax.attacks.pgd import PGD
 from innermax.data.augmentation import augment
 from innermax.data.streaming import Batch, TrainingSet, batch_count, batches
-from innermax.distributed.fsdp import as_float
+from innermax.distributed.fsdp import as_whole
 from innermax.distributed.process_group import Ranks
 from innermax.objectives import Objective, search_loss, weight_perturbation
 from innermax.oracle.compiled import floating_dtype
@@ -27,7 +27,7 @@ from innermax.training.metrics import measure_gauges, median_halfway_gauge, warn
 from innermax.training.options import TrainingOptions
 from innermax.training.progress import TrainingDisplay
 from innermax.training.state import State
-from innermax.training.time_left import TrainingClock
+from innermax.training.time_left import TrainingClock, mark, seconds_between
 from innermax.training.weight_perturbation import perturbed_weights
 from innermax.utils import randomness
 from innermax.utils.files import refuse_link
@@ -143,39 +143,40 @@ class Loop:
         moment: the share of the training that is done, in [0, 1).
         gauge: whether to measure how converged the attack is.
         """
-        began, attacking = time.perf_counter(), 0.0
+        began, found = time.perf_counter(), None
         x = x_adv = self._augment(batch.x, batch.mine)
-        sums: dict[str, float] = {}
         if attack is not None:  # x^{k+1} ← x^k + V · α · sign ∇ℓ, with V = 1(c(x^k) > c_t), while ΣV > 0 and k < K
             start = self._warm_start(x, batch.mine)
             seed = randomness.derive_seed(self.options.seed, _ATTACK, self.state.epoch)
-            asked = time.perf_counter()
+            asked = mark(x.device)
             found = attack(self.state.oracle, x, batch.y, seed=seed, index=batch.mine, start=start, final="none")
             self.state.oracle.settle()
-            x_adv, sums["gradients"] = found.x_adv, float(found.gradient_calls.sum())
-            attacking = time.perf_counter() - asked
+            x_adv, answered = found.x_adv, mark(x.device)
             self._keep(x_adv - x, batch)
-        sums = self.ranks.sum(sums)
+        calls = None if found is None else found.gradient_calls.sum()
         try:
             with self.ranks.raise_together(FloatingPointError):
                 gauges = self._measure_gauges(attack, x, x_adv, batch.y) if attack is not None and gauge else {}
             self.whole = False
-            sums |= self.descend(x, batch.y, x_adv, moment, len(batch.whole))  # θ ← θ − η · g(θ)
+            sums = self.descend(x, batch.y, x_adv, moment, len(batch.whole), calls)  # θ ← θ − η · g(θ)
         except FloatingPointError as error:
             self._note(error, batch.whole)
             if self.options.on_nan == "stop":
                 raise
-            return sums | {"skipped": 1.0}
+            return self.ranks.sum({} if calls is None else {"gradients": float(calls)}) | {"skipped": 1.0}
         if gauge:
             self.state.metrics.add_gauges(self.ranks.gather(gauges))
+        attacking = 0.0 if found is None else seconds_between(asked, answered)
         updating = time.perf_counter() - began - attacking
         self.clock.batch(len(batch.whole), sums.get("gradients", 0.0), attacking, updating)
         return sums
 
-    def descend(self, x: Tensor, y: Tensor, x_adv: Tensor, moment: float, count: int) -> dict[str, float]:
+    def descend(
+        self, x: Tensor, y: Tensor, x_adv: Tensor, moment: float, count: int, calls: Tensor | None = None
+    ) -> dict[str, float]:
         """One update of the weights, and of all that follows them; a FloatingPointError leaves them as they were.
 
-        count: the batch's examples in all processes.
+        count: the batch's examples in all processes; calls: how many gradients they have cost in this one.
         """
         state, options = self.state, self.options
         dtype = floating_dtype(state.network) or x.dtype
@@ -189,12 +190,15 @@ class Loop:
         buffers = list(state.wrapped.buffers()) if options.on_nan == "skip" or gamma is not None else []
         before = [value.clone() for value in buffers]
         try:
-            sums = self._pass_back(x, y, x_adv, count)
+            counts = self._pass_back(x, y, x_adv, count)
             if gamma is not None:
                 _restore(buffers, before)
                 with perturbed_weights(state.network, gamma):
-                    self._pass_back(x, y, x_adv, count)
-            self._check_finite("the gradient's norm", self._clip())
+                    counts["perturbed"] = self._pass_back(x, y, x_adv, count)["loss"]
+            sums, norm = self._read(counts if calls is None else {"gradients": calls} | counts, self._clip())
+            for loss in (sums["loss"], sums.pop("perturbed", 0.0)):
+                self._check_finite("the loss", loss / count)
+            self._check_finite("the gradient's norm", norm)
         except FloatingPointError:
             state.optimizer.zero_grad()
             _restore(buffers, before)
@@ -205,26 +209,32 @@ class Loop:
         if state.averaged is not None:
             state.averaged.update_parameters(state.network)
         state.oracle.refresh()
-        return sums
+        return {"examples": float(count)} | sums
 
-    def _pass_back(self, x: Tensor, y: Tensor, x_adv: Tensor, count: int) -> dict[str, float]:
-        """Adds the objective's gradients to the weights'; sums over the batch's examples."""
+    def _pass_back(self, x: Tensor, y: Tensor, x_adv: Tensor, count: int) -> dict[str, Tensor]:
+        """Adds the objective's gradients to the weights'; sums over this process's examples."""
         with self.arithmetic.keep_images(self.state.network, x.device.type):
             loss, logits = self.objective(self.state.wrapped, x, y, x_adv, self.state.epoch)
-        own_sums = {"loss": float(loss.detach()) * len(y), "correct": float((logits.detach().argmax(1) == y).sum())}
-        sums = {"examples": float(count)} | self.ranks.sum(own_sums)
-        self._check_finite("the loss", sums["loss"] / count)
         weight = self.ranks.weight(len(y), count)
         self.ranks.fabric.backward(loss if weight == 1 else weight * loss)
-        return sums
+        return {"loss": loss.detach().double() * len(y), "correct": (logits.detach().argmax(1) == y).sum()}
 
-    def _clip(self) -> float:
+    def _read(self, counts: Mapping[str, Tensor], norm: Tensor) -> tuple[dict[str, float], float]:
+        """Each count summed over the processes, and the norm.
+
+        Of all that an update computes this is what is waited for: once, and when the device has been told the rest.
+        """
+        summed = self.ranks.add_up(torch.stack([value.double().reshape(()) for value in counts.values()]))
+        *sums, last = torch.cat([summed, norm.to(summed).reshape(1)]).tolist()
+        return dict(zip(counts, sums, strict=True)), last
+
+    def _clip(self) -> Tensor:
         """The norm of the gradient, which is clipped where that is asked for."""
         state, limit = self.state, self.options.clip
         if limit is None:
-            return as_float(get_total_norm([p.grad for p in state.wrapped.parameters() if p.grad is not None]))
+            return as_whole(get_total_norm([p.grad for p in state.wrapped.parameters() if p.grad is not None]))
         fabric = self.ranks.fabric
-        return as_float(fabric.clip_gradients(state.wrapped, state.optimizer, max_norm=limit, error_if_nonfinite=False))
+        return as_whole(fabric.clip_gradients(state.wrapped, state.optimizer, max_norm=limit, error_if_nonfinite=False))
 
     def _measure_gauges(self, attack: PGD, x: Tensor, x_adv: Tensor, y: Tensor) -> dict[str, list[float]]:
         """How converged the examples are; the gradient this takes is no part of the training's cost."""

@@ -91,12 +91,13 @@ def measure_gauges(
     feasible = attack.threat.around(x)
     x_adv = attack.gauged_point(feasible, x_adv)
     gradient = attack.gradient_at(oracle, x, y, x_adv, seed).gradient
-    return {
-        "fosc": feasible.gap(gradient, x_adv).tolist(),
-        "relative_fosc": feasible.gap(gradient, x_adv, relative=True).nan_to_num(0.0).tolist(),
-        "ball_fosc": feasible.without_bounds().gap(gradient, x_adv).tolist(),
-        "zero_gradient": (gradient == 0).flatten(1).all(1).double().tolist(),
+    values = {
+        "fosc": feasible.gap(gradient, x_adv),
+        "relative_fosc": feasible.gap(gradient, x_adv, relative=True).nan_to_num(0.0),
+        "ball_fosc": feasible.without_bounds().gap(gradient, x_adv),
+        "zero_gradient": (gradient == 0).flatten(1).all(1),
     }
+    return dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
 
 
 def median_halfway_gauge(

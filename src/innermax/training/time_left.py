@@ -4,7 +4,11 @@ Batches differ in cost, by a known measure: the gradients they need. So gradient
 epochs are timed separately, and the gradients to come are counted from the strategy.
 """
 
+import time
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
 
 from innermax.attacks.pgd import PGD
 from innermax.strategies import History, Strategy
@@ -86,6 +90,20 @@ class TrainingClock:
         except Exception:  # noqa: BLE001  it needs measures first; a user's own strategy may raise anything
             attack: PGD | None = getattr(self.strategy, "attack", None)
             return attack and replace(attack, stop_at=0.0)
+
+
+def mark(device: torch.device) -> Any:
+    """This moment in the work of a device: a GPU comes to it later, and is not waited for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(one: Any, other: Any) -> float:
+    """How long a device took from one mark to another, both of which it has passed."""
+    return float(other - one if isinstance(one, float) else one.elapsed_time(other) / 1e3)
 
 
 def expected_gradients(attack: PGD | None, now: PGD | None, taken: float) -> float:

@@ -22,7 +22,7 @@ def perturbed_weights(network: nn.Module, gamma: float) -> Iterator[None]:
         before = [_own_part(weight).clone() for weight, _ in slopes]
         for weight, slope in slopes:
             size = _norm(slope)
-            _own_part(weight).addcmul_(_own_part(slope), (gamma * _norm(weight) / size).where(size > 0, 0))
+            _own_part(weight).addcmul_(_own_part(slope), (gamma * _norm(weight) / size).masked_fill(~(size > 0), 0.0))
     network.zero_grad()
     try:
         yield

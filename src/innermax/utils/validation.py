@@ -100,26 +100,47 @@ def check_choice(value: object, name: str, known: Sequence[str]) -> None:
 
 def check_inputs(x: Tensor, name: str = "x") -> None:
     """Raises unless x is a non-empty finite float tensor (B, *features)."""
+    check_input_shape(x, name)
+    if not bool(are_finite(x)):
+        raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def check_input_shape(x: Tensor, name: str = "x") -> None:
+    """Raises unless x is a non-empty float tensor (B, *features), whatever its values: no device is waited for."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a float tensor, got {x.dtype}; scale uint8 images to [0, 1] first")
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(f"{name} must have shape (B, *features) with B ≥ 1, got {tuple(x.shape)}")
+
+
+def are_finite(x: Tensor) -> Tensor:
+    """Whether all values are finite numbers: one bool, on x's device."""
     low, high = x.detach().aminmax()  # NaN where one is; and no mask as large as x, which may be larger than memory
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise ValueError(f"{name} holds NaN or infinite values")
+    return torch.isfinite(low) & torch.isfinite(high)
 
 
 def check_labels(labels: Tensor, batch: int, classes: int | None = None, name: str = "y") -> None:
     """Raises unless labels are int64 (B,) in 0…classes − 1."""
+    check_label_shape(labels, batch, name)
+    if not bool(are_classes(labels, classes)):
+        allowed = "≥ 0" if classes is None else f"in 0…{classes - 1}"
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")
+
+
+def check_label_shape(labels: Tensor, batch: int, name: str = "y") -> None:
+    """Raises unless labels are int64 (B,), whatever their values: no device is waited for."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")
     if labels.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {labels.dtype}")
     if labels.shape != (batch,):
         raise ValueError(f"{name} must have shape ({batch},), got {tuple(labels.shape)}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (classes is not None and high >= classes):
-        allowed = "≥ 0" if classes is None else f"in 0…{classes - 1}"
-        raise ValueError(f"{name} must be {allowed}, got values from {low} to {high}")
+
+
+def are_classes(labels: Tensor, classes: int | None = None) -> Tensor:
+    """Whether all labels are in 0…classes − 1: one bool, on the labels' device."""
+    low, high = labels.aminmax()
+    return low >= 0 if classes is None else (low >= 0) & (high < classes)
