@@ -13,6 +13,7 @@ from innermax.data.readers import as_image_set
 from innermax.evaluation.model_checks import find_mismatches
 from tests.helpers.commands import said as run_command
 from tests.helpers.evaluation import Noise, examples, network
+from tests.helpers.networks import EachByItself
 
 PGD = im.PGD(im.Linf(0.1), steps=3)
 CPU = torch.device("cpu")
@@ -103,6 +104,20 @@ def test_running_statistics_of_a_few_batches_are_no_lack_of_a_normalisation(digi
     norm.num_batches_tracked.fill_(batches)
     model = nn.Sequential(norm, Normalised(bare(digits), 0.31, 0.37, 0.7))
     assert bool(list(find_mismatches(model, im.Oracle(model), data, CPU))) == noticed
+
+
+@pytest.mark.parametrize(("batch", "noticed"), [(True, True), (False, False)])
+def test_answers_that_depend_on_the_neighbours_are_noticed(batch, noticed):
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), EachByItself(batch), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+    told = list(find_mismatches(model, im.Oracle(model), as_image_set(examples()), CPU))
+    assert bool(told) == noticed
+    assert all("depends on the other images in its batch" in sentence for sentence in told)
+
+
+def test_random_answers_are_not_taken_for_those_of_neighbours():
+    model = nn.Sequential(Noise(0.3), network().eval())
+    told = list(find_mismatches(model, im.Oracle(model), as_image_set(examples()), CPU))
+    assert not any("depends on the other images" in sentence for sentence in told)
 
 
 def test_a_model_of_more_classes(digits):

@@ -385,7 +385,11 @@ IDLE = Scripted(im.Linf(0.1), never)
         ),
         ({"surrogates": nn.Flatten(0)}, ValueError, "surrogate 'surrogate': the model must return logits of shape"),
         ({"test_set": examples(classes=9)}, ValueError, r"target 'b': the labels of test_set must be in 0…3"),
-        ({"targets": {"b": nn.BatchNorm2d(1, track_running_stats=False)}}, ValueError, "target 'b': model layer"),
+        (
+            {"targets": {"b": nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), network())}},
+            ValueError,
+            "target 'b': model layer '0'",
+        ),
         (
             {"attacks": {"a": replace(IDLE, threat=im.Linf(0.1, bounds=(0, 0.5)))}},
             ValueError,

@@ -7,12 +7,14 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import innermax as im
 from innermax.models.load import Exported
 from tests.helpers.commands import said
 from tests.helpers.evaluation import network
+from tests.helpers.networks import EachByItself
 
 THREAT = im.Linf(0.1)
 PGD = im.PGD(THREAT, steps=3)
@@ -85,6 +87,43 @@ def test_an_exported_program_is_evaluated_as_the_model_is(precision):
     for name in ("clean", "pgd", "square"):
         agree = (mine.correct(name) == its.correct(name)).mean()
         assert agree == 1 if precision == "float32" else agree > 0.9
+
+
+class NormalizedConv(nn.Conv2d):
+    """A convolution whose weights BatchNorm's function standardises, as timm's does."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0)
+        return self._conv_forward(x, weight.reshape(self.weight.shape), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layers", "refused"),
+    [
+        ((NormalizedConv(1, 3, 3),), False),
+        ((nn.Conv2d(1, 3, 3), EachByItself(batch=False), nn.ReLU()), False),
+        ((nn.Conv2d(1, 3, 3), EachByItself(batch=True), nn.ReLU()), True),
+        ((nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)), True),
+        ((NormalizedConv(1, 3, 3), nn.BatchNorm2d(3).train()), True),
+        ((nn.Conv2d(1, 3, 3), nn.Dropout().train()), True),
+    ],
+)
+@pytest.mark.parametrize("shapes", [None, ({0: torch.export.Dim("batch")},)])
+def test_what_normalises_weights_or_images_is_not_taken_for_training(layers, refused, shapes):
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, 4))
+    program = exported(model, 3, dynamic_shapes=shapes)
+    if refused:
+        with pytest.raises(ValueError, match="exported in training mode"):
+            Exported(program)
+    else:
+        x = images(5)[0]
+        torch.testing.assert_close(Exported(program)(x), model(x))
+
+
+def test_a_program_for_one_image_at_a_time_has_no_neighbours():
+    model = nn.Sequential(EachByItself(batch=True), nn.Flatten(), nn.Linear(36, 4))
+    x = images(3)[0]
+    torch.testing.assert_close(Exported(exported(model, 1))(x), torch.cat([model(image[None]) for image in x]))
 
 
 class Two(nn.Module):

@@ -175,10 +175,29 @@ def test_wrappers_are_taken_off(wrap):
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_batchnorm_without_running_statistics_is_refused(affine):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 4), nn.BatchNorm1d(4, affine, track_running_stats=False))
-    for make in (Oracle, lambda model: Oracle.fast(model, batch()[0])):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 4), nn.BatchNorm1d(4, affine=affine, track_running_stats=False))
+    oracle = Oracle(model)
+    for ask in (oracle.logits, oracle.logits, lambda x: Oracle.fast(model, x), lambda x: Oracle.fast(model, x[:1])):
         with pytest.raises(ValueError, match=r"layer '2' \(BatchNorm1d\) has no running statistics"):
-            make(model)
+            ask(batch()[0])
+
+
+class EachByItself(nn.BatchNorm2d):
+    """Standardises every channel of every image by its own mean and variance."""
+
+    def __init__(self):
+        super().__init__(1, affine=False, track_running_stats=False)
+
+    def forward(self, x):
+        return super().forward(x.reshape(1, -1, *x.shape[2:])).reshape(x.shape)
+
+
+def test_batchnorm_that_mixes_no_examples_is_taken():
+    x, y = batch()
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), EachByItself(), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+    for oracle in (Oracle(model), Oracle.fast(model, x, "float32")):
+        assert close(oracle.logits(x), plain(model, x), 1e-5)
+        assert close(oracle.gradient(x[:2], y[:2], margin).gradient, Oracle(model).gradient(x, y, margin).gradient[:2])
 
 
 def test_what_is_no_model(untyped):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from innermax.data.image_set import ImageSet
+from innermax.models.neighbors import depends_on_neighbors
 from innermax.models.wrappers import IMAGENET_STATISTICS, Normalize
 from innermax.oracle.oracle import Oracle
 
@@ -29,7 +30,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]  # images and labels
 def find_mismatches(
     model: nn.Module, oracle: Oracle, images: ImageSet, device: torch.device, batch_size: int = _IMAGES
 ) -> Iterator[str]:
-    """A sentence for each sign, which says what to do. Costs at most six passes over 256 images.
+    """A sentence for each sign, which says what to do. Costs about six passes over 256 images, at most.
 
     oracle: of the model. The images' labels must be among its classes.
     """
@@ -43,6 +44,7 @@ def find_mismatches(
     with oracle.private_randomness(0):  # later draws of the model stay the same
         classes, right = _judge(oracle, batches())
         yield from _check_classes(classes, images)
+        yield from _check_neighbors(oracle, next(batches())[0][0])
         if len(images.shape) == 3 and float(right.double().mean()) < _MARKED and not _is_still_starting(model):
             yield from _suggest_normalisation(oracle, batches, right)
 
@@ -72,6 +74,15 @@ def _check_classes(classes: int, images: ImageSet) -> Iterator[str]:
             f"the model has {classes} classes, the labels of test_set only {known}: an answer among the others counts "
             f"as wrong. Where the labels are other classes than the model's first {known}, number them as the model "
             "does, on the command line with --classes"
+        )
+
+
+def _check_neighbors(oracle: Oracle, x: Tensor) -> Iterator[str]:
+    if depends_on_neighbors(oracle.logits, x):
+        yield (
+            "the model's answer to an image depends on the other images in its batch, so the results depend on "
+            "batch_size, and no attack has a gradient of one image alone: normalise each image by itself, or by "
+            "statistics that are kept"
         )
 
 

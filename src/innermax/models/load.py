@@ -2,15 +2,17 @@
 
 import difflib
 import importlib
+import math
 import os
 import re
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, export, fx, nn
@@ -18,8 +20,10 @@ from torch.fx.graph import CodeGen
 
 from innermax.models.files import load_saved_model
 from innermax.models.hub import reach_hub
+from innermax.models.neighbors import depends_on_neighbors
 from innermax.models.wrappers import Normalize
 from innermax.utils.optional import import_library
+from innermax.utils.randomness import hash_keys, uniform
 from innermax.utils.validation import summarize_error
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -77,14 +81,16 @@ class Exported(nn.Module):
         for what, names in {"takes": signature.user_inputs, "returns": signature.user_outputs}.items():
             if len(names) != 1:
                 raise ValueError(f"the program {what} {len(names)} values; export one that takes x and returns logits")
-        learning = next((node for node in program.graph.nodes if _is_training(node)), None)
-        if learning is not None:
-            raise ValueError(f"the program was exported in training mode ({learning.target}): export model.eval()")
+        learning = [node for node in program.graph.nodes if _is_training(node)]
+        doubtful = [node for node in learning if _keeps_no_statistics(node)]
+        _check_evaluating([node for node in learning if node not in doubtful])
         self.smallest, self.largest = _find_batch_sizes(program, signature.user_inputs[0])
         module = program.module(check_guards=False)
         # Plain calls instead of its own, and a plain GraphModule, which can be copied and told to evaluate.
         module.graph.set_codegen(CodeGen())
         self.network = fx.GraphModule(module, module.graph)
+        if doubtful and depends_on_neighbors(self, _draw_image(program, signature.user_inputs[0])):
+            _check_evaluating(doubtful)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, *features) → logits (B, classes)."""
@@ -164,15 +170,42 @@ def _load_program(path: str) -> nn.Module:
 
 def _is_training(node: fx.Node) -> bool:
     """Whether an operator of an exported program is in training mode."""
+    return any(_arguments(node).get(name) is True for name in ("train", "training"))
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """An operator's arguments by name, those that are given and not None."""
     schema = getattr(node.target, "_schema", None)
     named = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)) if schema else {}
-    return any((named | node.kwargs).get(name) is True for name in ("train", "training"))
+    return {name: value for name, value in (named | node.kwargs).items() if value is not None}
+
+
+def _keeps_no_statistics(node: fx.Node) -> bool:
+    """Whether it normalises what it is given in evaluation mode as in training: weights, an image, or a batch."""
+    return "batch_norm" in str(node.target) and "running_mean" not in _arguments(node)
+
+
+def _check_evaluating(learning: Sequence[fx.Node]) -> None:
+    if learning:
+        raise ValueError(f"the program was exported in training mode ({learning[0].target}): export model.eval()")
+
+
+def _input_value(program: export.ExportedProgram, name: str) -> Tensor:
+    """Shape and type of what a program takes."""
+    value: Tensor = next(node for node in program.graph.nodes if node.name == name).meta["val"]
+    return value
+
+
+def _draw_image(program: export.ExportedProgram, name: str) -> Tensor:
+    """An image as the program takes it, values in [0, 1]."""
+    value = _input_value(program, name)
+    shape = [size if isinstance(size, int) else size.node.hint for size in value.shape[1:]]
+    return uniform(hash_keys(0, torch.arange(1)), math.prod(shape)).reshape(shape).to(value.dtype)
 
 
 def _find_batch_sizes(program: export.ExportedProgram, name: str) -> tuple[int, int | None]:
     """The smallest and the largest batch that a program takes; None: no limit."""
-    value = next(node for node in program.graph.nodes if node.name == name).meta["val"]
-    size = value.shape[0]
+    size = _input_value(program, name).shape[0]
     if isinstance(size, int):
         return size, size
     allowed = program.range_constraints.get(size.node.expr)

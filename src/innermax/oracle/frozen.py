@@ -12,10 +12,9 @@ def frozen_copy(model: nn.Module, share: bool) -> nn.Module:
 
     Raises:
         TypeError: the model cannot be copied.
-        ValueError: it has no weights yet, or mixes the examples of a batch (BatchNorm without running statistics).
+        ValueError: it has no weights yet.
     """
     check_weights(model)
-    _check_statistics(model)
     shared: dict[Tensor, Tensor] = {}
     if share:  # autograd refuses parameters that were made in inference mode
         own = (p for p in model.parameters() if not p.is_inference())
@@ -32,10 +31,9 @@ def check_weights(model: nn.Module) -> None:
             raise ValueError(f"model must have its weights, got {name!r} on the meta device: load the weights first")
 
 
-def _check_statistics(model: nn.Module) -> None:
+def find_unkept_statistics(model: nn.Module) -> str | None:
+    """The first BatchNorm without running statistics, which may mix the examples of a batch; None: there is none."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise ValueError(
-                f"model layer {name!r} ({type(module).__name__}) has no running statistics, so it mixes the examples "
-                "of a batch even in evaluation mode; build it with track_running_stats=True"
-            )
+            return f"{name!r} ({type(module).__name__})"
+    return None

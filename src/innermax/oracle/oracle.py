@@ -10,20 +10,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from innermax.losses import Given, Loss, select
+from innermax.models.neighbors import depends_on_neighbors
 from innermax.models.wrappers import unwrap
 from innermax.oracle.comparison import break_ties
 from innermax.oracle.compilation import COPIED, compile_network, difference_between, difference_in_use, is_close
 from innermax.oracle.compiled import Compiled, floating_dtype, share
 from innermax.oracle.cuda_graphs import Replayed
 from innermax.oracle.draws import draws
-from innermax.oracle.frozen import frozen_copy
+from innermax.oracle.frozen import find_unkept_statistics, frozen_copy
 from innermax.oracle.recurrent import NOTE
 from innermax.oracle.threads import Workers
 from innermax.oracle.timing import times_as_long
@@ -71,12 +72,14 @@ class Oracle:
 
     Raises:
         TypeError: the model is not an nn.Module or cannot be copied.
-        ValueError: it mixes the examples of a batch (BatchNorm without running statistics).
+        ValueError: it has no weights yet; when it is first asked, where it mixes the examples of a batch (BatchNorm
+            without running statistics).
     """
 
     def __init__(self, model: nn.Module, network: nn.Module | None = None) -> None:
         self._source = unwrap(model)
         self._compiled = share(self._source) if network is None else Compiled(network, floating_dtype(self._source))
+        self._may_mix = find_unkept_statistics(self._source) if network is None else None  # a layer
         self.micro_batch: int | None = None
         self.classes: int | None = None
         self.steps: Mapping[str, str] = {_AS_IS: ""}
@@ -201,16 +204,31 @@ class Oracle:
         return Response(gradient.nan_to_num_(0.0, 0.0, 0.0), value.detach(), logits.detach())
 
     def _forward(self, x: Tensor) -> Tensor:
-        try:
-            logits = self._compiled(x)
-        except Exception as error:  # anything: it may be other people's code
-            if is_out_of_memory(error):
-                raise
-            raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {summarize_error(error)}") from error
+        if self._may_mix is not None and len(x) > 0:
+            self._check_neighbors(x[0].detach(), self._may_mix)
+        logits = self._ask(x)
         finest = torch.promote_types(self.dtype, x.dtype if x.is_floating_point() else self.dtype)
         checked = check_logits(logits, len(x)).to(finest)
         self.classes = checked.shape[1]
         return checked
+
+    def _ask(self, x: Tensor) -> Any:
+        """What the network returns; ValueError where it raises anything but that memory is full."""
+        try:
+            return self._compiled(x)
+        except Exception as error:  # anything: it may be other people's code
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(f"the model fails on x of shape {tuple(x.shape)}: {summarize_error(error)}") from error
+
+    def _check_neighbors(self, x: Tensor, layer: str) -> None:
+        """Raises ValueError where the answer to x depends on the image beside it."""
+        if depends_on_neighbors(self._ask, x):
+            raise ValueError(
+                f"model layer {layer} has no running statistics, so it mixes the examples of a batch even in "
+                "evaluation mode; build it with track_running_stats=True"
+            )
+        self._may_mix = None
 
 
 class FastOracle(Oracle):
