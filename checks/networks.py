@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import platform
 import re
 import statistics
 import sys
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import innermax as im
 from innermax.losses import cross_entropy
 from innermax.oracle.compiled import floating_dtype
+from innermax.utils.environment import environment
 from tests.helpers import gallery
 from tests.helpers.gallery_steps import (
     Case,
@@ -117,7 +117,7 @@ def foreign(library: str, name: str, size: int, count: int = 16) -> Case:
 
 def speed(case: Case, rounds: int = 9) -> dict[str, Any]:
     """How many times as fast the oracle's gradient is as plain autograd's; both in turns."""
-    copies = 4 if case.x[0].numel() < 1000 else 1
+    copies = 8 if case.x[0].numel() < 1000 else 1  # as many images as a batch of an evaluation has
     x, y = case.x.repeat(copies, 1, 1, 1), case.y.repeat(copies)
     oracle = im.Oracle.fast(case.model, x[:16])
     point = x.to(floating_dtype(case.model)).requires_grad_()
@@ -177,13 +177,14 @@ def row(make: Callable[[], Case], whole: bool = True) -> dict[str, Any]:
 def page(rows: dict[str, dict[str, Any]]) -> str:
     """The tables as Markdown, and what failed."""
     libraries = [f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "timm") if _is_here(name)]
+    machine = environment(0)["device"]
     failures = [(name, step, reason) for name, one in rows.items() for step, reason in one["failed"].items()]
     whole = {name: one for name, one in rows.items() if one["whole"]}
     missing = [name for name, _, _ in networks() if name not in rows]
     lines = [
         "# Networks that users bring",
         "",
-        f"`python checks/networks.py` on {platform.machine()}, one thread, {', '.join(libraries)}; random weights.",
+        f"`python checks/networks.py` on {machine}, one thread, {', '.join(libraries)}; random weights.",
         f"{len(rows)} networks, {sum(not one['failed'] for one in rows.values())} with nothing that fails.",
         "",
         "- **gradient**: the largest difference of the fast oracle's float32 gradient from plain autograd's, over",
@@ -191,7 +192,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "  rounding alone: the same network in float64 is then within 1e-6, which is told, and the mean cosine of the",
         "  float32 gradients at least 0.999.",
         "- **speed**: plain autograd's processor time for a gradient over the oracle's, in turns: of the minima, and",
-        "  the median of the turns. A network that would be clearly slower compiled is left as it is.",
+        "  the median of the turns; on a machine that others use, too, either is off by some per cent. A network that",
+        "  would be clearly slower compiled is left as it is.",
         "- **two updates**: `im.train` against PGD-2.",
         "- **evaluated**: `im.evaluate` under PGD-3 finds the accuracies that plain PyTorch finds.",
         "- **AutoAttack**: the verdicts are the model's, the images within ε = 0.2.",

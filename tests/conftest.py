@@ -7,6 +7,8 @@ import jaxtyping
 import pytest
 import torch
 
+from innermax.oracle import oracle
+
 # The same examples in every run, in whatever order, and on a busy machine.
 hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("reproducible")
@@ -41,11 +43,22 @@ def _audits_only_where_they_are_tested(request, monkeypatch):
         monkeypatch.setattr("innermax.evaluation.evaluate._audit", lambda *_: None)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _clock():
+    """The clock does not decide which network a test looks at: the small ones of tests are often slower compiled.
+
+    Nor which one a fixture of a whole module looks at, which is made before a test's own fixtures.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        own = oracle.times_as_long
+        patch.setattr(oracle, "times_as_long", lambda *_: None)
+        yield own
+
+
 @pytest.fixture(autouse=True)
-def _compiled_networks_are_taken_for_faster(request, monkeypatch):
-    """The clock does not decide which network a test looks at: the small ones of tests are often slower compiled."""
-    if "timing" not in request.keywords:
-        monkeypatch.setattr("innermax.oracle.oracle.times_as_long", lambda *_: None)
+def _the_clock_decides_where_it_is_tested(request, monkeypatch, _clock):
+    if "timing" in request.keywords:
+        monkeypatch.setattr(oracle, "times_as_long", _clock)
 
 
 @pytest.fixture

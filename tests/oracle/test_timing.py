@@ -1,6 +1,7 @@
 """A compiled network that is slower than the model itself is left, and the plan says so."""
 
-import time
+import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -13,49 +14,96 @@ from innermax.oracle.timing import times_as_long
 from tests.helpers.oracles import batch, close, learn, plain, small_vgg
 
 
-def slow(seconds):
-    return lambda x: time.sleep(seconds)
+class Clock:
+    """Time that passes as told: this thread's own, and on the wall."""
+
+    def __init__(self):
+        self.own = self.wall = 0.0
+
+    def spend(self, seconds):
+        self.own += seconds
+        self.wall += seconds
+
+    def wait(self, seconds):
+        self.wall += seconds
+
+    def thread_time(self):
+        return self.own
+
+    def perf_counter(self):
+        return self.wall
 
 
-def test_what_is_clearly_longer():
-    x = torch.rand(8, 3)
-    assert times_as_long(slow(0.2), slow(0.02), x) > 2
-    assert times_as_long(slow(0.02), slow(0.2), x) is None
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("innermax.oracle.timing.time", clock)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return clock
 
 
-def test_what_takes_next_to_no_time_is_not_told_apart():
-    assert times_as_long(slow(0.001), slow(0.0002), torch.rand(8, 3)) is None
+def told(clock, one, other, rows=8):
+    """times_as_long of two ways that take these seconds, each one number or one for each turn."""
+    seconds = [iter(way) if isinstance(way, list) else itertools.repeat(way) for way in (one, other)]
+    return times_as_long(*(lambda x, way=way: clock.spend(next(way)) for way in seconds), torch.rand(rows, 3))
 
 
-def test_quick_ones_are_asked_for_more_rows_and_slow_ones_for_fewer():
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.02, 0.2])
+def test_what_is_clearly_longer(clock, scale):
+    assert told(clock, 2 * scale, scale) == pytest.approx(2)
+    assert told(clock, 1.06 * scale, scale) == pytest.approx(1.06)
+    assert told(clock, 1.04 * scale, scale) is None
+    assert told(clock, scale, scale) is None
+    assert told(clock, scale, 2 * scale) is None
+
+
+def test_what_takes_longer_in_about_half_of_the_turns_is_not_told_apart(clock):
+    """One turn's lucky measurement says nothing, in either direction."""
+    lucky = [0.002] * 9 + [0.0005] + [0.002] * 100
+    assert told(clock, 0.002, lucky) is None
+    assert told(clock, lucky, 0.002) is None
+    # Of 37 turns 27 must say so: half of them, and two and a half standard deviations of as many tosses of a coin.
+    for turns, clear in ((26, False), (27, True)):
+        other = [0.002] * 4 + [0.001] * turns + [0.003] * 100
+        assert (told(clock, 0.002, other) is not None) == clear
+
+
+def test_quick_ones_are_asked_for_more_rows_and_slow_ones_for_fewer(clock):
     seen = []
 
-    def asked(seconds):
-        def compute(x):
-            seen.append(len(x))
-            time.sleep(seconds)
+    def compute(x, seconds):
+        seen.append(len(x))
+        clock.spend(seconds)
 
-        return compute
+    for seconds, rows in ((0.015, 128), (0.3, 8), (0.1, 16)):
+        times_as_long(*[partial(compute, seconds=seconds)] * 2, torch.rand(16, 3))
+        assert seen[-1] == rows
 
-    times_as_long(asked(0.015), asked(0.015), torch.rand(16, 3))
-    assert seen[-1] == 128
-    times_as_long(asked(0.3), asked(0.3), torch.rand(16, 3))
-    assert seen[-1] == 8
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_other_programs_take_counts_only_where_threads_share_the_work(clock, monkeypatch, threads):
+    """A thread that waits leaves the processor to others, or for other threads to end."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = times_as_long(
+        lambda x: clock.spend(1e-3) or clock.wait(0.01), lambda x: clock.spend(1e-3), torch.rand(8, 3)
+    )
+    assert (found is None) == (threads == 1)
 
 
 class Sluggish(nn.Conv2d):
     """A convolution that takes its time in channels-last order."""
 
+    clock = None
+
     def forward(self, x):
-        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            time.sleep(0.3)
-        else:
-            time.sleep(0.02)
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        self.clock.spend(0.3 if last else 0.02)
         return super().forward(x)
 
 
 @pytest.mark.timing
-def test_the_faster_order_is_taken():
+def test_the_faster_order_is_taken(clock, monkeypatch):
+    monkeypatch.setattr(Sluggish, "clock", clock)
     torch.manual_seed(0)
     x, y = batch()
     model = nn.Sequential(Sluggish(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(24, 4))
@@ -71,9 +119,9 @@ def test_the_faster_order_is_taken():
 
 
 @pytest.mark.timing
-def test_the_model_itself_is_taken_where_it_is_faster(monkeypatch):
+def test_the_model_itself_is_taken_where_it_is_faster(clock, monkeypatch):
     def slowed(compiled, x):
-        time.sleep(0.02 if compiled.folded is None else 0.3)
+        clock.spend(0.02 if compiled.folded is None else 0.3)
         return place(compiled, x)
 
     torch.manual_seed(0)

@@ -1,15 +1,18 @@
 """Which of two ways to compute a gradient takes longer."""
 
+import math
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-_TURNS = 5
+_FEWEST, _MOST = 5, 40  # turns
+_SPENT = 0.15  # seconds in which quick ones take more turns than the fewest
 _SLOWER = 1.05
+_SIGMAS = 2.5  # by which the turns that say so must exceed half of them: as many tosses of a coin hardly ever agree
 _ROWS = 128  # as many as a batch in use may have
-_LONG, _SHORT, _TINY = 0.5, 0.05, 0.004  # seconds
+_LONG, _SHORT = 0.5, 0.05  # seconds
 
 
 def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], object], x: Tensor) -> float | None:
@@ -19,22 +22,24 @@ def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], obj
     """
     _seconds(one, x), _seconds(other, x)  # kernels are chosen, memory is fetched
     together = min(_seconds(one, x) + _seconds(other, x) for _ in range(2))
-    if together < _TINY:
-        return None  # what costs so little need not be cheaper, but the same in every run
     if together < _SHORT:
         x = x.repeat(-(-_ROWS // len(x)), *[1] * (x.ndim - 1))
+        together = _seconds(one, x) + _seconds(other, x)
     elif together > _LONG:
         x = x[: -(-len(x) // 2)]
-    turns = [(_seconds(one, x), _seconds(other, x)) for _ in range(_TURNS)]
-    # In every turn: which of two about equal ones is taken must not change from run to run.
-    slower = all(mine > theirs for mine, theirs in turns)
+    count = max(_FEWEST, min(_MOST, int(_SPENT / together)))
+    turns = [(_seconds(one, x), _seconds(other, x)) for _ in range(count)]
+    # In most turns: which of two about equal ones is taken must not change from run to run.
+    slower = sum(mine > theirs for mine, theirs in turns) >= min(count, (count + _SIGMAS * math.sqrt(count)) / 2)
     ratio = min(mine for mine, _ in turns) / min(theirs for _, theirs in turns)  # what else runs only adds to a time
     return ratio if slower and ratio > _SLOWER else None
 
 
 def _seconds(compute: Callable[[Tensor], object], x: Tensor) -> float:
-    began = time.perf_counter()
+    # A single thread's own time: the time that other programs have the processor for does not count.
+    clock = time.perf_counter if x.is_cuda or torch.get_num_threads() > 1 else time.thread_time
+    began = clock()
     compute(x)
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-    return time.perf_counter() - began
+    return clock() - began
