@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import datasets
 import pytest
@@ -87,6 +88,31 @@ def test_parquet_folder_by_path_and_by_environment(tmp_path, monkeypatch):
         assert [len(split) for split in (data.train, data.validation, data.test)] == [3, 3, 3]
     with pytest.raises(ValueError, match="validation split of its own"):
         load_data(folder, validation=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "told"),
+    [
+        ([1, 2, 3], None, "no training example has the label 0, but labels go to 3: number the classes from 0"),
+        ([0, 2, 2], ["a", "b", "c"], r"no training example has the label 1 \(b\), but labels go to 2"),
+        ([9, 9, 9], None, r"the label 0, 1, 2, … \(9 in all\), but labels go to 9"),
+        ([0, 1, 0], ["a", "b", "c"], None),  # names that no label reaches were declared
+        ([0, 1, 2], None, None),
+    ],
+)
+def test_classes_without_a_training_example_are_told(tmp_path, labels, names, told):
+    for split in ("train", "test"):
+        parquet(tmp_path / f"{split}.parquet", [encoded(i) for i in pixels(3, 1)], labels, names=names)
+    with warnings.catch_warnings() if told is None else pytest.warns(UserWarning, match=told):
+        warnings.simplefilter("error" if told is None else "always")
+        load_data(tmp_path, validation=0)
+
+
+def test_classes_that_the_test_split_alone_has_are_told(tmp_path):
+    for split, labels in (("train", [0, 1, 0]), ("test", [0, 1, 3])):
+        parquet(tmp_path / f"{split}.parquet", [encoded(i) for i in pixels(3, 1)], labels)
+    with pytest.warns(UserWarning, match="no training example has the label 2, 3, but labels go to 3"):
+        load_data(tmp_path, validation=0)
 
 
 # --- names

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from innermax.data.class_folders import from_class_folders, subfolders
 from innermax.data.decoding import to_rgb
@@ -40,6 +41,7 @@ _SPLITS = {  # the pattern of a split's parquet files, and names of its folder
     "validation": ("val*.parquet", "valid", "val", "validation"),
     "test": ("test*.parquet", "test"),
 }
+_NAMED = 3  # labels in a warning
 _SPLIT_SEED = 20190609  # of the held-out examples; never the training's seed, so that runs share their splits
 
 
@@ -77,6 +79,7 @@ def load_data(
         raise ValueError(f"{name} has a validation split of its own: leave validation out, got {validation!r}")
     largest = max(int(split.labels.max()) for split in (train, held_out, test) if split is not None)
     classes = len(splits.class_names) if splits.class_names else largest + 1
+    _warn_of_gaps(name, splits.images["train"].labels, largest, splits.class_names)
     return Data(name, train, held_out, test, classes, splits.class_names)
 
 
@@ -117,6 +120,17 @@ def hub_id(name: str) -> str | None:
     """Where a data set of that name is on the Hugging Face Hub; None where it is not known to be."""
     known = name.partition("@")[0]
     return _HUB[known].hub_id if known in _HUB else None
+
+
+def _warn_of_gaps(name: str, labels: Tensor, largest: int, class_names: Sequence[str] | None) -> None:
+    """Warns where a class up to the largest label has no training example: the model gets a logit for nothing."""
+    there = torch.bincount(labels, minlength=largest + 1) > 0
+    missing = (~there).nonzero()[:, 0].tolist()
+    if missing:
+        named = [f"{label} ({class_names[label]})" if class_names else str(label) for label in missing[:_NAMED]]
+        more = f", … ({len(missing)} in all)" if len(missing) > _NAMED else ""
+        told = f"{name}: no training example has the label {', '.join(named)}{more}, but labels go to {largest}"
+        warnings.warn(f"{told}: number the classes from 0, without gaps", stacklevel=3)
 
 
 class _Splits(NamedTuple):
