@@ -1,6 +1,7 @@
 """The classes of a data set by their names among a model's."""
 
 import json
+import re
 
 import pytest
 
@@ -66,3 +67,35 @@ def test_files_that_do_not_fit(tmp_path, name, text, message):
         read_classes(str(tmp_path / name))
     with pytest.raises(ValueError, match="is not readable"):
         read_classes(str(tmp_path / "nowhere.txt"))
+
+
+# torchvision's names for classes of which timm's name alone belongs to another one, too.
+LONGER = {134: "crane bird", 639: "maillot tank suit"}
+
+
+def test_imagenets_classes_are_numbered_as_timms_and_torchvisions_models_number_them():
+    timm = pytest.importorskip("timm.data", reason="timm is not installed: its list of classes is not compared")
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed: its list is not compared")
+    classes = read_classes("imagenet")
+    assert [names[-1] for names in classes] == timm.ImageNetInfo("imagenet-1k").label_names()
+    told = models.get_model_weights("resnet18").DEFAULT.meta["categories"]
+    assert len(told) == len(classes) == 1000
+    for number, (name, names) in enumerate(zip(told, classes, strict=True)):
+        assert name == LONGER[number] if number in LONGER else number in _numbers(name, classes), (number, name, names)
+
+
+def _numbers(name, classes):
+    """The classes that have a name."""
+    try:
+        return match_classes([name], classes)
+    except ValueError as several:
+        return [int(number) for number in re.findall(r"(\d+) \(", str(several))]
+
+
+def test_a_timm_that_cannot_be_imported_is_said_in_one_line(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("innermax.data.class_names.import_library", fail)
+    with pytest.raises(ValueError, match=r"classes imagenet needs timm.*RuntimeError: operator torchvision::nms does"):
+        read_classes("imagenet")

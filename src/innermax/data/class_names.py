@@ -6,7 +6,7 @@ from pathlib import Path
 
 from innermax.utils.optional import import_library
 from innermax.utils.serialization import parse_json
-from innermax.utils.validation import unknown
+from innermax.utils.validation import summarize_error, unknown
 
 IMAGENET = "imagenet"  # its names come with timm
 _SYNSET = re.compile(r"(n\d{8})\b[\s,:]*(.*)")
@@ -96,8 +96,9 @@ def _plain(name: str) -> str:
 def _imagenet() -> list[Names]:
     try:
         info = import_library("timm.data", "ImageNetInfo").ImageNetInfo("imagenet-1k")
-    except ImportError as error:
+    except Exception as error:  # its torchvision, built for another torch, raises what it likes
+        reason = summarize_error(error)
         raise ValueError(
-            f"classes {IMAGENET} needs timm, pip install 'innermax[timm]', or a file with a line per class: {error}"
+            f"classes {IMAGENET} needs timm, pip install 'innermax[timm]', or a file with a line per class: {reason}"
         ) from error
     return [_split(f"{info.index_to_label_name(n)} {info.index_to_description(n)}") for n in range(info.num_classes())]
