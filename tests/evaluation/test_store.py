@@ -24,6 +24,7 @@ import innermax as im
 from innermax.distributed import spawn
 from innermax.distributed.spawn import run_processes
 from innermax.evaluation.store import ATTACK_KINDS, CLEAN_KINDS, AttackRows, OtherRows, Part, Parts, open_rows
+from innermax.oracle import oracle
 
 THREAT = im.Linf(0.01)
 ATTACKS = {"fgsm": im.FGSM(THREAT), "pgd/20": im.PGD(THREAT, 20), "PGD/20": im.PGD(THREAT, 20, restarts=2)}
@@ -42,6 +43,11 @@ class Noisy(nn.Module):
 
     def forward(self, x):
         return self.scale * self.network(x + 0.02 * torch.randn_like(x))
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).eval()
 
 
 def examples(seed=1):
@@ -126,6 +132,7 @@ def test_a_finished_evaluation_is_only_read(whole, monkeypatch):
 
 def _child(folder):
     torch.set_num_threads(1)
+    oracle.times_as_long = lambda *_: None  # as in this process
     evaluated(folder)
 
 
@@ -178,10 +185,21 @@ def test_a_failing_attack_leaves_what_is_finished_and_says_where(tmp_path, kind)
         evaluated(folder, attacks=attacks)
     assert str(caught.value) == "it broke"
     (note,) = caught.value.__notes__
-    assert str(folder) in note
+    assert note == f"Rows that are finished are kept in {folder}: the same evaluation resumes from them."
     assert len(files(folder)) == 4 * CHUNKS + 4
     sign.unlink()
     assert evaluated(folder, attacks=attacks).examples.equals(evaluated(attacks=attacks).examples)
+
+
+def test_of_a_single_batch_only_what_attacks_have_ended_is_kept_and_the_note_says_so(tmp_path):
+    sign, folder = tmp_path / "broken", tmp_path / "rows"
+    sign.touch()
+    attacks = ATTACKS | {"failing": Failing(THREAT, str(sign), "KeyboardInterrupt", chunk=0)}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        evaluated(folder, attacks=attacks, batch_size=500)
+    assert f"All {COUNT} images are one batch" in caught.value.__notes__[0]
+    assert "a smaller batch_size finishes some sooner" in caught.value.__notes__[0]
+    assert [path.parent.name[2:] for path in files(folder)] == ["PGD_20", "clean", "fgsm", "pgd_20"]
 
 
 def test_without_a_folder_nothing_is_said_of_one(tmp_path):
@@ -301,6 +319,31 @@ def test_the_number_of_threads_is_no_other_evaluation(whole, monkeypatch):
         evaluated(whole)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("before", ["bf16", "float32"])
+@pytest.mark.parametrize("search", ["evaluate", "transfer"])
+def test_the_folders_own_precision_wins_over_the_clock(tmp_path, monkeypatch, before, search):
+    monkeypatch.setattr("innermax.oracle.oracle.has_fast_bf16", lambda _: True)
+    model, (images, labels) = small_network(), examples()
+
+    def measure(chosen, folder=None):
+        monkeypatch.setattr("innermax.oracle.oracle.times_as_long", lambda *_: 2.0 if chosen == "float32" else None)
+        options = {"attacks": {"pgd": im.PGD(im.Linf(0.1), steps=2)}, "precision": "auto", "rows_dir": folder}
+        if search == "evaluate":
+            return im.evaluate(model, (images, labels), **options, batch_size=SIZE)
+        return im.transfer({"a; b": model, "c": model}, {"d": model}, (images, labels), **options, batch_size=SIZE)
+
+    after = {"bf16": "float32", "float32": "bf16"}[before]
+    assert ("bf16" in measure(after).settings.attack_network) == (after == "bf16")
+    expected = measure(before, tmp_path / "rows")
+    assert ("bf16" in expected.settings.attack_network) == (before == "bf16")
+    for part in sorted((tmp_path / "rows" / "parts").rglob("*.parquet"))[-2:]:
+        part.unlink()
+    again = measure(after, tmp_path / "rows")
+    assert again.settings.attack_network == expected.settings.attack_network
+    for name, column in expected.columns().items():
+        np.testing.assert_array_equal(again.columns()[name], column)
 
 
 @pytest.mark.parametrize(

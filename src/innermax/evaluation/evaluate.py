@@ -118,6 +118,15 @@ class _Scorer:
         exact = Oracle(models["model"])
         return cls(exact, bench.attack_oracle(models["model"], precision) if attacks else exact, attacks)
 
+    @property
+    def plan(self) -> str:
+        """How the network that attacks search with is compiled."""
+        return self.fast.scheme
+
+    def recompile(self, plan: str) -> "_Scorer":
+        """The same with the network compiled to a plan, whatever the clock says here."""
+        return replace(self, fast=self.fast.recompile(plan))
+
     def clean_rows(self, x: Tensor, y: Tensor) -> dict[str, Column]:
         logits = scoring_logits(self.exact, x, y)
         probable = torch.full(y.shape, bool(looks_like_probabilities(logits)))
@@ -137,12 +146,11 @@ def _evaluate(
     """Takes the measurement and audits the result."""
     bench, attacks, parts = measurement.bench, measurement.attacks, measurement.parts
     scorer = _Scorer.build(bench, measurement.models, attacks, precision)
-    scheme = measurement.ranks.broadcast(scorer.fast.scheme)  # each process has timed for itself
-    scorer = replace(scorer, fast=scorer.fast.recompile(scheme))
+    measurement, scorer = measurement.agree(scorer, precision)
     others = _build_surrogates(bench, scorer.exact, surrogates)
-    settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.fast.scheme))
+    settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.plan))
     measurement.open_folder(partial(_identify_evaluation, bench, model, attacks, settings))
-    with note_kept_rows(parts.folder), warnings.catch_warnings():
+    with note_kept_rows(parts), warnings.catch_warnings():
         measurement.score_clean(scorer)
         for sentence in find_mismatches(model, scorer.exact, bench.images, bench.device, bench.batch_size):
             warnings.warn(sentence, stacklevel=3)

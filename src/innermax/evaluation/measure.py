@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, runtime_checkable
@@ -20,9 +21,9 @@ from innermax.distributed.process_group import Ranks
 from innermax.distributed.spawn import run_processes
 from innermax.evaluation.arguments import check_images
 from innermax.evaluation.scoring import PROBABLE, AttackedBatch, Bench, Settings
-from innermax.evaluation.store import CLEAN, Column, Part, Parts, open_rows, write_table
+from innermax.evaluation.store import CLEAN, Column, Part, Parts, open_rows, read_plan, write_table
 from innermax.losses import cross_entropy
-from innermax.oracle.oracle import Oracle
+from innermax.oracle.oracle import Oracle, Precision
 from innermax.utils.copying import copy_model
 from innermax.utils.files import hash_tensors
 from innermax.utils.serialization import describe
@@ -52,6 +53,13 @@ class Search:
 @runtime_checkable
 class Scorer(Protocol):
     """Turns batches into the columns that are kept, with models on this process's device."""
+
+    @property
+    def plan(self) -> str:
+        """How the networks that attacks search with are compiled."""
+
+    def recompile(self, plan: str) -> "Scorer":
+        """The same with networks compiled to a plan, whatever the clock says here."""
 
     def clean_rows(self, x: Tensor, y: Tensor) -> Mapping[str, Column]:
         """The columns to keep of clean images."""
@@ -84,6 +92,13 @@ class Measurement:
     parts: Parts
     ranks: Ranks
     devices: int
+
+    def agree(self, scorer: Any, precision: Precision) -> tuple["Measurement", Any]:
+        """The measurement and its scorer with networks compiled alike in all processes, each of which has timed them
+        for itself: as for the rows that the folder holds, or else as in the first process.
+        """
+        plan = self.ranks.broadcast(read_plan(self.parts.folder, precision) or scorer.plan)
+        return replace(self, build=partial(_build_to, plan, self.build)), scorer.recompile(plan)
 
     def open_folder(self, configuration: Callable[[], Mapping[str, Any]]) -> None:
         """Makes or finds the folder of the parts, and reads the parts in it."""
@@ -137,6 +152,10 @@ class Measurement:
             task = _Task(bench, models, self.build, replace(parts, folder=folder))
             run_processes(_run_share, task, self.devices, bench.device.type, watch)
             task.parts.read()  # into the same memory
+
+
+def _build_to(plan: str, build: BuildScorer, bench: Bench, models: Mapping[str, nn.Module]) -> Any:
+    return build(bench, models).recompile(plan)
 
 
 def identify(bench: Bench, models: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:

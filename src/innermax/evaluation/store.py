@@ -220,14 +220,32 @@ def open_rows(folder: Path, configuration: Mapping[str, Any]) -> None:
     write_text(folder / _CONFIGURATION, text)
 
 
+def read_plan(folder: Path | None, precision: str) -> str | None:
+    """How the attack's network was compiled for the rows in a folder; None: there are none of this precision."""
+    if folder is None or not (folder / _CONFIGURATION).exists():
+        return None
+    try:
+        told = read_config(folder)
+    except ValueError:  # `open_rows` says so
+        return None
+    plan = told.get("attack_network")
+    return plan if isinstance(plan, str) and told.get("precision") == precision else None
+
+
 @contextmanager
-def note_kept_rows(folder: Path | None) -> Iterator[None]:
+def note_kept_rows(parts: Parts) -> Iterator[None]:
     """Context manager: an exception raised inside gets a note that says where finished parts are kept."""
     try:
         yield
     except BaseException as error:
-        if folder is not None:
-            error.add_note(f"Rows that are finished are kept in {folder}: the same evaluation resumes from them.")
+        if parts.folder is not None:
+            told = f"Rows that are finished are kept in {parts.folder}: the same evaluation resumes from them."
+            if parts.size >= parts.count > 1:
+                told += (
+                    f" All {parts.count} images are one batch, whose rows are finished when an attack has ended: a "
+                    "smaller batch_size finishes some sooner."
+                )
+            error.add_note(told)
         raise
 
 

@@ -4,6 +4,7 @@ Images are made once on each surrogate, batch by batch, and scored on every targ
 """
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -248,8 +249,15 @@ class _Scorer:
 
     @property
     def plan(self) -> str:
-        """How each surrogate's oracle computes."""
+        """How each surrogate's oracle is compiled."""
         return "; ".join(f"{name}: {oracle.scheme}" for name, oracle in self.fast.items())
+
+    def recompile(self, plan: str) -> "_Scorer":
+        """The same with oracles compiled to a plan, whatever the clock says here; as they are for other surrogates."""
+        told = re.fullmatch("; ".join(f"{re.escape(name)}: (.*)" for name in self.fast), plan)
+        schemes = [oracle.scheme for oracle in self.fast.values()] if told is None else told.groups()
+        fast = {name: self.fast[name].recompile(scheme) for name, scheme in zip(self.fast, schemes, strict=True)}
+        return replace(self, fast=fast)
 
     def clean_rows(self, x: Tensor, y: Tensor) -> dict[str, Column]:
         return self._judge(x, y)
@@ -278,14 +286,12 @@ def _measure(measurement: Measurement, precision: Precision, white_box: tuple[tu
     """Takes the measurement."""
     bench, attacks, parts = measurement.bench, measurement.attacks, measurement.parts
     scorer = measurement.build(bench, measurement.models)
-    schemes = measurement.ranks.broadcast({name: oracle.scheme for name, oracle in scorer.fast.items()})
-    fast = {name: oracle.recompile(schemes[name]) for name, oracle in scorer.fast.items()}  # each process has timed
-    scorer = replace(scorer, fast=fast)
+    measurement, scorer = measurement.agree(scorer, precision)
     with warnings.catch_warnings():
         _check_answers(bench.example(), measurement.models)
         settings = measurement.ranks.broadcast(bench.settings(attacks, precision, scorer.plan))
         measurement.open_folder(partial(_identify_transfer, bench, measurement.models, attacks, settings))
-        with note_kept_rows(parts.folder):
+        with note_kept_rows(parts):
             measurement.score_clean(scorer)
             measurement.attack(scorer)
             columns = {
