@@ -3,18 +3,21 @@
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from innermax.utils.version import __version__
+
 
 def environment(seed: int) -> dict[str, Any]:
     """What a run ran on: versions, device, commit of the source, seed, command and date."""
-    from importlib.metadata import version
-
-    versions = {name: version(name) for name in ("innermax", "lightning-fabric", "numpy")}
+    # Lightning Fabric also comes with these two; the source runs without being installed.
+    fabric = _installed("lightning-fabric", "pytorch-lightning", "lightning")
+    versions = {"innermax": __version__, "lightning-fabric": fabric, "numpy": _installed("numpy")}
     return {
         # torch's own answer also says for which devices it was built.
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)} | versions,
@@ -25,6 +28,16 @@ def environment(seed: int) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _installed(*names: str) -> str | None:
+    """The version of the first of these packages that is installed; None where none is."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in names:
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None
 
 
 def _processor() -> str:
