@@ -45,6 +45,10 @@ VERDICT = AT_ITS_END | {
     "attacks/base.py: search_survivors",  # who is searched again, once a search
     "attacks/problem.py: won",  # whose fall in bf16 is confirmed in float32
 }
+MINIMAL = {
+    "attacks/minimal.py: search",  # who is searched, once
+    "attacks/minimal.py: _confirm_nearer",  # in bf16: whose fall is confirmed in float32
+}
 CASES = {
     "pgd": (im.PGD(im.Linf(0.02), STEPS), AT_ITS_END),
     "pgd, leaving": (
@@ -68,6 +72,8 @@ CASES = {
         im.FAB(im.Linf(0.02), steps=STEPS),
         VERDICT | {f"attacks/fab.py: {name}" for name in ("_level", "cross", "_once")},  # Newton's method, as above
     ),
+    "fmn": (im.FMN(im.Linf(0.02), STEPS), VERDICT | MINIMAL),
+    "ddn": (im.DDN(im.L2(0.2), STEPS), VERDICT | MINIMAL | {SCALE}),
     "square": (im.Square(im.Linf(0.02), queries=STEPS), VERDICT | {"attacks/square.py: _once"}),
     "square, L2": (im.Square(im.L2(0.2), queries=STEPS), VERDICT | {"attacks/square.py: _once", SCALE}),
 }

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from innermax.attacks.autoattack import AutoAttack as AutoAttack
     from innermax.attacks.base import Attack as Attack
     from innermax.attacks.bpda import StraightThrough as StraightThrough
+    from innermax.attacks.ddn import DDN as DDN
     from innermax.attacks.fab import FAB as FAB
+    from innermax.attacks.fmn import FMN as FMN
     from innermax.attacks.guided_pgd import GuidedPGD as GuidedPGD
     from innermax.attacks.pgd import CW as CW
     from innermax.attacks.pgd import FGSM as FGSM

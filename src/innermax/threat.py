@@ -333,6 +333,10 @@ class Linf(Threat):
     def _inside(self, point: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         return point
 
+    def nearest(self, u: Flat, radius: float | Scalar, floor: Flat, ceiling: Flat) -> Flat:
+        """The point nearest to u in the ball of a radius, one for all or one per row, and in [floor, ceiling]."""
+        return u.clamp(floor.clamp(min=-radius), ceiling.clamp(max=radius))
+
     def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
         return u.clamp(floor, ceiling)
 
@@ -367,12 +371,20 @@ class L2(Threat):
         radius = randomness.uniform(key, 2 * d + 1)[:, -1:].pow(1 / d)
         return normal / self.norm(normal)[:, None] * radius
 
+    def nearest(self, u: Flat, radius: float | Scalar, floor: Flat, ceiling: Flat) -> Flat:
+        """The point nearest to u in the ball of a radius, one for all or one per row, and in [floor, ceiling]."""
+        return (self._scale(u, radius, floor, ceiling).clamp(max=1.0) * u).clamp(floor, ceiling)
+
+    def stretch(self, u: Flat, radius: float | Scalar, floor: Flat, ceiling: Flat) -> Flat:
+        """The point clip(s·u, floor, ceiling) whose norm is the radius, or the farthest one where none is so far."""
+        direction = _rescale(u)
+        return self._along(direction, self._scale(direction, radius, floor, ceiling), floor, ceiling)
+
     def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
-        return (self._scale(u, floor, ceiling).clamp(max=1.0) * u).clamp(floor, ceiling)
+        return self.nearest(u, self.eps, floor, ceiling)
 
     def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
-        direction = _rescale(gradient)
-        return self._along(direction, self._scale(direction, floor, ceiling), floor, ceiling)
+        return self.stretch(gradient, self.eps, floor, ceiling)
 
     def _ascend(self, u: Flat, gradient: Flat, step_size: float, floor: Flat, ceiling: Flat) -> Flat:
         direction = _rescale(gradient)
@@ -382,7 +394,7 @@ class L2(Threat):
     def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
         size = gradient.abs().amax(1)
         direction = _rescale(gradient)
-        scale = self._scale(direction, floor, ceiling)
+        scale = self._scale(direction, self.eps, floor, ceiling)
         best = self._along(direction, scale, floor, ceiling)
         multiplier = 1 / scale  # 0 where the ball does not bind
         terms = (best - u) * (direction - multiplier * (best + u) / 2)
@@ -394,8 +406,8 @@ class L2(Threat):
         """clip(s·direction) for s up to infinity, where a coordinate without direction stays at 0."""
         return (scale * direction).masked_fill(direction == 0, 0.0).clamp(floor, ceiling)
 
-    def _scale(self, v: Flat, floor: Flat, ceiling: Flat) -> Scalar:
-        """The s with ‖clip(s·v, floor, ceiling)‖ = ε; infinite where no s reaches ε.
+    def _scale(self, v: Flat, radius: float | Scalar, floor: Flat, ceiling: Flat) -> Scalar:
+        """The s with ‖clip(s·v, floor, ceiling)‖ = radius; infinite where no s reaches it.
 
         In s² the squared norm Σ min(s²·v², room²) is concave and piecewise linear, so Newton's method from the left
         climbs to the root in finitely many steps, each of which finds further coordinates at their bounds. What is
@@ -405,7 +417,7 @@ class L2(Threat):
         scale = torch.zeros_like(size[:, :1])
         while True:
             free = scale * size < room
-            left = (self.eps**2 - room.masked_fill(free, 0.0).square().sum(1, keepdim=True)).clamp(min=0)
+            left = (radius**2 - room.masked_fill(free, 0.0).square().sum(1, keepdim=True)).clamp(min=0)
             moving = size.masked_fill(~free, 0.0)
             further = left.sqrt() / moving.amax(1, keepdim=True) / self.norm(_rescale(moving))[:, None]
             further = further.masked_fill(~moving.any(1, keepdim=True), math.inf)
@@ -428,21 +440,28 @@ class L1(Threat):
         exponential = -draws[:, d:].log()  # d of d + 1 exponentials over their sum: uniform in the simplex
         return (draws[:, :d] - 0.5).sign() * exponential[:, :d] / exponential.sum(1, keepdim=True)
 
-    def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
-        """sign(u)·clip(|u| − λ, 0, room) with the λ ≥ 0 at which its norm is ε; λ by a sweep over the sorted knots."""
+    def nearest(self, u: Flat, radius: float | Scalar, floor: Flat, ceiling: Flat) -> Flat:
+        """The point nearest to u in the ball of a radius, one for all or one per row, and in [floor, ceiling].
+
+        It is sign(u)·clip(|u| − λ, 0, room) with the λ ≥ 0 at which its norm is the radius; λ by a sweep over the
+        sorted knots.
+        """
         size, room = u.abs(), torch.where(u > 0, ceiling, -floor)
         knots, order = torch.cat([size, (size - room).clamp(min=0)], dim=1).sort(dim=1, descending=True)
         # From λ = ∞ downwards the norm grows at rate 1 for each coordinate between its two knots.
         turn = 2 * (order < size.shape[1]).to(u.dtype) - 1
         slope = turn.cumsum(1)
         mass = torch.nn.functional.pad((slope[:, :-1] * (knots[:, :-1] - knots[:, 1:])).cumsum(1), (1, 0))
-        level = knots.gather(1, (mass <= self.eps).sum(1, keepdim=True) - 1)  # below it the norm grows past ε
+        level = knots.gather(1, (mass <= radius).sum(1, keepdim=True) - 1)  # below it the norm grows past ε
         full = size - room >= level
         moving = (size >= level) & ~full
         held = torch.where(full, room, size.masked_fill(~moving, 0.0)).sum(1, keepdim=True)
-        threshold = ((held - self.eps) / moving.sum(1, keepdim=True)).minimum(level).clamp(min=0)
-        inside = size.minimum(room).sum(1, keepdim=True) <= self.eps
+        threshold = ((held - radius) / moving.sum(1, keepdim=True)).minimum(level).clamp(min=0)
+        inside = size.minimum(room).sum(1, keepdim=True) <= radius
         return u.sign() * (size - threshold.masked_fill(inside, 0.0)).clamp(min=0).minimum(room)
+
+    def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        return self.nearest(u, self.eps, floor, ceiling)
 
     def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
         room = torch.where(gradient > 0, ceiling, -floor) * (gradient != 0)

@@ -15,12 +15,14 @@ from tests.helpers.documented import ROOT
 from tests.helpers.threats import WeightedLinf
 
 THREAT = Linf(0.1)
+IN_L2 = {"ddn-200": im.DDN(im.L2(0.5))}
 NAMES = {
     "fgsm": im.FGSM(THREAT),
     "pgd-20": im.PGD(THREAT, steps=20),
     "cw-30": im.CW(THREAT, steps=30),
     "apgd-100": im.APGD(THREAT),
     "fab-7": im.FAB(THREAT, steps=7),
+    "fmn-200": im.FMN(THREAT),
     "square-5000": im.Square(THREAT),
     "guided": im.GuidedPGD(THREAT),
     "guided-40": im.GuidedPGD(THREAT, budget=40),
@@ -31,6 +33,7 @@ NAMES = {
 
 def test_names():
     assert parse_attacks(" ,".join(NAMES), THREAT) == NAMES
+    assert parse_attacks(",".join(IN_L2), im.L2(0.5)) == IN_L2
     for name in ("autoattack-5", "apgd", "apgd-0", "fab-x", "square-10001", "aa", "fgsm-3", "pgd-", "-", "guided-"):
         with pytest.raises(ValueError, match=f"unknown attack '{name}'"):
             build_attack(name, THREAT)
@@ -51,12 +54,13 @@ def kinds(base=BaseAttack):
 
 
 def test_every_attack_has_a_name():
-    assert {type(attack) for attack in NAMES.values()} == set(kinds())
-    assert {name if name in ATTACKS else name.partition("-")[0] for name in NAMES} == ATTACKS.keys()
+    every = NAMES | IN_L2
+    assert {type(attack) for attack in every.values()} == set(kinds())
+    assert {name if name in ATTACKS else name.partition("-")[0] for name in every} == ATTACKS.keys()
 
 
 def test_every_attack_tells_its_cost():
-    assert all(type(attack).cost is not BaseAttack.cost for attack in NAMES.values())
+    assert all(type(attack).cost is not BaseAttack.cost for attack in (NAMES | IN_L2).values())
 
 
 def test_names_are_told_wherever_they_are_typed(capsys):

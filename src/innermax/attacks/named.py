@@ -7,7 +7,9 @@ from functools import partial
 from innermax.attacks.apgd import APGD
 from innermax.attacks.autoattack import AutoAttack
 from innermax.attacks.base import BaseAttack
+from innermax.attacks.ddn import DDN
 from innermax.attacks.fab import FAB
+from innermax.attacks.fmn import FMN
 from innermax.attacks.guided_pgd import GuidedPGD
 from innermax.attacks.pgd import CW, FGSM, PGD
 from innermax.attacks.square import Square
@@ -46,6 +48,8 @@ ATTACKS = {
     "cw": NamedAttack(CW, "K steps of ε/4 on the margin", "steps", usual=(30,), title="C&W∞", unsaid=30),
     "apgd": NamedAttack(APGD, "K steps on the cross-entropy", "steps", usual=(100,)),
     "fab": NamedAttack(FAB, "K steps", "steps", usual=(100,)),
+    "fmn": NamedAttack(FMN, "K steps for the smallest perturbation", "steps", usual=(200,)),
+    "ddn": NamedAttack(DDN, "in L2, K steps for the smallest perturbation", "steps", usual=(200,)),
     "square": NamedAttack(Square, "K queries", "queries", usual=(5000,)),
     "guided": NamedAttack(GuidedPGD, "at most K gradients per example", "budget", optional=True),
     "autoattack": NamedAttack(AutoAttack, "the standard version"),
@@ -57,8 +61,9 @@ def build_attack(name: str, threat: Threat) -> BaseAttack:
     """The attack of a name: one of `ATTACKS`, with its number K behind a dash, where it takes one.
 
     The names are "fgsm", "pgd-K" and "cw-K" (K steps of ε/4), "apgd-K" (K steps on the cross-entropy), "fab-K" (K
-    steps), "square-K" (K queries), "guided" and "guided-K" (at most K gradients per example), "autoattack" (the
-    standard version) and "autoattack-rand" (for models that draw random numbers).
+    steps), "fmn-K" and, in L2, "ddn-K" (K steps for the smallest perturbation), "square-K" (K queries), "guided" and
+    "guided-K" (at most K gradients per example), "autoattack" (the standard version) and "autoattack-rand" (for models
+    that draw random numbers).
 
     Raises:
         ValueError: the name is none of these, or K is not in 1…10,000.

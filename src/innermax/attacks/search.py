@@ -175,7 +175,7 @@ def split_rows(leaving: Bool[Tensor, " b"], count: int) -> tuple[Int[Tensor, " s
 
 def concatenate(results: Sequence[AttackResult]) -> AttackResult:
     """The examples of several results, one after the other; a value that one lacks is None."""
-    values = {field.name: [getattr(result, field.name) for result in results] for field in fields(AttackResult)}
+    values = {field.name: [getattr(result, field.name) for result in results] for field in fields(results[0])}
     columns: dict[str, Any] = {
         name: None if any(part is None for part in parts) else torch.cat(parts) for name, parts in values.items()
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from innermax.attacks.base import Attack, looks_like_probabilities
+from innermax.attacks.minimal import MinimalAttack, MinimalResult
 from innermax.data.readers import as_image_set
 from innermax.evaluation.arguments import check_arguments, check_models, find_ranks, name_errors, place_model
 from innermax.evaluation.audit import Audit
@@ -19,15 +20,24 @@ from innermax.evaluation.measure import Measurement, Search, describe_measuremen
 from innermax.evaluation.model_checks import find_mismatches
 from innermax.evaluation.progress import ProgressCallback, show_evaluation
 from innermax.evaluation.result import Evaluation
-from innermax.evaluation.scoring import PROBABLE, AttackedBatch, Bench, Settings, attack_rows, scoring_logits
+from innermax.evaluation.scoring import (
+    PROBABLE,
+    AttackedBatch,
+    Bench,
+    Settings,
+    attack_rows,
+    measure_distances,
+    scoring_logits,
+)
 from innermax.evaluation.store import (
     ATTACK_KINDS,
     CLEAN,
     CLEAN_KINDS,
-    AttackRows,
+    MINIMAL_KINDS,
     CleanRows,
     Column,
     Parts,
+    build_rows,
     note_kept_rows,
 )
 from innermax.models.files import hash_weights
@@ -93,7 +103,8 @@ def evaluate(
     model, device = place_model(model, images, device)
     ranks = find_ranks(devices, device)
     model, device = place_model(model, images, ranks.device)
-    kinds = {CLEAN: CLEAN_KINDS} | dict.fromkeys(attacks, ATTACK_KINDS)
+    minimal = {name: MINIMAL_KINDS for name, attack in attacks.items() if isinstance(attack, MinimalAttack)}
+    kinds = {CLEAN: CLEAN_KINDS} | dict.fromkeys(attacks, ATTACK_KINDS) | minimal
     parts = Parts(kinds, len(images), batch_size, None if rows_dir is None else Path(rows_dir))
     with show_evaluation(ranks.first and progress, attacks, audit) as tell:
         bench = Bench(images, device, batch_size, seed, quantize, tell)
@@ -107,6 +118,7 @@ def evaluate(
 class _Scorer:
     """Scores one model: attacks search with the oracle `fast`, and the verdicts are those of `exact`."""
 
+    bench: Bench
     exact: Oracle
     fast: Oracle
     attacks: Mapping[str, Attack]
@@ -116,7 +128,7 @@ class _Scorer:
         cls, bench: Bench, models: Mapping[str, nn.Module], attacks: Mapping[str, Attack], precision: Precision
     ) -> "_Scorer":
         exact = Oracle(models["model"])
-        return cls(exact, bench.attack_oracle(models["model"], precision) if attacks else exact, attacks)
+        return cls(bench, exact, bench.attack_oracle(models["model"], precision) if attacks else exact, attacks)
 
     @property
     def plan(self) -> str:
@@ -137,7 +149,10 @@ class _Scorer:
 
     def _attack_rows(self, batch: AttackedBatch) -> dict[str, Column]:
         logits = scoring_logits(self.exact, batch.image, batch.label)
-        return vars(attack_rows(batch.result, logits, batch.label))
+        rows = attack_rows(batch.result, logits, batch.label)
+        if not isinstance(batch.result, MinimalResult):
+            return vars(rows)
+        return vars(rows) | {"distance": measure_distances(self.bench, self.exact, batch, rows.correct)}
 
 
 def _evaluate(
@@ -164,7 +179,7 @@ def _evaluate(
             label=bench.images.labels.cpu().numpy().copy(),
             index=None if bench.images.numbers is None else bench.images.numbers.cpu().numpy().copy(),
             clean_prediction=parts.join(CLEAN).columns["prediction"],
-            rows={name: AttackRows(**part.columns) for name, part in found.items()},
+            rows={name: build_rows(part.columns) for name, part in found.items()},
             seconds={name: part.seconds for name, part in found.items()},
             weights=hash_weights(model.state_dict()),
         )

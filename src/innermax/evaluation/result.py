@@ -12,8 +12,9 @@ import numpy as np
 from torch import nn
 
 from innermax.evaluation.audit import Audit
+from innermax.evaluation.curve import Curve, draw_curve, find_distances, list_minimal
 from innermax.evaluation.scoring import Settings
-from innermax.evaluation.store import CLEAN, AttackRows, Column, check_column
+from innermax.evaluation.store import CLEAN, AttackRows, Column, build_rows, check_column
 from innermax.models.files import hash_weights
 from innermax.models.wrappers import unwrap
 from innermax.utils.files import write_text
@@ -155,6 +156,39 @@ class Evaluation:
         mine, theirs = self.correct(name), other.correct(name)
         return paired_difference(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine))
 
+    def distances(self, attack: str | None = None) -> Column:
+        """(N,) size of the smallest perturbation found for each example, by any attack of the same norm and bounds.
+
+        It is 0 where the clean image is misclassified, infinite where no attack succeeded.
+
+        Args:
+            attack: one that looks for the smallest perturbation, such as FMN, by name; None: the first.
+
+        Raises ValueError where there is no such attack.
+        """
+        name = self._choose_minimal(attack)
+        return find_distances(name, self.settings.attacks, self.rows, self.correct("clean"))
+
+    def curve(self, eps: Sequence[float] | None = None, *, attack: str | None = None) -> Curve:
+        """Robust accuracy with its interval against ε: the share of examples whose distance is larger.
+
+        Args:
+            eps: sizes ≥ 0; None: 101 from 0 on that cover nearly all distances.
+            attack: as for `distances`.
+
+        Raises ValueError where there is no such attack, or a size is negative.
+        """
+        name = self._choose_minimal(attack)
+        return draw_curve(name, self.settings.attacks[name], self.distances(name), eps)
+
+    def _choose_minimal(self, attack: str | None) -> str:
+        found = list_minimal(self.rows)
+        if not found:
+            raise ValueError("the evaluation has no smallest perturbations: evaluate with FMN or DDN, such as fmn-200")
+        if attack is not None and attack not in found:
+            raise unknown("attack with distances", attack, found)
+        return found[0] if attack is None else attack
+
     def summary(self) -> dict[str, Any]:
         """The result as plain values, without the examples; None for NaN and infinity."""
         document = {
@@ -196,7 +230,7 @@ class Evaluation:
                 label=_read_column(examples["label"], "label", settings.count),
                 clean_prediction=_read_column(examples["clean_prediction"], "prediction", settings.count),
                 rows={
-                    name: AttackRows(**{key: _read_column(values, key, settings.count) for key, values in rows.items()})
+                    name: build_rows({key: _read_column(values, key, settings.count) for key, values in rows.items()})
                     for name, rows in attacks.items()
                 },
                 seconds={name: convert(float, document["convergence"][name]["seconds"], "seconds") for name in attacks},
@@ -249,8 +283,12 @@ def _compute_quantiles(values: Column) -> tuple[float, float]:
 
 
 def _read_column(values: Sequence[Any], name: str, count: int) -> Column:
-    """A column from JSON, where null is NaN. Raises ValueError where it does not fit its name."""
-    column = np.array([math.nan if value is None else value for value in values])
+    """A column from JSON, where null is NaN, or an infinite distance.
+
+    Raises ValueError where it does not fit its name.
+    """
+    unknown = math.inf if name == "distance" else math.nan
+    column = np.array([unknown if value is None else value for value in values])
     check_column(column, name, count)
     return column
 

@@ -8,18 +8,20 @@ import math
 import time
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from innermax.attacks.base import Attack
+from innermax.attacks.minimal import MinimalResult
 from innermax.attacks.search import AttackResult
 from innermax.data.image_set import ImageSet
 from innermax.evaluation.arguments import TOLERANCE
 from innermax.evaluation.progress import EvaluationDisplay, ProgressCallback
-from innermax.evaluation.store import AttackRows
+from innermax.evaluation.store import AttackRows, Column
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.threat import FeasibleSet
@@ -27,6 +29,7 @@ from innermax.utils.generators import cuda_devices, private_randomness, seed_ran
 from innermax.utils.randomness import derive_seed
 from innermax.utils.validation import check_labels
 
+_STRETCHES = 1.0, 1.01, 1.02, 1.04, 1.08, 1.16, 1.32
 PROBABLE = "the model seems to return probabilities"
 
 
@@ -78,7 +81,7 @@ def round_to_grid(point: Float[Tensor, "b ..."], feasible: FeasibleSet, bits: in
 class AttackedBatch:
     """A batch after an attack: the images (B, *features) to score, their labels, the attack's report and its seconds.
 
-    start: the number of its first example.
+    start: the number of its first example. feasible: X(x).
     """
 
     image: Tensor
@@ -86,6 +89,7 @@ class AttackedBatch:
     result: AttackResult
     seconds: float
     start: int
+    feasible: FeasibleSet
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +153,7 @@ class Bench:
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             seconds = time.perf_counter() - began
-            yield AttackedBatch(self.admit(name, result, feasible), y, result, seconds, start)
+            yield AttackedBatch(self.admit(name, result, feasible), y, result, seconds, start, feasible)
 
     def settings(self, attacks: Mapping[str, Attack], precision: Precision, attack_network: str) -> Settings:
         """What is evaluated and how."""
@@ -167,7 +171,21 @@ class Bench:
 
     def admit(self, name: str, result: AttackResult, feasible: FeasibleSet) -> Tensor:
         """The images to score: what the attack returned, projected onto X(x) where it lies outside, then quantised."""
-        x, x_adv = feasible.x, result.x_adv
+        return self._admit(name, result.x_adv, feasible)
+
+    def admit_beyond(
+        self, nearest: Float[Tensor, "b ..."], feasible: FeasibleSet, stretch: float
+    ) -> tuple[Tensor, Float[Tensor, " b"]]:
+        """The images to score at `stretch` times the way to `nearest`, be they in X(x) or not, and their sizes."""
+        x, threat = feasible.x, feasible.threat
+        low, high = threat.box(x)
+        point = torch.lerp(x, nearest, stretch).flatten(1).clamp(low, high).reshape(x.shape)
+        largest = max(threat.eps, float(_measure(feasible, point).max()))
+        image = self._admit("nearest", point, replace(threat, eps=largest).around(x))
+        return image, _measure(feasible, image)
+
+    def _admit(self, name: str, x_adv: Tensor, feasible: FeasibleSet) -> Tensor:
+        x = feasible.x
         if x_adv.shape != x.shape or not bool(torch.isfinite(x_adv).all()):
             wrong = f"shape {tuple(x_adv.shape)}" if x_adv.shape != x.shape else "NaN or infinite values"
             raise ValueError(f"attack {name!r} must return finite x_adv of shape {tuple(x.shape)}, got {wrong}")
@@ -189,6 +207,35 @@ def scoring_logits(exact: Oracle, x: Float[Tensor, "b ..."], y: Int[Tensor, " b"
         raise ValueError(f"the model returns NaN logits for {bad} of {len(x)} inputs")
     check_labels(y, len(y), logits.shape[1], name="the labels of test_set")
     return logits
+
+
+def measure_distances(bench: Bench, exact: Oracle, batch: AttackedBatch, correct: Column) -> Column:
+    """(B,) size of the smallest perturbation with which the model itself errs, infinite where none was found.
+
+    The nearest inputs that an attack reports lie at the decision boundary, where rounding decides. Where the model is
+    right on one after all, it is asked again a little farther out; what counts is always the size of an image on which
+    it errs.
+
+    correct: whether it is right on the images that were scored, which count, too.
+    """
+    result, feasible, y = cast(MinimalResult, batch.result), batch.feasible, batch.label
+    scored = _measure(feasible, batch.image)
+    distance = torch.where(torch.from_numpy(correct).to(y.device), math.inf, scored)
+    rows = torch.isfinite(result.distance).nonzero()[:, 0]
+    for stretch in _STRETCHES:
+        if len(rows) == 0:
+            break
+        image, size = bench.admit_beyond(result.nearest[rows], feasible[rows], stretch)
+        wrong = scoring_logits(exact, image, y[rows]).argmax(1) != y[rows]
+        distance[rows] = torch.where(wrong, size, math.inf).minimum(distance[rows])
+        rows = rows[~wrong]
+    found: Column = distance.cpu().numpy()
+    return found
+
+
+def _measure(feasible: FeasibleSet, image: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
+    """How far images are from the clean ones, in the threat's norm; float64."""
+    return feasible.threat.norm((image.double() - feasible.x.double()).flatten(1))
 
 
 def attack_rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> AttackRows:

@@ -20,7 +20,7 @@ CLEAN = "clean"
 _CONFIGURATION = "config.yaml"
 _TABLE = "rows.parquet"
 _NUMBERS = "biuf"  # NumPy's letters for the types a column may have, unless _KINDS names it
-_KINDS = {"correct": "b", "probable": "b", "prediction": "iu", "label": "iu", "index": "iu"}
+_KINDS = {"correct": "b", "probable": "b", "distance": "f", "prediction": "iu", "label": "iu", "index": "iu"}
 _LONGEST = 150  # characters of one setting in a message
 
 
@@ -46,6 +46,17 @@ class AttackRows:
 
 
 @dataclass(frozen=True, eq=False)
+class MinimalRows(AttackRows):
+    """The rows of an attack that looks for the smallest perturbation.
+
+    `distance` is the size of the smallest one it found, as the scores confirm it: 0 where the clean image is
+    misclassified, infinite where none was found.
+    """
+
+    distance: Column
+
+
+@dataclass(frozen=True, eq=False)
 class CleanRows:
     """What is known of each clean example, (N,) each; `probable`: whether the answer looks like probabilities."""
 
@@ -57,6 +68,12 @@ class CleanRows:
 Kinds = Mapping[str, str]
 CLEAN_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(CleanRows)}
 ATTACK_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(AttackRows)}
+MINIMAL_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(MinimalRows)}
+
+
+def build_rows(columns: Mapping[str, Column]) -> AttackRows:
+    """The rows of an attack from their columns by name."""
+    return (MinimalRows if "distance" in columns else AttackRows)(**columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +209,8 @@ def check_column(column: Column, name: str, count: int, kinds: str | None = None
         raise ValueError(f"column {name[:60]} must hold {count} numbers of its kind, got {column.dtype} {column.shape}")
     if name in ("prediction", "label") and column.size and int(column.min()) < 0:
         raise ValueError(f"column {name} holds a class below 0")
+    if name == "distance" and not bool((column >= 0).all()):
+        raise ValueError("column distance holds a value below 0, or NaN")
 
 
 class OtherRows(ValueError):
