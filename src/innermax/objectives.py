@@ -69,7 +69,7 @@ class CrossEntropy(_Smoothed):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The mean, and the logits at x_adv."""
         logits = _ask(model, x_adv)
-        return self._cross_entropies(logits, y).mean(), logits
+        return F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing), logits
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def test_differences_are_paired():
         assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
     with pytest.raises(ValueError, match="unknown attack 'pdg'; did you mean 'pgd'"):
         one.difference(two, "pdg")
-    with pytest.raises(ValueError, match="same examples: its 40 labels differ from these 40"):
+    with pytest.raises(ValueError, match="same examples: its 40 labels or their numbers differ from these 40"):
         one.difference(im.evaluate(network(), examples(seed=9), {"pgd": PGD}), "pgd")
     with pytest.raises(ValueError, match="same examples: its 39 labels"):
         one.difference(im.evaluate(network(), examples(39), {"pgd": PGD}), "pgd")

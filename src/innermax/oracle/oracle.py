@@ -248,7 +248,9 @@ class FastOracle(Oracle):
             self._workers: Workers | None = None
             self._compiled_for = example, precision
             self.logits(example)  # raises where the model does not suit
-            self._bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(example.device))
+            finer = self.dtype == torch.float64  # which the model has on purpose
+            auto = precision == "auto" and not finer and has_fast_bf16(example.device)
+            self._bf16 = precision == "bf16" or auto
             if scheme in (self.scheme, COPIED):
                 self._keep_plain(scheme, "")
             else:
