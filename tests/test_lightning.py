@@ -130,6 +130,11 @@ def test_a_resumed_trainer_goes_on(tmp_path):
             ValueError,
             "strategy must not start attacks where the last epoch's ended, got WarmStart: .* use im.train",
         ),
+        (
+            im.Free(ATTACK),
+            ValueError,
+            "strategy must not change the updates, got Free: a Trainer makes them; use im.train",
+        ),
     ],
 )
 def test_what_is_no_strategy_for_it(strategy, error, message, untyped):

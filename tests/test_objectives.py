@@ -15,7 +15,9 @@ from innermax.objectives import (
     OBJECTIVES,
     TRADES,
     CrossEntropy,
+    GradAlign,
     LossWeighted,
+    _misalignment,
     build_objective,
     cross_entropy,
     find_objective,
@@ -23,6 +25,7 @@ from innermax.objectives import (
     search_loss,
     weight_perturbation,
 )
+from innermax.threat import Linf
 
 
 @pytest.fixture
@@ -143,6 +146,40 @@ def test_label_smoothing_by_hand(problem, epoch):
     assert float(value.detach()) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "value"),
+    [
+        ([[1.0, 0.0], [3.0, 4.0]], [[2.0, 0.0], [4.0, -3.0]], 0.5),  # the same way, and a right angle
+        ([[1.0, 0.0], [0.0, 0.0]], [[-1.0, 0.0], [1.0, 0.0]], 2.0),  # the second is left out
+        ([[0.0, 0.0]], [[1.0, 0.0]], 0.0),
+    ],
+)
+def test_misalignment_by_hand(one, other, value):
+    far = torch.tensor(other, requires_grad=True)
+    found = _misalignment(torch.tensor(one), far)
+    assert float(found.detach()) == pytest.approx(value)
+    found.backward()
+    assert torch.isfinite(far.grad).all()
+
+
+def test_grad_align_adds_to_its_objective(problem):
+    model, x, y, x_adv = problem
+    flat = Linf(0.1, bounds=None)
+    plain, logits = CrossEntropy()(model, x, y, x_adv, 0)
+    value, told = GradAlign(beta=0.0, threat=flat)(model, x, y, x_adv, 0)
+    torch.testing.assert_close((value, told), (plain, logits))
+    once, thrice = (GradAlign("mart", beta, flat) for beta in (1.0, 3.0))
+    torch.manual_seed(0)
+    added = (once(model, x, y, x_adv, 0)[0] - MART()(model, x, y, x_adv, 0)[0]).detach()
+    torch.manual_seed(0)
+    assert float((thrice(model, x, y, x_adv, 0)[0] - MART()(model, x, y, x_adv, 0)[0]).detach()) == pytest.approx(
+        3 * float(added), rel=1e-4
+    )
+    assert float(added) > 0
+    with pytest.raises(ValueError, match=r"threat of GradAlign must be given outside of im.train"):
+        GradAlign()(model, x, y, x_adv, 0)
+
+
 @pytest.mark.parametrize("name", ["trades", "mart"])
 def test_sure_answers_have_finite_values_and_gradients(problem, name):
     """Where float32 has no number between a probability and 1."""
@@ -191,12 +228,19 @@ def test_weights_are_perturbed_once(problem):
         (lambda: TRADES(label_smoothing=1.0), ValueError, "label_smoothing must be a number ≥ 0 and < 1, got 1"),
         (lambda: CrossEntropy(label_smoothing=-0.1), ValueError, "label_smoothing must be a number ≥ 0 and < 1"),
         (lambda: AWP(gamma=0.0), ValueError, "gamma must be a finite number > 0, got 0"),
+        (lambda: GradAlign(beta=-1.0), ValueError, "beta must be a finite number ≥ 0, got -1"),
+        (lambda: GradAlign(threat=0.1), TypeError, r"threat must be a threat model such as Linf\(8 / 255\) or None"),
+        (
+            lambda: GradAlign(AWP()),
+            ValueError,
+            "objective of GradAlign must not perturb weights, got .*: put it in AWP",
+        ),
         (lambda: AWP("trade"), ValueError, "unknown objective 'trade'; did you mean 'trades'"),
         (lambda: build_objective("trads", 6.0), ValueError, "unknown objective 'trads'; did you mean 'trades'"),
         (
             lambda: build_objective("cross_entropy", 6.0),
             ValueError,
-            "beta goes with objective trades or mart, not with",
+            "beta goes with objective trades, mart or grad_align, not with",
         ),
     ],
 )
@@ -211,6 +255,8 @@ def test_options_build_an_objective():
     assert build_objective("mart", 2.0, 0.1, 0.01) == AWP(MART(2.0, label_smoothing=0.1), 0.01)
     assert build_objective("cross_entropy", label_smoothing=0.1) == CrossEntropy(label_smoothing=0.1)
     assert build_objective("loss_weighted", label_smoothing=0.1) == LossWeighted(label_smoothing=0.1)
+    assert build_objective("grad_align") == "grad_align"
+    assert build_objective("grad_align", 0.3, 0.1, 0.01) == AWP(GradAlign(CrossEntropy(label_smoothing=0.1), 0.3), 0.01)
     assert build_objective("cross_entropy", awp=0.005) == AWP("cross_entropy", 0.005)
 
 

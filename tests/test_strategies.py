@@ -32,6 +32,8 @@ KINDS = {
     "n-fgsm": im.NFGSM(ATTACK),
     "atta": im.ATTA(ATTACK),
     "fat": im.FAT(ATTACK),
+    "free": im.Free(ATTACK),
+    "fgsm-pgi": im.FGSMPGI(ATTACK),
 }
 
 
@@ -257,6 +259,14 @@ def test_atta_starts_near_x_and_resets():
     assert not any(im.ATTA(ATTACK, reset_every=None).resets(epoch) for epoch in range(20))
 
 
+def test_free_and_prior_guided_steps_as_published():
+    attack = im.PGD(im.Linf(0.1), steps=10, stop_at=0.3)
+    assert im.Free(attack, step=0.5).attack_at(0.5) == im.PGD(im.Linf(0.1), 1, 0.05, random_start=False)
+    assert im.FGSMPGI(attack, step=0.5).attack_at(0.5) == im.PGD(im.Linf(0.1), 1, 0.05)
+    assert [epoch for epoch in range(100) if im.FGSMPGI(ATTACK).resets(epoch)] == [0, 40, 80]
+    assert not any(im.FGSMPGI(ATTACK, reset_every=None).resets(epoch) for epoch in range(50))
+
+
 def test_friendly_searches_go_on_longer_later():
     strategy = im.FAT(replace(ATTACK, stop_at=0.3))
     steps = [strategy.attack_at(epoch / 120).steps_after_success for epoch in range(120)]
@@ -307,6 +317,11 @@ def test_what_is_no_attack(untyped, kind, attack):
         (lambda: im.ATTA(ATTACK, step=-1.0), "step must be a finite number > 0, got -1"),
         (lambda: im.ATTA(ATTACK, reset_every=0), "reset_every must be at least 1, got 0"),
         (lambda: im.FAT(ATTACK, rise_at=(0.5, 50.0)), r"rise_at must be in \(0, 1\], got 50"),
+        (lambda: im.Free(ATTACK, replays=0), "replays must be at least 1, got 0"),
+        (lambda: im.Free(ATTACK, step=0.0), "step must be a finite number > 0, got 0"),
+        (lambda: im.FGSMPGI(ATTACK, momentum=-0.1), "momentum must be a finite number ≥ 0, got -0.1"),
+        (lambda: im.FGSMPGI(ATTACK, weight=math.inf), "weight must be a finite number ≥ 0, got inf"),
+        (lambda: im.FGSMPGI(ATTACK, reset_every=0), "reset_every must be at least 1, got 0"),
         (lambda: im.Dynamic(ATTACK, shape="line"), r"unknown shape 'line'; did you mean 'linear'\?"),
     ],
 )
@@ -328,6 +343,8 @@ def test_a_strategy_is_built_by_its_name():
         "n-fgsm": im.NFGSM(ATTACK),
         "atta": im.ATTA(ATTACK),
         "fat": im.FAT(ATTACK),
+        "free": im.Free(ATTACK),
+        "fgsm-pgi": im.FGSMPGI(ATTACK),
     }
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from innermax.objectives import MART as MART
     from innermax.objectives import TRADES as TRADES
     from innermax.objectives import CrossEntropy as CrossEntropy
+    from innermax.objectives import GradAlign as GradAlign
     from innermax.oracle.oracle import Oracle as Oracle
     from innermax.reporting.contents import Exhibit as Exhibit
     from innermax.reporting.gallery import Gallery as Gallery
@@ -54,11 +55,13 @@ if TYPE_CHECKING:
     from innermax.reporting.page import report as report
     from innermax.strategies import ATTA as ATTA
     from innermax.strategies import FAT as FAT
+    from innermax.strategies import FGSMPGI as FGSMPGI
     from innermax.strategies import FGSMRS as FGSMRS
     from innermax.strategies import NFGSM as NFGSM
     from innermax.strategies import Curriculum as Curriculum
     from innermax.strategies import Dynamic as Dynamic
     from innermax.strategies import FGSMThenPGD as FGSMThenPGD
+    from innermax.strategies import Free as Free
     from innermax.strategies import Standard as Standard
     from innermax.strategies import Strategy as Strategy
     from innermax.strategies import Unsecured as Unsecured

@@ -29,7 +29,8 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
     callback to watch.
 
     Args:
-        strategy: which attack to train against at which moment. Not WarmStart, which has to recognise the examples.
+        strategy: which attack to train against at which moment. Not WarmStart, ATTA and FGSMPGI, which have to
+            recognise the examples, and not Free, which changes the updates.
         network: the module's attribute that takes images and returns logits; None: the module itself.
         keys: of images and labels in a mapping.
         precision: of the attacks, as for `im.train`.
@@ -38,8 +39,8 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
 
     Raises:
         TypeError: strategy is not a strategy, or the images of a batch cannot be replaced.
-        ValueError: the strategy is a warm start, or needs the accuracy of each epoch (Curriculum with patience); the
-            module has no such network, or the threat model's bounds do not hold a batch.
+        ValueError: the strategy is a warm start, changes the updates, or needs the accuracy of each epoch (Curriculum
+            with patience); the module has no such network, or the threat model's bounds do not hold a batch.
     """
 
     def __init__(
@@ -57,6 +58,11 @@ class AdversarialTraining(Callback):  # type: ignore[misc]  # the package is opt
             raise ValueError(
                 f"strategy must not start attacks where the last epoch's ended, got {type(strategy).__name__}: a "
                 "Trainer's batches do not say which examples they hold; use im.train, or another strategy"
+            )
+        if hasattr(strategy, "replays"):
+            raise ValueError(
+                f"strategy must not change the updates, got {type(strategy).__name__}: a Trainer makes them; use "
+                "im.train, or another strategy"
             )
         self.strategy, self.network, self.keys = strategy, network, keys
         self.precision, self.seed, self.validation_attack = precision, seed, validation_attack

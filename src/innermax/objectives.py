@@ -5,7 +5,7 @@ An objective may have two attributes more. `search_loss` is the loss that attack
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, ClassVar
 
@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from innermax.losses import KLDivergence, Loss
+from innermax.models.wrappers import unwrap
+from innermax.threat import Threat
 from innermax.utils.validation import check_logits, check_number, unknown
 
 # (model, x, y, x_adv, epoch) → the scalar to minimise and the (B, classes) logits at x_adv
@@ -180,6 +182,74 @@ class AWP:
         return find_objective(self.objective)(model, x, y, x_adv, epoch)
 
 
+@dataclass(frozen=True)
+class GradAlign:
+    """An objective, and input gradients that point the same way all over X(x): the objective plus β times the mean of
+    1 − cos(∇ℓ(x), ∇ℓ(x + η)), with ℓ the cross-entropy (Andriushchenko & Flammarion 2020).
+
+    It keeps training against a single step from overfitting catastrophically. η is drawn anew for each update,
+    uniformly from X(x), by torch's generator: like a model's own draws it belongs to the batch and the process. As in
+    the released code, weights get a gradient through the one at x + η alone, and both are those of the network in
+    training mode; there x + η is not projected onto the pixel bounds. Examples with a zero gradient are left out. An
+    update takes two forward passes more, two gradients in the inputs, and one through such a gradient. Published for
+    CIFAR-10, with FGSM and ε = 8/255: β = 0.2, 30 epochs of 128 images, SGD with weight decay 5e-4 and a learning rate
+    that climbs to 0.3 and falls again.
+
+    Args:
+        objective: any; attacks search as it says.
+        beta: β ≥ 0, which the paper calls λ.
+        threat: whose X(x) η is drawn from; None: that of the strategy's attack.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described above.
+    """
+
+    objective: str | Objective = "cross_entropy"
+    beta: float = 0.2
+    threat: Threat | None = None
+
+    def __post_init__(self) -> None:
+        _check_weight(self.beta, "beta")
+        if self.threat is not None and not isinstance(self.threat, Threat):
+            raise TypeError(f"threat must be a threat model such as Linf(8 / 255) or None, got {self.threat!r}")
+        if weight_perturbation(find_objective(self.objective)) is not None:
+            raise ValueError(f"objective of GradAlign must not perturb weights, got {self.objective!r}: put it in AWP")
+
+    @property
+    def search_loss(self) -> Loss | None:
+        """What attacks maximise for the objective."""
+        return search_loss(find_objective(self.objective))
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The sum, and the logits at x_adv."""
+        if self.threat is None:
+            raise ValueError("threat of GradAlign must be given outside of im.train, such as Linf(8 / 255), got None")
+        network = unwrap(model)  # in its own precision: the second derivative of a rounded one is noise
+        keys = torch.randint(2**62, (len(x),), device=x.device)
+        clean = _input_gradient(network, x, y, further=False)
+        value, logits = find_objective(self.objective)(model, x, y, x_adv, epoch)
+        near = _input_gradient(network, self.threat.around(x).sample(keys), y, further=True)
+        return value + self.beta * _misalignment(clean, near), logits
+
+
+def _input_gradient(network: nn.Module, x: Tensor, y: Tensor, further: bool) -> Float[Tensor, "b d"]:
+    """The gradient of each example's cross-entropy in its own input, flat; further: that it has a gradient itself."""
+    point = x.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(_ask(network, point).float(), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, point, create_graph=further)
+    return gradient.flatten(1)
+
+
+def _misalignment(one: Float[Tensor, "b d"], other: Float[Tensor, "b d"]) -> Tensor:
+    """The mean of 1 − cos, over the examples whose vectors are both not 0."""
+    with torch.no_grad():
+        moving = ((one != 0).any(1) & (other != 0).any(1)).nonzero()[:, 0]
+    if len(moving) == 0:
+        return 0 * other.sum()
+    return (1 - F.cosine_similarity(one[moving], other[moving])).mean()
+
+
 def _ask(model: nn.Module, x: Tensor) -> Tensor:
     return check_logits(model(x), len(x), "in training mode, the model")
 
@@ -247,11 +317,18 @@ def build_objective(
         ValueError, TypeError: the name is unknown, it has no such option, or a value is out of range.
     """
     find_objective(name)
+    if name == "grad_align":
+        smoothed = "cross_entropy" if label_smoothing is None else CrossEntropy(label_smoothing=label_smoothing)
+        aligned = name if beta is label_smoothing is None else GradAlign(smoothed, 0.2 if beta is None else beta)
+        return _perturbed(aligned, awp)
     options = {"beta": beta, "label_smoothing": label_smoothing}
     given: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
     if "beta" in given and name not in ("trades", "mart"):
-        raise ValueError(f"beta goes with objective trades or mart, not with {name}: leave it out")
-    objective = _KINDS[name](**given) if given else name
+        raise ValueError(f"beta goes with objective trades, mart or grad_align, not with {name}: leave it out")
+    return _perturbed(_KINDS[name](**given) if given else name, awp)
+
+
+def _perturbed(objective: str | Objective, awp: float | None) -> str | Objective:
     if awp is None:
         return objective
     _check_perturbation(awp, "awp")
@@ -263,6 +340,34 @@ def search_loss(objective: Objective) -> Loss | None:
     return getattr(objective, "search_loss", None)
 
 
+def within(objective: Objective, threat: Threat | None) -> Objective:
+    """The objective with the threat model of a strategy's attack, where it needs one and was not told another.
+
+    Raises ValueError where there is none.
+    """
+    if isinstance(objective, AWP):
+        inner = find_objective(objective.objective)
+        return objective if within(inner, threat) is inner else replace(objective, objective=within(inner, threat))
+    if not isinstance(objective, GradAlign) or objective.threat is not None:
+        return objective
+    if threat is None:
+        raise ValueError(
+            "objective grad_align needs the threat model of the strategy's attack, got a strategy without one: use one "
+            "such as Standard, or GradAlign(threat=…)"
+        )
+    return replace(objective, threat=threat)
+
+
+def differentiates_twice(objective: Objective) -> bool:
+    """Whether an update takes second derivatives of the network."""
+    return isinstance(objective, GradAlign) or (
+        isinstance(objective, AWP) and differentiates_twice(find_objective(objective.objective))
+    )
+
+
 def weight_perturbation(objective: Objective) -> float | None:
     """γ of the weight perturbation that an objective asks for; None: it asks for none."""
     return getattr(objective, "weight_perturbation", None)
+
+
+OBJECTIVES["grad_align"] = GradAlign()  # at the end: it asks the functions above

@@ -1,6 +1,8 @@
 """innermax train."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,14 @@ import torch
 import yaml
 
 from innermax.cli.recipes import recipe_names
-from innermax.cli.train import build_network
+from innermax.cli.settings import build_strategy
+from innermax.cli.train import build_network, read_recipe, train_parser
 from innermax.models.registry import MODELS, wideresnet
 from tests.helpers.commands import refused, said
 from tests.helpers.recipes import FAST, SHAPES
 
 STRATEGY_NAMES = ["unsecured", "standard", "curriculum", "fgsm-pgd", "dynamic", "warm-start"]
-STRATEGY_NAMES += ["fgsm-rs", "n-fgsm", "atta", "fat"]
+STRATEGY_NAMES += ["fgsm-rs", "n-fgsm", "atta", "fat", "free", "fgsm-pgi"]
 # Every recipe, and every strategy, in a fast test; every pair in a slow one.
 PAIRS = [
     pytest.param(name, strategy, marks=() if name == "mnist" or strategy == "dynamic" else pytest.mark.slow)
@@ -36,7 +39,7 @@ def test_every_recipe_trains_with_every_strategy(folder, capsys, monkeypatch, na
     names |= {"report.html"}
     assert names <= {path.name for path in Path("run").iterdir()}
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [0, 1]
+    assert [row["epoch"] for row in rows] == ([0] if strategy == "free" else [0, 1])  # eight updates with each batch
     assert yaml.safe_load(Path("run/config.yaml").read_text())["settings"]["data"] in (*SHAPES, "digits")
 
 
@@ -113,3 +116,27 @@ def test_the_same_seed_starts_from_the_same_weights(folder):
     pairs = list(zip(one.parameters(), two.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert not all(torch.equal(a, c) for a, _, c in pairs)
+
+
+def test_the_commands_of_published_trainings_build_what_they_say():
+    """Those in the documentation: each method, with its steps in units of its ε."""
+    text = (Path(__file__).parents[2] / "docs" / "concepts" / "strategies.md").read_text()
+    built = []
+    for command in re.findall(r"`innermax train (.*?)`", text):
+        recipe, *words = shlex.split(command)
+        parser = train_parser(read_recipe(recipe))
+        chosen = parser.instantiate(parser.parse_args(words))
+        strategy = build_strategy(chosen.strategy, chosen.attack.build(chosen.threat.build()), chosen)
+        attack = strategy.attack_at(0.0)
+        built.append((type(strategy).__name__, chosen.data, attack.steps, round(attack.step_sizes()[0], 4)))
+    assert built == [
+        ("FGSMRS", "cifar10", 1, 0.0392),
+        ("FGSMRS", "mnist", 1, 0.375),
+        ("NFGSM", "cifar10", 1, 0.0314),
+        ("ATTA", "cifar10", 1, 0.015),
+        ("ATTA", "mnist", 1, 0.01),
+        ("Free", "cifar10", 1, 0.0314),
+        ("FGSMPGI", "cifar10", 1, 0.0314),
+        ("Standard", "cifar10", 1, 0.0314),
+        ("FAT", "cifar10", 10, 0.007),
+    ]

@@ -35,7 +35,9 @@ def test_two_processes_train_and_evaluate_as_one_does(alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["standard", "dynamic", "warm", "weighted", "frozen", "spoiled", "streamed"])
+@pytest.mark.parametrize(
+    "name", ["standard", "dynamic", "warm", "weighted", "free", "pgi", "frozen", "spoiled", "streamed"]
+)
 def test_two_processes_train_in_every_way_as_one_does(alone, together, name):
     check_alike(alone(name), together / f"{name}.safetensors")
 
@@ -52,6 +54,12 @@ def test_what_was_compared_is_more_than_a_start(alone, name):
         assert any(row["gradients"] < 3 and row["gradients"] % 1 for row in run.history)
     if name == "spoiled":
         assert all(row["skipped_batches"] == 1 for row in run.history)
+
+
+@pytest.mark.slow
+def test_random_directions_of_each_share_are_the_documented_difference(alone, together):
+    one, (found, _) = alone("aligned"), load_tensors(together / "aligned.safetensors")
+    assert 0 < distance(found, one.model.state_dict()) < 0.1
 
 
 @pytest.mark.slow

@@ -76,6 +76,9 @@ def trained(name, **options):
         "warm": (network(), im.WarmStart(PGD), {"shift": 1}),
         "weighted": (network(), im.Standard(PGD), {"objective": "loss_weighted", "clip": 0.5, "ema": 0.9}),
         "trades": (network(), im.WarmStart(PGD), {"objective": im.AWP(im.TRADES(3), 0.02)}),
+        "free": (network(), im.Free(PGD, replays=2), {"epochs": 2 * EPOCHS}),
+        "pgi": (network(), im.FGSMPGI(PGD), {"shift": 1}),
+        "aligned": (network(), im.FGSMRS(PGD), {"objective": "grad_align"}),
         "frozen": (network(norm=True, frozen=True), im.Standard(PGD), {}),
         "norm": (network(norm=True), im.Standard(PGD), {}),
         "spoiled": (network(), im.Standard(PGD), {"objective": spoiled, "on_nan": "skip"}),
@@ -114,7 +117,7 @@ def few(folder):
 
 def everything(folder):
     """Every training, and those that others began."""
-    for name in ("dynamic", "weighted", "trades", "frozen", "norm", "spoiled", "streamed"):
+    for name in ("dynamic", "weighted", "trades", "free", "pgi", "aligned", "frozen", "norm", "spoiled", "streamed"):
         run = trained(name)
         keep(folder, name, run)
         if name == "norm":

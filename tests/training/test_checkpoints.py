@@ -24,6 +24,7 @@ from innermax.oracle import oracle
 from innermax.training import run_folder
 from innermax.training.checkpoints import due_every, find_checkpoints, load_checkpoint, save_checkpoint
 from innermax.utils.files import LockHeld, load_tensors, lock_file, write_bytes
+from tests.helpers.networks import same
 from tests.helpers.training import timeless
 
 THREAT = im.Linf(0.1)
@@ -139,13 +140,13 @@ def folder(tmp_path):
 def test_the_state_comes_back_bit_for_bit(folder):
     net, optimizer = state(0)
     assert load_checkpoint(folder, {"model": net}, optimizer) == {}
-    kept = torch.randn(3, 2).half()
+    kept = {"kept": torch.randn(3, 2).half(), "momentum": torch.randn(3, 2).bfloat16()}
     save_checkpoint(folder, {"model": net, "ema": net}, optimizer, position(), kept)
     assert (folder / "metrics.jsonl").read_text() == '{"fosc": null}\n'
     other, theirs = state(1)
-    came = torch.zeros_like(kept)
+    came = {name: torch.zeros_like(value) for name, value in kept.items()}
     assert load_checkpoint(folder, {"model": other}, theirs, came) == position()
-    assert torch.equal(came, kept)
+    assert same(came, kept)
     torch.testing.assert_close(other.state_dict(), net.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(theirs.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import innermax as im
-from innermax.objectives import AWP, MART, TRADES, CrossEntropy, find_objective
+from innermax.objectives import AWP, MART, TRADES, CrossEntropy, GradAlign, find_objective
 from innermax.strategies import STRATEGIES, build_strategy
 from innermax.utils import randomness
+from tests.helpers.networks import same
 from tests.helpers.training import DATA, cnn, distance, mlp, train, weights
 
 EPS, STEPS, SIZE, LR, MOMENTUM, DECAY = 0.2, 4, 8, 0.1, 0.9, 1e-3
@@ -59,6 +60,19 @@ def weighted(model, x, y, x_adv, epoch):
     return (losses if epoch == 0 else losses * losses.detach()).mean()
 
 
+def aligned(model, x, y, x_adv, epoch):
+    """GradAlign, an example's cosine at a time, of those whose gradients are not 0."""
+    keys = torch.randint(2**62, (len(x),))
+    noise = (EPS * (2 * randomness.uniform(keys, 36) - 1)).reshape(x.shape)
+    points = x.clone().requires_grad_(), (x + noise).clamp(0, 1).requires_grad_()
+    (one,) = torch.autograd.grad(F.cross_entropy(model(points[0]), y), points[0])
+    value = F.cross_entropy(model(x_adv), y)
+    (other,) = torch.autograd.grad(F.cross_entropy(model(points[1]), y), points[1], create_graph=True)
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a.any() and b.any()]
+    cosines = [(a * b).sum() / (a.norm() * b.norm()) for a, b in pairs]
+    return value + 0.5 * (1 - sum(cosines) / len(cosines))
+
+
 def attack(model, x, y, start, kl):
     """PGD on the cross-entropy, or on the divergence from the clean answer."""
     model.eval()
@@ -93,7 +107,7 @@ def script(model, objective, kl, awp, updates=10):
     done, epoch = 0, 0
     while done < updates:
         seed = randomness.derive_seed(0, 2, epoch)
-        for index in randomness.permutation(0, len(images), 0, epoch).split(SIZE):
+        for number, index in enumerate(randomness.permutation(0, len(images), 0, epoch).split(SIZE)):
             x, y = images[index], labels[index]
             start = im.Linf(EPS).around(x).sample(randomness.hash_keys(seed, index, 0))
             x_adv = attack(model, x, y, start, kl)
@@ -101,6 +115,7 @@ def script(model, objective, kl, awp, updates=10):
             def loss(network, batch=(x, y, x_adv), epoch=epoch):
                 return objective(network, *batch, epoch)
 
+            torch.manual_seed(randomness.derive_seed(0, 3, epoch, number))
             kept = worst_weights(model, loss) if awp else None
             optimizer.zero_grad()
             loss(model).backward()
@@ -122,6 +137,7 @@ OBJECTIVES = {
     "trades": (TRADES(beta=3), trades, True),
     "trades, label smoothing": (TRADES(beta=3, label_smoothing=ALPHA), smooth_trades, True),
     "mart": (MART(beta=2), mart, False),
+    "grad_align": (GradAlign(beta=0.5, threat=im.Linf(EPS)), aligned, False),
 }
 
 
@@ -167,6 +183,36 @@ def test_every_strategy_and_norm_serves_the_objective_that_says_what_attacks_max
     chosen = build_strategy(strategy, im.PGD(norm, steps=2), **options)
     row = train(cnn(), DATA, chosen, objective=AWP(TRADES(beta=3), GAMMA), epochs=2).history[-1]
     assert math.isfinite(row["loss"])
-    assert row["gradients"] > 0
+    assert (row["gradients"] > 0) == (strategy != "free")  # whose updates are the attack
     assert row["zero_gradients"] == 0
     assert 0 < row["fosc"] < 10
+
+
+def test_grad_align_has_the_threat_model_of_the_strategys_attack(tmp_path):
+    options = {"strategy": im.FGSMRS(im.PGD(im.Linf(EPS))), "epochs": 2, "lr": LR, "run_dir": tmp_path / "run"}
+    by_name = train(cnn(), objective=AWP("grad_align"), **options)
+    told = train(cnn(), objective=AWP(GradAlign(threat=im.Linf(EPS))), **options | {"run_dir": None})
+    other = train(cnn(), objective=AWP(GradAlign(threat=im.Linf(EPS / 2))), **options | {"run_dir": None})
+    assert same(weights(by_name.model), weights(told.model))
+    assert not same(weights(by_name.model), weights(other.model))
+    with pytest.raises(ValueError, match="objective grad_align needs the threat model of the strategy's attack"):
+        train(mlp(), objective="grad_align")
+
+
+def test_grad_align_goes_on_to_the_bit(tmp_path):
+    options = {"strategy": im.FGSMRS(im.PGD(im.Linf(EPS))), "epochs": 2, "lr": LR, "checkpoint_every": 1}
+    straight = train(cnn(dropout=0.3), objective="grad_align", **options)
+    calls = []
+
+    class Stopped(GradAlign):
+        def __call__(self, *arguments):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().__call__(*arguments)
+
+    run = {"run_dir": tmp_path / "run", "objective": Stopped(threat=im.Linf(EPS))}
+    with pytest.raises(KeyboardInterrupt):
+        train(cnn(dropout=0.3), **options, **run)
+    again = train(cnn(5, dropout=0.3), **options, **run)
+    assert same(weights(again.model), weights(straight.model))

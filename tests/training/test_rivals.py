@@ -93,11 +93,61 @@ class Kept:
         return point
 
 
+def replay(model):
+    """Free: two epochs of three updates with each batch, whose own input gradients move the perturbations."""
+    optimizer = torch.optim.SGD(model.train().parameters(), **OPTIMIZER)
+    images, labels = DATA[0].float() / 255, DATA[1]
+    delta = torch.zeros(SIZE, 1, 6, 6)
+    for epoch in range(2):
+        for index in randomness.permutation(0, len(labels), 0, epoch).split(SIZE):
+            x, y = images[index], labels[index]
+            point = in_ball(x + delta, x)
+            for _ in range(3):
+                point.requires_grad_()
+                optimizer.zero_grad()
+                F.cross_entropy(model(point), y).backward()
+                optimizer.step()
+                point = in_ball(point.detach() + 0.4 * EPS * point.grad.sign(), x)
+            delta = point - x
+
+
+def prior_guided(model):
+    """FGSM-MEP, reset in the third epoch, on moved images."""
+    optimizer = torch.optim.SGD(model.train().parameters(), **OPTIMIZER)
+    images, labels = DATA[0].float() / 255, DATA[1]
+    kept, momentum = torch.zeros(2, len(labels), 1, 6, 6)
+    for epoch in range(EPOCHS):
+        for index in randomness.permutation(0, len(labels), 0, epoch).split(SIZE):
+            keys, y = randomness.hash_keys(0, index, 1, epoch), labels[index]
+            x = augment(images[index], keys, **MOVED)
+            if epoch % 2 == 0:
+                start = in_ball(x + 0.5 * EPS * uniform(epoch, index, 1).sign(), x)
+                before = torch.zeros_like(x)
+            else:
+                start = in_ball(x + augment(kept[index], keys, **MOVED), x)
+                before = augment(momentum[index], keys, **MOVED)
+            gradient, _ = slope(model, start, y)
+            now = gradient / gradient.abs().sum((1, 2, 3), keepdim=True) + 0.6 * before
+            x_adv = in_ball(start + 0.5 * EPS * gradient.sign(), x)
+            following = in_ball(start + 0.5 * EPS * now.sign(), x) - x
+            kept[index] = augment(following, keys, **MOVED, back=True).half().float()
+            momentum[index] = augment(now, keys, **MOVED, back=True).bfloat16().float()
+            optimizer.zero_grad()
+            told, logits = model(start), model(x_adv)
+            (F.cross_entropy(logits, y) + 3 * ((logits - told) ** 2).mean()).backward()
+            optimizer.step()
+
+
 RIVALS = {
     "fgsm-rs": (im.FGSMRS(PGD10), lambda: fgsm_rs, {}),
     "n-fgsm": (im.NFGSM(PGD10, step=0.8, noise=1.5), lambda: n_fgsm, {}),
     "fat": (im.FAT(PGD10, rise_at=(0.5, 0.75)), lambda: fat, {}),
     "atta": (im.ATTA(PGD10, steps=2, step=1 / 3, reset_every=3), Kept, MOVED),
+}
+# Those that change the update.
+UPDATES = {
+    "free": (im.Free(PGD10, replays=3, step=0.4), replay, {"epochs": 7}),
+    "fgsm-pgi": (im.FGSMPGI(PGD10, step=0.5, momentum=0.6, weight=3.0, reset_every=2), prior_guided, MOVED),
 }
 
 
@@ -132,10 +182,22 @@ def test_the_updates_are_those_of_a_script(name, network):
     assert beyond == pytest.approx(2.3 * EPS if name == "n-fgsm" else EPS, rel=0.1)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("network", [mlp, cnn])
+@pytest.mark.parametrize("name", UPDATES)
+def test_changed_updates_are_those_of_a_script(name, network):
+    strategy, own, options = UPDATES[name]
+    run = train(network(), strategy=strategy, lr_schedule="constant", **{"epochs": EPOCHS} | OPTIMIZER | options)
+    plain = network()
+    own(plain)
+    assert distance(weights(run.model), weights(network())) > 0.01
+    assert distance(weights(run.model), weights(plain)) < 1e-5
+    assert [row["gradients"] for row in run.history] == ([0] * 2 if name == "free" else [1] * EPOCHS)
+
+
+@pytest.mark.parametrize("name", [*RIVALS, *UPDATES])
 def test_an_interrupted_training_goes_on_to_the_bit(tmp_path, name):
-    strategy, _, moved = RIVALS[name]
-    options = {"strategy": strategy, "epochs": EPOCHS, **OPTIMIZER, **moved}
+    strategy, _, own = (RIVALS | UPDATES)[name]
+    options = {"strategy": strategy, "epochs": EPOCHS} | OPTIMIZER | own
     straight = train(cnn(), **options)
     for at in (4, 5):
         with pytest.raises(KeyboardInterrupt):
@@ -168,3 +230,22 @@ def test_the_gauges_of_n_fgsm_are_those_of_its_projections():
         assert (found.gradient_calls == 2).all()
     assert run.history[0]["fosc"] == pytest.approx(sum(expected) / 24, rel=1e-4)
     assert run.history[0]["gradients"] == 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "told"),
+    [
+        (im.ATTA(PGD10), "kept in memory and in checkpoints: perturbations 2.1 MB\n"),
+        (im.WarmStart(PGD10), "kept in memory and in checkpoints: perturbations 2.1 MB\n"),
+        (im.FGSMPGI(PGD10), "kept in memory and in checkpoints: perturbations 2.1 MB, their momentum 2.1 MB\n"),
+        (im.Free(PGD10), "kept in memory and in checkpoints: one batch's perturbations 0.3 MB\n"),
+        (im.FGSMRS(PGD10), None),
+    ],
+)
+def test_a_strategy_tells_the_memory_it_takes(capsys, strategy, told):
+    images, labels = torch.zeros(1024, 1, 32, 32, dtype=torch.uint8), torch.arange(1024) % 3
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 3))
+    train(network, (images, labels), strategy, epochs=2, batch_size=64, progress=True)
+    said = "".join(capsys.readouterr())
+    assert ("kept in memory" in said) == (told is not None)
+    assert told is None or said.count(told) == 1

@@ -14,7 +14,7 @@ import innermax as im
 from innermax.data.augmentation import augment
 from innermax.data.streaming import ORDER
 from innermax.objectives import cross_entropy
-from innermax.training import loop
+from innermax.training import batch_attack
 from innermax.training.options import TrainingOptions
 from innermax.utils import randomness
 from tests.helpers.networks import same
@@ -76,7 +76,7 @@ def reference(model, thresholds, *, steps, eps, gauge, batch_size, lr, drops, mo
         order = randomness.permutation(seed, len(labels), ORDER, epoch)
         for index in order.split(batch_size):
             x, y = images[index], labels[index]
-            draws = randomness.derive_seed(seed, loop._ATTACK, epoch)
+            draws = randomness.derive_seed(seed, batch_attack._ATTACK, epoch)
             start = LINF.around(x).sample(randomness.hash_keys(draws, index, 0))  # of the first and only restart
             model.eval()
             x_adv, calls, gauges = controlled_pgd(model, x, y, start, threshold, steps, eps / 4, eps, gauge)
@@ -150,11 +150,11 @@ def test_a_warm_start_goes_on_where_the_epoch_before_ended(floor, moved):
     for number, (x, y, x_adv) in enumerate(shown):
         epoch, batch = divmod(number, 3)
         index = randomness.permutation(0, 24, ORDER, epoch).split(8)[batch]
-        keys = randomness.hash_keys(0, index, loop._AUGMENT, epoch)
+        keys = randomness.hash_keys(0, index, batch_attack._AUGMENT, epoch)
         start = None
         if epoch > 0:
             start = x + augment(kept[index], keys, **moved)
-        seed = randomness.derive_seed(0, loop._ATTACK, epoch)
+        seed = randomness.derive_seed(0, batch_attack._ATTACK, epoch)
         found = strategy.attack_at(0.0)(model.eval(), x, y, seed=seed, index=index, start=start)
         calls += (found.gradient_calls - (found.steps == 2).long()).tolist()  # the test's last gradient is not paid for
         torch.testing.assert_close(x_adv, found.x_adv, rtol=0, atol=1e-3)

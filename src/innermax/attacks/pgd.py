@@ -150,7 +150,7 @@ class PGD(BaseAttack):
         return search(
             problem.oracle,
             problem.feasible,
-            self._start(problem, loss, restart),
+            self.start(problem, loss, restart),
             problem.label,
             loss,
             self.step_sizes(),
@@ -165,7 +165,7 @@ class PGD(BaseAttack):
             observe=observe,
         )
 
-    def _start(self, problem: Problem, loss: Loss, restart: int) -> Tensor:
+    def start(self, problem: Problem, loss: Loss, restart: int) -> Tensor:
         """Where a search begins: where it was told to, at x, or at a random point, as is each that would have no slope
         to follow.
         """

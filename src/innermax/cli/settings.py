@@ -79,8 +79,9 @@ class RecipeSettings:
         strategy: The defence.
         switch: Of fgsm-pgd: share of the training after which PGD takes over.
         objective: What is minimised. loss_weighted is what the code released with the paper minimises.
-        beta: Of trades and mart: weight of the divergence between the answers to clean and adversarial images. By
-            default 6 for trades, 5 for mart.
+        beta: Of trades and mart: weight of the divergence between the answers to clean and adversarial images. Of
+            grad_align: weight of the angle between input gradients. By default 6 for trades, 5 for mart, 0.2 for
+            grad_align.
         label_smoothing: Share of the target, at least 0 and below 1, that is spread over all classes. By default 0.
         awp: Size of an adversarial weight perturbation over that of the weights, such as 0.005. By default weights are
             not perturbed.
@@ -194,6 +195,36 @@ class FATSettings:
 
 
 @dataclass(frozen=True)
+class FreeSettings:
+    """Options of the strategy free.
+
+    Args:
+        replays: Updates with each batch; the epochs are divided by it.
+        step: Length of a step over ε.
+    """
+
+    replays: int = 8
+    step: float = 1.0
+
+
+@dataclass(frozen=True)
+class FGSMPGISettings:
+    """Options of the strategy fgsm-pgi.
+
+    Args:
+        step: Length of the step over ε.
+        momentum: Share of an image's momentum that is left after an epoch.
+        weight: Weight of the difference between the answers to an adversarial image and to the start of its search.
+        reset_every: Epochs after which perturbations start afresh; null for never.
+    """
+
+    step: float = 1.0
+    momentum: float = 0.3
+    weight: float = 10.0
+    reset_every: int | None = 40
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """What is evaluated, and against which attacks.
 
@@ -282,6 +313,8 @@ GROUPS: dict[str, type] = {
     "n_fgsm": NFGSMSettings,
     "atta": ATTASettings,
     "fat": FATSettings,
+    "free": FreeSettings,
+    "fgsm_pgi": FGSMPGISettings,
 }
 # Settings that folders of earlier versions know nothing of, where they are at their defaults.
 ADDED: dict[str, Any] = {

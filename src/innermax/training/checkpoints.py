@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -44,17 +45,17 @@ def save_checkpoint(
     networks: Mapping[str, Stateful],
     optimizer: Stateful,
     position: Mapping[str, Any],
-    perturbations: Tensor | None = None,
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
     keep: int = 2,
 ) -> None:
-    """Writes networks, optimiser, perturbations and position as a run folder's newest checkpoint.
+    """Writes networks, optimiser, kept tensors and position as a run folder's newest checkpoint.
 
     At an epoch's end the history goes into metrics.jsonl, too. Of the checkpoints before, the newest keep − 1 stay.
     """
     tensors = {f"{name}/{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{key}": v for key, v in state.items() if isinstance(v, Tensor)}
-    tensors |= {} if perturbations is None else {"kept": perturbations}
+    tensors |= kept
     if position["batch"] == 0:  # first: once the checkpoint is written, this epoch does not come again
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in position["history"]]
         write_text(folder / "metrics.jsonl", "".join(lines))
@@ -65,9 +66,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, networks: Mapping[str, Stateful], optimizer: Stateful, perturbations: Tensor | None = None
+    folder: Path,
+    networks: Mapping[str, Stateful],
+    optimizer: Stateful,
+    kept: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Loads networks, optimiser and perturbations from the newest checkpoint that is whole, and warns where it is not
+    """Loads networks, optimiser and kept tensors from the newest checkpoint that is whole, and warns where it is not
     the newest; the checkpoint's position, empty where there is none.
 
     Raises:
@@ -82,7 +86,7 @@ def load_checkpoint(
             continue
         if damaged:
             warnings.warn(f"{'; '.join(damaged)}: the run goes on from {path}", stacklevel=2)
-        _fill(path, tensors, networks, optimizer, perturbations)
+        _fill(path, tensors, networks, optimizer, kept)
         return position
     if damaged:
         raise ValueError(f"no checkpoint of {folder} is whole: {'; '.join(damaged)}; start afresh with overwrite")
@@ -170,7 +174,7 @@ def _fill(
     tensors: Mapping[str, Tensor],
     networks: Mapping[str, Stateful],
     optimizer: Stateful,
-    perturbations: Tensor | None,
+    kept: Mapping[str, Tensor],
 ) -> None:
     whole: Any = optimizer.sharded if isinstance(optimizer, WholeState) else optimizer
     try:
@@ -184,9 +188,9 @@ def _fill(
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if not isinstance(optimizer, WholeState):
             _match_layout(whole)
-        if perturbations is not None:
-            _check_like("kept", tensors["kept"], perturbations)
-            perturbations.copy_(tensors["kept"])
+        for name, value in kept.items():
+            _check_like(name, tensors[name], value)
+            value.copy_(tensors[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
 

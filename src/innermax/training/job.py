@@ -13,7 +13,7 @@ from innermax.data.augmentation import augment
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
 from innermax.data.streaming import TrainingSet, as_training_set
-from innermax.objectives import Objective, find_objective
+from innermax.objectives import Objective, find_objective, within
 from innermax.oracle.oracle import Oracle
 from innermax.training import run_folder
 from innermax.training.options import TrainingOptions, describe_training
@@ -52,7 +52,9 @@ class Job:
         if not isinstance(data, ImageSet):
             data = data.with_classes(classes)
         configuration = describe_training(options, model, data, validation)
-        return cls(model, data, validation, options, find_objective(options.objective), configuration)
+        threat = getattr(getattr(options.strategy, "attack", None), "threat", None)
+        objective = within(find_objective(options.objective), threat)
+        return cls(model, data, validation, options, objective, configuration)
 
     @property
     def validation_attack(self) -> Attack | None:

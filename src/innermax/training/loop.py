@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torch.nn.utils import get_total_norm
 
 from innermax.attacks.pgd import PGD
-from innermax.data.augmentation import augment
 from innermax.data.streaming import Batch, TrainingSet, batch_count, batches
 from innermax.distributed.fsdp import as_whole
 from innermax.distributed.process_group import Ranks
@@ -21,6 +21,7 @@ from innermax.objectives import Objective, search_loss, weight_perturbation
 from innermax.oracle.compiled import floating_dtype
 from innermax.strategies import awaits_halfway_gauge, search_for
 from innermax.training.arithmetic import Arithmetic
+from innermax.training.batch_attack import Attacked, attack_batch
 from innermax.training.checkpoints import due_every
 from innermax.training.loggers import Picture, draw_picture
 from innermax.training.metrics import measure_gauges, median_halfway_gauge, warn_of_fosc
@@ -35,7 +36,7 @@ from innermax.utils.generators import seed_randomness
 
 _GAUGED_BATCHES = 20  # batches of an epoch whose gauges are measured, about
 _SHOWN = 8  # examples in a logger's picture
-_AUGMENT, _ATTACK, _MODEL = range(1, 4)  # streams of random numbers, one per purpose; 0 is the order's
+_MODEL = 3  # a stream of random numbers
 
 
 @dataclass
@@ -108,6 +109,8 @@ class Loop:
         count = batch_count(self.data, options.batch_size)
         if attack is not None and (not state.history or state.history[-1].get("attack_network") != state.oracle.scheme):
             show.say(f"attack network: {state.oracle.plan}")
+        if state.epoch == state.batch == 0 and state.kept.plan:
+            show.say(state.kept.plan)
         show.start(state.epoch, count, getattr(attack, "stop_at", None))
         self.clock.start(state.epoch, state.history)
         stride = max(1, count // _GAUGED_BATCHES)
@@ -143,46 +146,65 @@ class Loop:
         moment: the share of the training that is done, in [0, 1).
         gauge: whether to measure how converged the attack is.
         """
-        began, found = time.perf_counter(), None
-        x = x_adv = self._augment(batch.x, batch.mine)
+        began, state = time.perf_counter(), self.state
+        x = state.kept.augment(batch.x, batch.mine, state.epoch)
+        attacked, asked = Attacked(x), mark(x.device)
         if attack is not None:  # x^{k+1} ← x^k + V · α · sign ∇ℓ, with V = 1(c(x^k) > c_t), while ΣV > 0 and k < K
-            start = self._warm_start(x, batch.mine)
-            seed = randomness.derive_seed(self.options.seed, _ATTACK, self.state.epoch)
-            asked = mark(x.device)
-            found = attack(self.state.oracle, x, batch.y, seed=seed, index=batch.mine, start=start, final="none")
-            self.state.oracle.settle()
-            x_adv, answered = found.x_adv, mark(x.device)
-            self._keep(x_adv - x, batch)
-        calls = None if found is None else found.gradient_calls.sum()
+            attacked = attack_batch(state.oracle, attack, x, batch, state.kept, state.epoch)
+            state.oracle.settle()
+        x_adv, calls, answered = attacked.x_adv, attacked.calls, mark(x.device)
         try:
             with self.ranks.raise_together(FloatingPointError):
                 gauges = self._measure_gauges(attack, x, x_adv, batch.y) if attack is not None and gauge else {}
             self.whole = False
-            sums = self.descend(x, batch.y, x_adv, moment, len(batch.whole), calls)  # θ ← θ − η · g(θ)
+            if attack is not None and hasattr(self.options.strategy, "replays"):
+                sums = self._replay(attack, x, batch, attacked, moment)
+            else:
+                sums = self.descend(x, batch.y, attacked, moment, len(batch.whole))  # θ ← θ − η · g(θ)
         except FloatingPointError as error:
             self._note(error, batch.whole)
             if self.options.on_nan == "stop":
                 raise
             return self.ranks.sum({} if calls is None else {"gradients": float(calls)}) | {"skipped": 1.0}
         if gauge:
-            self.state.metrics.add_gauges(self.ranks.gather(gauges))
-        attacking = 0.0 if found is None else seconds_between(asked, answered)
+            state.metrics.add_gauges(self.ranks.gather(gauges))
+        attacking = 0.0 if calls is None else seconds_between(asked, answered)
         updating = time.perf_counter() - began - attacking
         self.clock.batch(len(batch.whole), sums.get("gradients", 0.0), attacking, updating)
         return sums
 
+    def _replay(self, attack: PGD, x: Tensor, batch: Batch, attacked: Attacked, moment: float) -> dict[str, float]:
+        """Several updates with a batch, each of whose own input gradients moves the perturbations for the next one
+        (Shafahi et al. 2019, Algorithm 1); the mean of what each adds up.
+        """
+        state, options, feasible = self.state, self.options, attack.threat.around(x)
+        replays: int = options.strategy.replays  # type: ignore[attr-defined]  # the caller has seen it
+        of_batch = 1 / (options.epochs * batch_count(self.data, options.batch_size))  # a share of the training
+        total: dict[str, float] = {}
+        for replay in range(replays):
+            point = attacked.x_adv.detach().requires_grad_()
+            now = moment + replay / replays * of_batch
+            sums = self.descend(x, batch.y, attacked._replace(x_adv=point), now, len(batch.whole), replay)
+            slope = torch.zeros_like(x) if point.grad is None else point.grad.nan_to_num(0.0, 0.0, 0.0)
+            attacked = attacked._replace(x_adv=feasible.step(point.detach(), slope, attack.step_sizes()[0]))
+            total = {name: total.get(name, 0.0) + value / replays for name, value in sums.items()}
+        state.kept.write_replayed(attacked.x_adv - x, batch)
+        return total
+
     def descend(
-        self, x: Tensor, y: Tensor, x_adv: Tensor, moment: float, count: int, calls: Tensor | None = None
+        self, x: Tensor, y: Tensor, attacked: Attacked, moment: float, count: int, replay: int = 0
     ) -> dict[str, float]:
         """One update of the weights, and of all that follows them; a FloatingPointError leaves them as they were.
 
-        count: the batch's examples in all processes; calls: how many gradients they have cost in this one.
+        count: the batch's examples in all processes; replay: how many updates there were with this batch.
         """
         state, options = self.state, self.options
         dtype = floating_dtype(state.network) or x.dtype
-        x, x_adv, gamma = x.to(dtype), x_adv.to(dtype), weight_perturbation(self.objective)
+        x_adv, calls, prior = attacked
+        inputs = x.to(dtype), y, x_adv.to(dtype), None if prior is None else prior.to(dtype)
+        gamma = weight_perturbation(self.objective)
         # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
-        own = (self.ranks.rank,) if self.ranks.rank > 0 else ()
+        own = (self.ranks.rank, replay) if replay > 0 else (self.ranks.rank,) if self.ranks.rank > 0 else ()
         seed_randomness(randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own))
         for group in state.optimizer.param_groups:
             group["lr"] = options.lr_at(moment)
@@ -190,11 +212,12 @@ class Loop:
         buffers = list(state.wrapped.buffers()) if options.on_nan == "skip" or gamma is not None else []
         before = [value.clone() for value in buffers]
         try:
-            counts = self._pass_back(x, y, x_adv, count)
+            counts = self._pass_back(*inputs, count)
             if gamma is not None:
                 _restore(buffers, before)
+                x_adv.grad = None
                 with perturbed_weights(state.network, gamma):
-                    counts["perturbed"] = self._pass_back(x, y, x_adv, count)["loss"]
+                    counts["perturbed"] = self._pass_back(*inputs, count)["loss"]
             sums, norm = self._read(counts if calls is None else {"gradients": calls} | counts, self._clip())
             for loss in (sums["loss"], sums.pop("perturbed", 0.0)):
                 self._check_finite("the loss", loss / count)
@@ -211,10 +234,14 @@ class Loop:
         state.oracle.refresh()
         return {"examples": float(count)} | sums
 
-    def _pass_back(self, x: Tensor, y: Tensor, x_adv: Tensor, count: int) -> dict[str, Tensor]:
+    def _pass_back(self, x: Tensor, y: Tensor, x_adv: Tensor, prior: Tensor | None, count: int) -> dict[str, Tensor]:
         """Adds the objective's gradients to the weights'; sums over this process's examples."""
+        model, strategy = self.state.wrapped, self.options.strategy
         with self.arithmetic.keep_images(self.state.network, x.device.type):
-            loss, logits = self.objective(self.state.wrapped, x, y, x_adv, self.state.epoch)
+            told = None if prior is None else model(prior)
+            loss, logits = self.objective(model, x, y, x_adv, self.state.epoch)
+        if told is not None:
+            loss = loss + strategy.weight * mse_loss(logits.float(), told.float())  # type: ignore[attr-defined]
         weight = self.ranks.weight(len(y), count)
         self.ranks.fabric.backward(loss if weight == 1 else weight * loss)
         return {"loss": loss.detach().double() * len(y), "correct": (logits.detach().argmax(1) == y).sum()}
@@ -258,26 +285,6 @@ class Loop:
             with open(path, "a", encoding="utf-8", opener=refuse_link) as file:
                 file.write(json.dumps(line) + "\n")
             error.add_note(f"{path} lists them all.")
-
-    def _augment(self, images: Tensor, index: Tensor, back: bool = False) -> Tensor:
-        """The epoch's augmentation of the examples, or what undoes it."""
-        if not (self.options.shift or self.options.flip):
-            return images
-        keys = randomness.hash_keys(self.options.seed, index, _AUGMENT, self.state.epoch)
-        return augment(images, keys, shift=self.options.shift, flip=self.options.flip, back=back)
-
-    def _warm_start(self, x: Tensor, index: Tensor) -> Tensor | None:
-        """Where the last epoch's attack left the examples, augmented as in this epoch; None without a warm start."""
-        resets = getattr(self.options.strategy, "resets", lambda epoch: False)
-        if self.state.perturbations is None or self.state.epoch == 0 or resets(self.state.epoch):
-            return None
-        return x + self._augment(self.state.perturbations[index].to(x.dtype), index)
-
-    def _keep(self, perturbation: Tensor, batch: Batch) -> None:
-        """Keeps the batch's perturbations for a warm start."""
-        if self.state.perturbations is not None:
-            own = self._augment(perturbation, batch.mine, back=True).half()
-            self.state.perturbations[batch.whole] = self.ranks.gather_rows(own, len(batch.whole))
 
     def measure(self) -> dict[str, float]:
         """What the strategy asks for at the epoch's end, beside what every epoch measures."""

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from innermax.data.streaming import TrainingSet
 from innermax.distributed.launch import Launch, Parallel, find_device
 from innermax.evaluation.progress import ProgressCallback, check_progress
 from innermax.models.wrappers import unwrap
-from innermax.objectives import Objective, find_objective, search_loss
+from innermax.objectives import Objective, differentiates_twice, find_objective, search_loss
 from innermax.oracle.oracle import Precision
 from innermax.strategies import Strategy, search_for
 from innermax.training.checkpoints import due_every
@@ -95,6 +95,11 @@ class TrainingOptions:
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} must be {requirement} or None, got {value!r}")
 
+    def divide_epochs(self) -> "TrainingOptions":
+        """The options with the epochs that are trained: where a strategy replays each batch, fewer by that factor."""
+        replays = getattr(self.strategy, "replays", 1)
+        return self if replays == 1 else replace(self, epochs=max(1, round(self.epochs / replays)))
+
     @property
     def folder(self) -> Path | None:
         """The run folder."""
@@ -146,6 +151,11 @@ def check_parallel(
         ("validation_set", validated, "leave it out (validation 0) and evaluate the saved model"),
         ("ema", options.ema is not None, "leave it out"),
         ("sync_batch_norm", options.sync_batch_norm, "leave it out"),
+        (
+            "second derivatives, as of objective grad_align",
+            differentiates_twice(find_objective(options.objective)),
+            "use another",
+        ),
     ):
         if given:
             raise ValueError(f'parallel="fsdp" does not support {name}: {instead}, or train with parallel="ddp"')

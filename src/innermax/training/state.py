@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -19,6 +19,7 @@ from innermax.models.wrappers import unwrap
 from innermax.oracle.compiled import put_channels_last
 from innermax.oracle.oracle import Oracle
 from innermax.oracle.sharded import ShardedOracle
+from innermax.training.batch_attack import Kept
 from innermax.training.checkpoints import load_checkpoint, save_checkpoint
 from innermax.training.metrics import EpochMetrics
 from innermax.training.options import TrainingOptions
@@ -35,7 +36,7 @@ class State:
         optimizer: as Fabric wraps it.
         averaged: the moving average of the network's weights, where one is asked for.
         oracle: the network as attacks see it.
-        perturbations: half precision (examples, *features), where each example's last attack ended, for a warm start.
+        kept: what the strategy keeps from one batch to another.
         epoch: the one that is trained, from 0.
         batch: the next one of the epoch, from 0.
         metrics: of the epoch's batches so far.
@@ -48,7 +49,7 @@ class State:
     optimizer: Any
     averaged: AveragedModel | None
     oracle: Oracle
-    perturbations: Tensor | None
+    kept: Kept
     epoch: int = 0
     batch: int = 0
     metrics: EpochMetrics = field(default_factory=EpochMetrics)
@@ -76,10 +77,7 @@ class State:
         oracle: Oracle
         oracle = ShardedOracle(network, example) if ranks.sharded else Oracle.fast(network, example, options.precision)
         oracle = _agree(oracle, ranks)
-        perturbations = None
-        if getattr(options.strategy, "warm_start", False):
-            perturbations = torch.zeros(len(data), *data.shape, dtype=torch.float16, device=ranks.device)
-        return cls(network, wrapped, optimizer, averaged, oracle, perturbations)
+        return cls(network, wrapped, optimizer, averaged, oracle, Kept.start(data, options, ranks))
 
     @property
     def evaluated_network(self) -> nn.Module:
@@ -122,7 +120,7 @@ class State:
             "attack_network": self.oracle.scheme,
             "micro_batch": self.oracle.micro_batch,
         }
-        save_checkpoint(folder, networks, optimizer, position, self.perturbations, keep)
+        save_checkpoint(folder, networks, optimizer, position, self.kept.tensors, keep)
 
     def resume(self, folder: Path, ranks: Ranks) -> bool:
         """Goes to the newest checkpoint of the folder; False where there is none.
@@ -130,7 +128,7 @@ class State:
         Raises:
             ValueError: no checkpoint is whole, it does not fit, or the processes do not find the same one.
         """
-        position = load_checkpoint(folder, *self._parts(ranks), self.perturbations)
+        position = load_checkpoint(folder, *self._parts(ranks), self.kept.tensors)
         found = ranks.gather((position.get("epoch"), position.get("batch")))
         if len(set(found)) > 1:
             raise ValueError(f"run_dir {folder} must be one folder for all processes, got {found} (epoch, batch)")

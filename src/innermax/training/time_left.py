@@ -85,6 +85,8 @@ class TrainingClock:
         return update * updates + gradient * (to_do * taken + self.examples * later) + between * ends
 
     def _foresee(self, moment: float, history: History) -> PGD | None:
+        if hasattr(self.strategy, "replays"):  # an update's own gradients are the attack
+            return None
         try:
             return self.strategy.attack_at(moment, history)
         except Exception:  # noqa: BLE001  it needs measures first; a user's own strategy may raise anything

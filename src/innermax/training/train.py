@@ -99,7 +99,7 @@ def train(
             innermax.objectives.
         validation_set: Examples held out of training, on which the best epoch is chosen. Never the test set.
         validation_attack: The attack on the validation split. By default the strategy's own, if it has one.
-        epochs: Passes over the training set.
+        epochs: Passes over the training set. The strategy Free makes as many updates in fewer.
         batch_size: Examples per update. Batches differ by at most one example.
         optimizer: "sgd" or "adamw".
         lr: Initial learning rate.
@@ -150,7 +150,7 @@ def train(
         seed=seed, device=device, devices=devices, nodes=nodes, parallel=parallel, sync_batch_norm=sync_batch_norm,
         on_nan=on_nan, run_dir=run_dir, overwrite=overwrite, checkpoint_every=checkpoint_every,
         keep_checkpoints=keep_checkpoints, logger=logger, progress=progress, settings=settings,
-    )  # fmt: skip
+    ).divide_epochs()  # fmt: skip
     chosen = find_device(device)
     launch = plan_launch(devices, nodes, chosen)
     job = Job.of(model, train_set, validation_set, options)
