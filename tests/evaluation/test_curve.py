@@ -138,3 +138,12 @@ def test_rows_and_json_keep_distances(tmp_path):
         document["examples"]["attacks"]["fmn"]["distance"][3] = wrong
         with pytest.raises(ValueError, match="distance"):
             Evaluation.from_json(json.dumps(document))
+
+
+def test_bounds_of_pixels_are_no_obstacle():
+    model, data, expected = plane()
+    eps = float(np.median(expected))
+    threat = im.Linf(eps, bounds=(torch.zeros(12), torch.ones(12)))
+    evaluation = im.evaluate(model, data, {"fmn": im.FMN(threat, steps=40)}, audit=False)
+    assert evaluation.curve([eps]).accuracy[0] == evaluation.accuracy["fmn"]
+    assert (evaluation.curve().norm, evaluation.curve().own_eps) == ("Linf", eps)

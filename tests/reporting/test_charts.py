@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+import innermax as im
 from innermax.reporting import charts
+from innermax.reporting.contents import Entry
+from tests.helpers.evaluation import examples, network
 
 
 def test_the_heat_maps_columns_are_shares_of_examples():
@@ -12,3 +15,17 @@ def test_the_heat_maps_columns_are_shares_of_examples():
     assert charts._bin_percentiles([percentiles, None], edges) == pytest.approx([0.25] * 4 + [0] * 4)
     halves = charts._bin_percentiles([[0.5] * 101], edges)
     assert halves[1] + halves[2] == pytest.approx(1)
+
+
+def test_a_curve_is_drawn_for_each_norm():
+    attacks = {"fmn-9": im.FMN(im.Linf(0.1), 9), "fmn-l2": im.FMN(im.L2(0.5), 9), "ddn-9": im.DDN(im.L2(0.5), 9)}
+    evaluation = im.evaluate(network(), examples(), attacks, audit=False)
+    entries = [Entry(name, evaluation) for name in ("one", "two")]
+    figures = [one for one in charts.draw_comparison(entries) if one.title.startswith("Smallest")]
+    assert [one.title for one in figures] == ["Smallest L∞ perturbations", "Smallest L2 perturbations"]
+    assert "neither fmn-l2 nor ddn-9 nor" in figures[1].text
+    assert figures[0].chart.count('class="band') == 2
+    assert figures[1].chart.count('class="band') == 4
+    assert "ε = 0.1" in figures[0].chart
+    assert len({line.split('"')[1] for line in figures[1].chart.split("<path ") if 'class="band' in line}) == 4
+    assert not [one for one in charts.draw_comparison([Entry("none")]) if one.title.startswith("Smallest")]

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from innermax.reporting import svg
-from innermax.reporting.page import format_eps
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
@@ -29,7 +28,7 @@ def test_axes_by_hand():
     assert [text for _, text in axis.ticks] == ["≤10⁻⁴", "0.001", "0.01", "0.1", "1"]
     assert axis.share(0.0) == 0
     assert axis.share(0.01) == pytest.approx(0.5)
-    assert (format_eps(8 / 255), format_eps(0.3), format_eps(0.5)) == ("8/255", "0.3", "0.5")
+    assert (svg.format_eps(8 / 255), svg.format_eps(0.3), svg.format_eps(0.5)) == ("8/255", "0.3", "0.5")
 
 
 def test_series_differ_without_colour():

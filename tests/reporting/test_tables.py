@@ -1,13 +1,14 @@
 """Tables in a terminal."""
 
 import io
+import itertools
 
 import pytest
 from rich.console import Console
 
 import innermax as im
 from innermax.evaluation.audit import judge
-from innermax.reporting.tables import format_audit, format_table, format_transfer
+from innermax.reporting.tables import format_audit, format_curve, format_table, format_transfer
 from tests.helpers.audits import evidence
 from tests.helpers.evaluation import Scripted, examples, network
 
@@ -77,3 +78,13 @@ def test_the_text_of_an_audit(width):
         assert words in flat
     console.print(format_audit(judge(evidence())))
     assert "no failure found" in " ".join(console.export_text().split())
+
+
+def test_the_table_of_a_curve():
+    evaluation = im.evaluate(network(), examples(), {"fmn-9": im.FMN(im.Linf(8 / 255), 9)}, audit=False)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(format_curve(evaluation, "fmn-9"))
+    rows = [line.split() for line in console.export_text().splitlines() if line[:8].strip()[:1].isdigit()]
+    assert [row[0] for row in rows] == ["2/255", "4/255", "6/255", "8/255", "10/255", "12/255", "16/255"]
+    assert rows[3][1] == f"{100 * evaluation.accuracy['fmn-9'].value:.2f}"
+    assert all(float(one[1]) >= float(other[1]) for one, other in itertools.pairwise(rows))

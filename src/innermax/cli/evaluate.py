@@ -22,7 +22,8 @@ from innermax.cli.evaluation import (
 )
 from innermax.cli.rows import measure_into, own_rows, print_place
 from innermax.distributed.launch import find_device, is_first
-from innermax.reporting.tables import format_audit, format_table
+from innermax.evaluation.curve import list_minimal
+from innermax.reporting.tables import format_audit, format_curve, format_table
 
 
 def run(words: list[str]) -> None:
@@ -70,5 +71,7 @@ def _write_results(
         im.report({source: im.Exhibit(evaluation, source, shown)}, chosen.html)
     console = Console(markup=False)
     console.print(format_table(evaluation))
+    for name in list_minimal(evaluation.rows):
+        console.print(format_curve(evaluation, name))
     if evaluation.audit is not None:
         console.print(format_audit(evaluation.audit))

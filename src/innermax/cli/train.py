@@ -18,9 +18,10 @@ from innermax.cli.recipes import read_yaml, recipe_text
 from innermax.cli.settings import GROUPS, RecipeSettings, build_strategy
 from innermax.data.image_set import Data
 from innermax.distributed.launch import count_processes, find_device, is_first
+from innermax.evaluation.curve import list_minimal
 from innermax.models.registry import MODELS
 from innermax.objectives import Objective, build_objective, find_objective, search_loss
-from innermax.reporting.tables import format_audit, format_table
+from innermax.reporting.tables import format_audit, format_curve, format_table
 from innermax.training.loggers import LoggerName
 from innermax.training.options import option_names
 from innermax.training.train import train
@@ -167,6 +168,8 @@ def _write_results(
     im.report({folder.name: im.Exhibit(evaluation, run, shown)}, folder / "report.html")
     console = Console(markup=False)
     console.print(format_table(evaluation))
+    for name in list_minimal(evaluation.rows):
+        console.print(format_curve(evaluation, name))
     if evaluation.audit is not None:
         console.print(format_audit(evaluation.audit), "")
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -12,7 +12,7 @@ from innermax.utils.intervals import Accuracy, accuracy
 
 _POINTS = 101  # sizes, unless they are given
 _TAIL = 0.98  # share of the distances that these sizes cover
-_THREAT = re.compile(r"threat=(\w+)\(eps=([0-9.e+-]+), bounds=(\([^()]*\)|None)\)")
+_THREAT = re.compile(r"threat=(\w+)\(eps=([0-9.e+-]+), bounds=(\([^()]*\)|None|)")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class _Described:
-    """What an attack's description says of its threat model."""
+    """What an attack's description says of its threat model; bounds: empty where they are more than two numbers."""
 
     norm: str
     eps: float
@@ -66,7 +66,8 @@ def find_distances(
     distance = cast(MinimalRows, rows[name]).distance.astype(float)
     for other, its in rows.items():
         threat = _read_threat(attacks[other])
-        if threat is not None and own is not None and (threat.norm, threat.bounds) == (own.norm, own.bounds):
+        alike = own is not None and threat is not None and replace(own, eps=threat.eps) == threat
+        if threat is not None and (other == name or (alike and threat.bounds != "")):
             distance = np.where(its.correct, distance, np.minimum(distance, threat.eps))
     smallest: Column = np.where(clean_correct, distance, 0.0)
     return smallest
@@ -91,6 +92,6 @@ def draw_curve(name: str, description: str, distance: Column, eps: Sequence[floa
 
 
 def _read_threat(description: str) -> _Described | None:
-    """The threat model in an attack's description; None where its ε or bounds are more than numbers."""
+    """The threat model in an attack's description; None where its ε is more than a number."""
     match = _THREAT.search(description)
     return None if match is None else _Described(match[1], float(match[2]), match[3])

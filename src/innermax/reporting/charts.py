@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from innermax.attacks.named import display_name
 from innermax.evaluation.audit import UNCONVERGED
+from innermax.evaluation.curve import Curve, list_minimal
 from innermax.evaluation.result import Evaluation
 from innermax.reporting.contents import Entry
 from innermax.reporting.gallery import Picture
@@ -21,10 +22,12 @@ from innermax.reporting.svg import (
     draw_legend,
     draw_mirrored,
     draw_vertical,
+    format_eps,
     format_number,
     linear_axis,
     log_axis,
 )
+from innermax.threat import NORMS
 
 _LOWEST = 1e-4  # relative FOSC; smaller values are shown as this
 _BINS = 20
@@ -53,6 +56,7 @@ def draw_comparison(entries: Sequence[Entry]) -> list[Figure]:
     swept = [(number, entry) for number, entry in scored if entry.gallery and entry.gallery.sweep]
     if swept:
         figures.append(_draw_by_eps(swept))
+    figures += _draw_curves(scored)
     costly = [(number, entry) for number, entry in scored if any("gradients" in row for row in entry.history)]
     if len(costly) > 1:
         label = "gradients per example, whole training"
@@ -139,6 +143,46 @@ def _draw_by_eps(swept: Sequence[tuple[int, Entry]]) -> Figure:
     text = f"PGD-10 with a shrinking step on the first {many} test images; bands are 95 % intervals."
     alt = f"Accuracy by size of the perturbation: {_points_text(series)}"
     return Figure("Robustness against ε", text, draw_chart(series, x, y_axis, alt), draw_legend(series))
+
+
+def _draw_curves(scored: Sequence[tuple[int, Entry]]) -> list[Figure]:
+    """Robust accuracy against ε by the smallest perturbations, a figure for each norm, all curves of one as far."""
+    evaluations = [(number, entry.name, entry.evaluation) for number, entry in scored if entry.evaluation is not None]
+    first = [
+        (number, name, evaluation, evaluation.curve(attack=attack))
+        for number, name, evaluation in evaluations
+        for attack in list_minimal(evaluation.rows)
+    ]
+    figures = []
+    for norm in dict.fromkeys(curve.norm for *_, curve in first):
+        chosen = [one for one in first if one[-1].norm == norm]
+        eps = max((curve.eps for *_, curve in chosen), key=lambda sizes: sizes[-1])
+        curves = [(number, name, whole.curve(eps, attack=curve.attack)) for number, name, whole, curve in chosen]
+        figures.append(_draw_curves_of_norm(norm, curves))
+    return figures
+
+
+def _draw_curves_of_norm(norm: str, curves: Sequence[tuple[int, str, Curve]]) -> Figure:
+    """Curves of one norm, each with the number and the name of its model."""
+    attacks = list(dict.fromkeys(curve.attack for _, _, curve in curves))
+    series = []
+    for number, name, curve in curves:
+        y, low, high = ([100 * getattr(one, end) for one in curve.accuracy] for end in ("value", "low", "high"))
+        called = f"{name}, {curve.attack}" if len(attacks) > 1 else name
+        series.append(Series(called, curve.eps, y, number * len(attacks) + attacks.index(curve.attack), low, high))
+    symbol = NORMS[norm.lower()].symbol if norm.lower() in NORMS else norm
+    x = linear_axis(f"ε ({symbol})", [], low=0.0, high=max(one.x[-1] for one in series))
+    y_axis = linear_axis("robust accuracy (%)", [], low=0.0, high=100.0)
+    own = dict.fromkeys(curve.own_eps for _, _, curve in curves)
+    lines = Markup("").join(draw_vertical(x, eps, f"ε = {format_eps(eps)}") for eps in own)
+    text = (
+        f"Share of images for which neither {' nor '.join(attacks)} nor another attack of this norm found an "
+        "adversarial image within ε. Bands are 95 % intervals."
+    )
+    title = f"Smallest {symbol} perturbations"
+    ends = "; ".join(f"{one.name} ends at {format_number(one.y[-1])} % at ε = {one.x[-1]:.3g}" for one in series)
+    drawn = draw_chart(series, x, y_axis, f"{title}: {ends}", lines)
+    return Figure(title, text, drawn, draw_legend(series) if len(series) > 1 else "")
 
 
 def _draw_by_epoch(

@@ -20,7 +20,7 @@ from innermax.evaluation.result import Evaluation
 from innermax.reporting import charts
 from innermax.reporting.contents import Entry, read_entries
 from innermax.reporting.gallery import Picture
-from innermax.reporting.svg import Series, draw_interval, draw_legend, draw_spark, format_number
+from innermax.reporting.svg import Series, draw_interval, draw_legend, draw_spark, format_eps, format_number
 from innermax.threat import NORMS
 from innermax.utils.environment import environment
 from innermax.utils.files import write_text
@@ -146,12 +146,6 @@ def _describe_threat(found: Evaluation) -> str:
     ]
     names = [f"{_SYMBOLS.get(match[1], match[1])}, ε = {format_eps(float(match[2]))}" for match in matches if match]
     return " and ".join(dict.fromkeys(names))
-
-
-def format_eps(eps: float) -> str:
-    """A size of perturbations as it is usually written: in 255ths where that is a whole number."""
-    levels = eps * 255
-    return f"{levels:.0f}/255" if 1 <= round(levels) < 64 and abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
 
 
 def _compare_worst_cases(entries: Sequence[Entry]) -> dict[str, Any]:

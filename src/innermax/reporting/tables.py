@@ -13,6 +13,7 @@ from innermax.evaluation.audit import Audit
 from innermax.evaluation.result import Convergence, Evaluation
 from innermax.evaluation.transfer import Transfer
 from innermax.evaluation.verify import Verification
+from innermax.reporting.svg import format_eps
 from innermax.utils.intervals import Accuracy
 
 # Columns and their smallest widths: a narrow terminal loses the last columns, never the names.
@@ -24,6 +25,7 @@ _COLUMNS = {
     "zero\ngrad. %": 7,
     "gradient\ncalls": 8,
 }
+_FACTORS = 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0  # of ε, at which a curve is printed
 _ATTACKS_ABREAST = 4  # in 80 columns, beside the clean images
 
 
@@ -38,6 +40,22 @@ def format_table(evaluation: Evaluation) -> Table:
         table.add_row(display_name(name), *_accuracy_cells(evaluation.accuracy[name]), *_search_cells(convergence))
     table.add_section()
     table.add_row("Worst case", *_accuracy_cells(evaluation.worst_case), style="bold")
+    return table
+
+
+def format_curve(evaluation: Evaluation, attack: str) -> Table:
+    """A rich table of robust accuracy around ε, from an attack that looks for the smallest perturbation.
+
+    At each ε it is the lower of that attack's and of all others' of its norm.
+    """
+    eps = evaluation.curve([], attack=attack).own_eps
+    curve = evaluation.curve([factor * eps for factor in _FACTORS], attack=attack)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(f"{display_name(attack)}, at other ε"))
+    table.title_justify, table.title_style = "left", ""
+    for heading in ("ε", "accuracy\n%", "95 %\ninterval"):
+        table.add_column(heading, justify="right", min_width=8)
+    for size, value in zip(curve.eps, curve.accuracy, strict=True):
+        table.add_row(format_eps(size), *_accuracy_cells(value), style="bold" if size == eps else "")
     return table
 
 
