@@ -62,8 +62,8 @@ def test_what_takes_longer_in_about_half_of_the_turns_is_not_told_apart(clock):
     lucky = [0.002] * 9 + [0.0005] + [0.002] * 100
     assert told(clock, 0.002, lucky) is None
     assert told(clock, lucky, 0.002) is None
-    # Of 37 turns 27 must say so: half of them, and two and a half standard deviations of as many tosses of a coin.
-    for turns, clear in ((26, False), (27, True)):
+    # Of 60 turns 38 must say so: half of them, and two standard deviations of as many tosses of a coin.
+    for turns, clear in ((37, False), (38, True)):
         other = [0.002] * 4 + [0.001] * turns + [0.003] * 100
         assert (told(clock, 0.002, other) is not None) == clear
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_FEWEST, _MOST = 5, 40  # turns
-_SPENT = 0.15  # seconds in which quick ones take more turns than the fewest
+_FEWEST, _MOST = 5, 60  # turns
+_SPENT = 0.3  # seconds in which quick ones take more turns than the fewest
 _SLOWER = 1.05
-_SIGMAS = 2.5  # by which the turns that say so must exceed half of them: as many tosses of a coin hardly ever agree
+_SIGMAS = 2.0  # by which the turns that say so must exceed half of them: as many tosses of a coin hardly ever agree
 _ROWS = 128  # as many as a batch in use may have
 _LONG, _SHORT = 0.5, 0.05  # seconds
 
