@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import innermax as im
 from innermax.cli.train import train_parser
 from tests.helpers.commands import refused, said
 from tests.helpers.recipes import FAST
@@ -49,6 +50,10 @@ def test_paths_that_look_like_fractions_are_paths(folder, capsys):
     assert said(capsys, "export", "1/2", "--to", "1/9")[0] == 0
     assert said(capsys, "report", "1/2", "--pictures", "0", "-o", "1/10")[0] == 0
     assert {"8", "9", "10"} <= {path.name for path in Path("1").iterdir()}
+
+
+def test_the_version(capsys):
+    assert said(capsys, "--version") == (0, f"innermax {im.__version__}\n", "")
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,21 @@ def test_a_training_sees_new_images_and_is_resumed_alike(tmp_path):
     assert torch.equal(resumed.last.weight, whole.last.weight)
 
 
+@pytest.mark.parametrize("kind", ["torch", "arrays", "pictures"])
+def test_an_example_is_drawn_alone_as_in_a_batch(kind):
+    data = as_training_set(Drawn(kind))
+    together, labels = data.draw(torch.arange(6), 3, 1)
+    for number in range(6):
+        x, y = data.draw(torch.tensor([number]), 3, 1)
+        assert torch.equal(x[0], together[number])
+        assert y.item() == labels[number]
+
+
+def test_labels_of_items_are_integers():
+    with pytest.raises(TypeError, match="y in item 1 of the data set must be an integer, got 'cat'"):
+        as_image_set(Items([(torch.rand(1, 4, 4), 0), (torch.rand(1, 4, 4), "cat")]))
+
+
 def test_an_evaluation_says_that_it_reads_once():
     model = nn.Sequential(nn.Flatten(), nn.Linear(30, 3))
     with pytest.warns(UserWarning, match=r"come out otherwise each time .*each is read once, and stays as it came"):
@@ -127,6 +142,8 @@ def test_errors_of_what_is_drawn():
     labels = as_training_set(Drawn()).with_classes(2)
     with pytest.raises(ValueError, match="item 2 of the data set: label 2, but the model has 2 classes"):
         labels.draw(torch.arange(6), 0, 0)
+    with pytest.raises(ValueError, match="item 5 of the data set: label 2"):
+        labels.draw(torch.tensor([5]), 0, 0)
     grown = as_training_set(Drawn())
     object.__setattr__(grown, "source", Items([(torch.rand(1, 7, 7), 0)] * COUNT))
     with pytest.raises(ValueError, match="must have one shape"):

@@ -10,7 +10,7 @@ from torch import nn
 
 import innermax as im
 from innermax.data.readers import as_image_set
-from innermax.evaluation.model_checks import find_mismatches
+from innermax.evaluation.model_checks import _candidates, find_mismatches
 from tests.helpers.commands import said as run_command
 from tests.helpers.evaluation import Noise, examples, network
 from tests.helpers.networks import EachByItself
@@ -74,6 +74,16 @@ def test_normalisation_outside_is_noticed_and_the_advice_works(digits, mean, std
         warnings.simplefilter("error")
         right = im.evaluate(wrapped, data, {}).accuracy["clean"].value
     assert right > 0.7 > 0.3 > raw.accuracy["clean"].value
+
+
+def test_images_without_contrast_suggest_no_normalisation_of_their_own():
+    """Their standard deviation would be a division by next to nothing."""
+    for contrast, own in ((0.0, 0), (1e-4, 0), (0.01, 1)):
+        x = 0.5 + contrast * (-1.0) ** torch.arange(32.0).reshape(8, 1, 2, 2)
+        fixed = [([0.5], [0.5]), ([0.0], [round(1 / 255, 6)]), ([0.1307], [0.3081])]
+        found = list(_candidates(iter([(x, torch.zeros(8))])))
+        assert found[own:] == fixed
+        assert len(found) == own + 3
 
 
 def test_mismatches_are_the_same_in_smaller_batches(digits):

@@ -397,6 +397,9 @@ def test_a_part_of_other_rows_is_not_taken(whole):
         files(whole)[path].write_bytes(files(whole)[source].read_bytes())
         with pytest.warns(UserWarning, match="is damaged"):
             assert evaluated(whole).examples.equals(expected)
+    files(whole)[2].write_bytes(files(whole)[1].read_bytes())
+    with pytest.warns(UserWarning, match=r"it does not hold the examples 40…59\)"):
+        evaluated(whole)
 
 
 @pytest.mark.parametrize("order", [(0, 2, 4), (4, 0, 2)])

@@ -1,6 +1,7 @@
 """The gallery."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,16 @@ def test_the_gallery_holds_every_class_and_fate(trained):
     assert (clean & ~survived).sum() >= 10
     assert (~clean).sum() <= 15
     assert len(select_images(evaluation, 10_000)) == len(evaluation.label)
+
+
+def test_what_was_wrong_already_is_shown_a_quarter_as_often(trained):
+    evaluation = trained[2]
+    label, clean = evaluation.label, evaluation.clean_prediction
+    third = np.arange(len(label)) % 3 == 0
+    evaluation = replace(evaluation, clean_prediction=np.where(third, (label + 1) % 10, clean))
+    chosen = select_images(evaluation, 60)
+    assert third.sum() > 50
+    assert 0 < (~evaluation.correct("clean")[chosen]).sum() <= 15
 
 
 def test_robustness_against_eps_of_a_linear_model():

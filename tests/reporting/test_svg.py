@@ -31,6 +31,20 @@ def test_axes_by_hand():
     assert (svg.format_eps(8 / 255), svg.format_eps(0.3), svg.format_eps(0.5)) == ("8/255", "0.3", "0.5")
 
 
+def test_the_numbers_of_an_axis_stand_beside_it():
+    """Of the vertical one to its left, each at the height of its line; of the horizontal one below."""
+    x, y = svg.linear_axis("x", [0, 1]), svg.linear_axis("y", [-2, 7])
+    drawn = svg.draw_chart([svg.Series("a", [0, 1], [-2, 7], 0)], x, y, "")
+    lines = re.findall(r'class="grid" x1="([\d.]+)" x2="[\d.]+" y1="([\d.]+)"', drawn)
+    numbers = re.findall(r'class="tick" x="([\d.]+)" y="([\d.]+)" text-anchor="end">([^<]+)', drawn)
+    assert [text for *_, text in numbers] == [text for _, text in y.ticks] == ["−2.5", "0", "2.5", "5", "7.5"]
+    for (left, height), (right, base, _) in zip(lines, numbers, strict=True):
+        assert 2 <= float(left) - float(right) <= 10
+        assert 2 <= float(base) - float(height) <= 6, "half of a digit's height below the line"
+    floor = max(float(height) for _, height in lines)
+    assert all(float(low) > floor for low in re.findall(r'y="([\d.]+)" text-anchor="middle">', drawn))
+
+
 def test_series_differ_without_colour():
     """Seven of them, each with dashes and a mark of its own."""
     series = [svg.Series(str(n), [0, 1], [n, n], n, kind="marked") for n in range(svg._STYLES)]
