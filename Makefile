@@ -63,7 +63,7 @@ fuzz: $(VENV)/installed
 networks: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python checks/networks.py --write results/networks.md
 
-# How many small faults in the source the tests notice; hours.
+# How many of 100 small faults in the source the tests notice; an hour or two.
 mutants: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
 	OMP_NUM_THREADS=1 $(BIN)/python checks/mutants.py

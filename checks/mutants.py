@@ -7,10 +7,10 @@
 
 cosmic-ray says how a module can be changed: another operator, number, comparison, exception; a loop that does not run.
 Places are drawn with a fixed seed, and of each place one of its mutants; annotations are left out, which no test could
-mistake. A mutant meets the tests of the module's folder, of them those that pass through its line, the quickest first,
-until one fails or takes ten times its time and half a minute: then the mutant hangs. Tests that are marked as slow are
+mistake. A mutant meets the module's own test file, then the rest of its folder's, until a test fails or takes longer
+than it may: then the mutant hangs. The same test must pass on the source as it is. Tests that are marked as slow are
 left out. Each mutant runs in a fork of a process that has loaded torch, on a copy of the source; results are kept as
-they come, in results/mutants.json, and the same command goes on from them.
+they come, in results/mutants.json, and the same command continues from them.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cosmic_ray.plugins
-import coverage
 import numpy  # noqa: F401  # loaded once, before the forks
 import pytest
 import torch
@@ -45,59 +44,47 @@ TESTS = {
     "__init__": ("test_packaging.py",),
     "losses": ("test_losses.py", "attacks"),
     "objectives": ("test_objectives.py", "training/test_objectives.py"),
-    "training/weight_perturbation": ("training/test_weight_perturbation.py",),
     "models": ("models", "training/test_checkpoints.py"),
     "utils": ("utils", "training", "models", "test_recorded.py"),
 }
-_PATIENCE = 30.0  # seconds beside ten times what a test takes: then the mutant hangs
-_LONGEST = 600.0  # seconds that a test of the source as it is may take
+_LONGEST = 300.0  # seconds that a test may take, on a busy machine
+_WHOLE = 3000.0  # seconds that all tests of a mutant may take, for what no signal interrupts
 
 
 class Mutant(NamedTuple):
-    """A module's source with one change, and the lines that it touches."""
+    """A module's source with one change."""
 
     module: str
     place: str
     operator: str
-    lines: tuple[int, int]
     source: str
     diff: str
 
 
-class Timings:
-    """A pytest plugin that takes down how long each test took."""
+class FirstFailure:
+    """A pytest plugin that writes the first test that fails into a file."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
-
-
-class Chosen:
-    """A pytest plugin that runs tests in this order, each within its limit, and writes what fails first into a file."""
-
-    def __init__(self, seconds: Mapping[str, float], file: Path) -> None:
-        self.seconds, self.file = seconds, file
-        self.place = {test: number for number, test in enumerate(seconds)}
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = sorted((i for i in items if i.nodeid in self.place), key=lambda item: self.place[item.nodeid])
-        for item in items:
-            item.add_marker(pytest.mark.timeout(_PATIENCE + 10 * self.seconds[item.nodeid]), append=False)
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
+        if report.failed and not self.file.exists():
             hangs = "Failed: Timeout (>" in report.longreprtext
-            found = {"outcome": "timeout" if hangs else "killed", "by": report.nodeid}
-            self.file.write_text(json.dumps(found))
+            self.file.write_text(json.dumps({"outcome": "timeout" if hangs else "killed", "by": report.nodeid}))
 
 
-def tests_of(module: str) -> tuple[str, ...]:
-    """The files and folders of tests/ that test a module."""
+def tests_of(module: str) -> list[list[str]]:
+    """The files of tests/ that test a module: its own, then those of its folder."""
     folder, _, file = module.rpartition("/")
-    own = TESTS.get(module) or TESTS.get(folder)
-    return own or ((folder,) if folder else (f"test_{file}.py",))
+    places = TESTS.get(module) or TESTS.get(folder) or ((folder,) if folder else (f"test_{file}.py",))
+    files = [path for place in places for path in _files(ROOT / "tests" / place)]
+    own = [path for path in files if Path(path).name == f"test_{file}.py"]
+    return [own, [path for path in files if path not in own]]
+
+
+def _files(place: Path) -> list[str]:
+    found = [place] if place.is_file() else sorted(place.rglob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 def mutants(modules: Sequence[str], sample: int, seed: int) -> list[Mutant]:
@@ -135,8 +122,8 @@ def _mutant(module: str, place: Any, operator: str, occurrence: int) -> Mutant |
         return None
     lines = difflib.unified_diff(source.splitlines(), changed.splitlines(), lineterm="", n=0)
     diff = "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
-    (first, column), (last, _) = place
-    return Mutant(module, f"{first}:{column}", operator.removeprefix("core/"), (first, last), changed, diff)
+    first, column = place[0]
+    return Mutant(module, f"{first}:{column}", operator.removeprefix("core/"), changed, diff)
 
 
 def _annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -160,6 +147,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.broken: list[str] = []
         shutil.rmtree(folder, ignore_errors=True)
         for name in ("src", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -168,59 +156,45 @@ class Bench:
             if not path.name.startswith(".") and path.name not in ("build", "runs", "dist", *os.listdir(folder)):
                 (folder / path.name).symlink_to(path)
 
+    def outcome(self, mutant: Mutant) -> dict[str, Any]:
+        """What became of a mutant: "killed" by a test, "timeout", "import" where it does not start, or "survived"."""
+        for files in filter(None, tests_of(mutant.module)):
+            status, failure = self.first_failure(files, mutant)
+            while failure is not None and not self.passes(failure["by"]):
+                print(f"{failure['by']} fails on the source as it is, and is left out", flush=True)
+                self.broken.append(failure["by"])
+                status, failure = self.first_failure(files, mutant)
+            if failure is not None:
+                return failure
+            if status not in (0, _NO_TESTS):
+                return {"outcome": "timeout" if status is None else "import"}
+        return {"outcome": "survived"}
+
     @functools.cache  # noqa: B019  # there is one bench
-    def measured(self, tests: str) -> tuple[dict[str, float], dict[str, dict[int, list[str]]]]:
-        """How long each test of a file or folder takes, and module → line → those that pass through it."""
-        told, data = self.folder / "measured.json", self.folder / "lines.coverage"
+    def passes(self, test: str) -> bool:
+        """Whether a test passes on the source as it is."""
+        return self.first_failure([test])[1] is None
 
-        def measure() -> int:
-            timings = Timings()
-            words = [*self._words([tests]), f"--timeout={_LONGEST}", f"--cov={self.folder}/src/innermax", *_COVERED]
-            status = pytest.main(words, [timings])
-            told.write_text(json.dumps(timings.seconds))
-            return int(status)
-
-        os.environ["COVERAGE_FILE"] = str(data)
-        status = self._forked(measure, None)
-        if status != 0:
-            raise SystemExit(f"{tests} of the source as it is ends with {status}: mend it first")
-        found = coverage.CoverageData(str(data))
-        found.read()
-        passing = {}
-        for file in found.measured_files():
-            module = str(Path(file).relative_to(self.folder / "src/innermax").with_suffix(""))
-            contexts = found.contexts_by_lineno(file).items()
-            passing[module] = {line: [test.rpartition("|")[0] for test in tests if test] for line, tests in contexts}
-        return json.loads(told.read_text()), passing
-
-    def outcome(self, mutant: Mutant, seconds: Mapping[str, float]) -> dict[str, Any]:
-        """What became of a mutant: "killed" by a test, "timeout", "import" where it does not start, or "survived".
-
-        seconds: test → what it takes, in the order in which the tests run.
-        """
-        path, failed = self.folder / f"src/innermax/{mutant.module}.py", self.folder / "failed"
+    def first_failure(
+        self, tests: Sequence[str], mutant: Mutant | None = None
+    ) -> tuple[int | None, dict[str, Any] | None]:
+        """pytest's exit status, None where it took too long; and which test failed first."""
+        failed = self.folder / "failed"
         failed.unlink(missing_ok=True)
-        files = sorted({test.partition("::")[0].removeprefix("tests/") for test in seconds})
-        path.write_text(mutant.source)
-        try:
-            status = self._forked(
-                lambda: int(pytest.main([*self._words(files), "-x"], [Chosen(seconds, failed)])),
-                _LONGEST + 3 * sum(seconds.values()),  # for what no signal interrupts
-            )
-        finally:
-            shutil.copy2(ROOT / path.relative_to(self.folder), path)
-        if status == 0:
-            return {"outcome": "survived"}
-        if failed.exists():
-            return json.loads(failed.read_text())  # type: ignore[no-any-return]
-        return {"outcome": "timeout" if status is None else "import"}
-
-    def _words(self, tests: Sequence[str]) -> list[str]:
-        files = [f"{self.folder}/tests/{name}" for name in tests]
         plain = [word for name in ("randomly", "xdist", "cacheprovider") for word in ("-p", f"no:{name}")]
-        return [f"--rootdir={self.folder}", *files, *plain]
+        words = [f"--rootdir={self.folder}", *plain, "-x", f"--timeout={_LONGEST}"]
+        words += [f"{self.folder}/{test}" for test in tests] + [f"--deselect={test}" for test in self.broken]
+        path = "" if mutant is None else f"src/innermax/{mutant.module}.py"
+        try:
+            if mutant is not None:
+                (self.folder / path).write_text(mutant.source)
+            status = self._forked(lambda: int(pytest.main(words, [FirstFailure(failed)])))
+        finally:
+            if mutant is not None:
+                shutil.copy2(ROOT / path, self.folder / path)
+        return status, json.loads(failed.read_text()) if failed.exists() else None
 
-    def _forked(self, work: Any, patience: float | None) -> int | None:
+    def _forked(self, work: Any) -> int | None:
         """The exit status of work in a fork that sees the copy; None where it was not done in time."""
         child = os.fork()
         if child == 0:
@@ -231,7 +205,7 @@ class Bench:
                 os.dup2(output.fileno(), 2)
             sys.path.insert(0, str(self.folder / "src"))
             os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:1] + [p for p in sys.path[1:] if p])
-            sys.dont_write_bytecode = patience is not None
+            sys.dont_write_bytecode = True
             with contextlib.suppress(BaseException):
                 os._exit(work())
             os._exit(70)
@@ -240,33 +214,21 @@ class Bench:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 return os.waitstatus_to_exitcode(status)
-            if patience is not None and time.monotonic() - began > patience:
+            if time.monotonic() - began > _WHOLE:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return None
             time.sleep(0.05)
 
 
-_COVERED = ["--cov-context=test", "--cov-report="]
+_NO_TESTS = 5  # pytest's exit status where all are marked as slow
 
 
 def tested(bench: Bench, drawn: Sequence[Mutant], known: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What became of each mutant, as it comes; what is known is not tried again."""
     for mutant in drawn:
         told = {"module": mutant.module, "place": mutant.place, "operator": mutant.operator, "diff": mutant.diff}
-        if name(told) in known:
-            yield known[name(told)]
-            continue
-        seconds: dict[str, float] = {}
-        through: set[str] = set()
-        for tests in tests_of(mutant.module):
-            taken, passing = bench.measured(tests)
-            seconds |= taken
-            lines = passing.get(mutant.module, {})
-            through |= {test for line in range(mutant.lines[0], mutant.lines[1] + 1) for test in lines.get(line, ())}
-        # A line that runs at import alone, or in another process, is any test's matter.
-        order = sorted(through or seconds, key=seconds.__getitem__)
-        yield told | bench.outcome(mutant, {test: seconds[test] for test in order})
+        yield known.get(name(told)) or told | bench.outcome(mutant)
 
 
 def name(told: Mapping[str, Any]) -> str:
