@@ -28,7 +28,7 @@ ON_THE_PROCESSOR = {
     "attacks/search.py: _has_converged",  # whether a check is worth its time; a GPU makes it
     "threat.py: __post_init__",  # bounds, which are numbers
     "threat.py: <genexpr>",
-    "attacks/pgd.py: _start",  # whether random points are worth theirs; a GPU makes them
+    "attacks/pgd.py: start",  # whether random points are worth theirs; a GPU makes them
 }
 STEP = {
     "attacks/problem.py: of": 1,  # that images, labels and start suit, all together
@@ -125,6 +125,10 @@ def test_a_step_of_each_strategy(name):
     assert found.pop(SEARCH, 0) <= STEPS
     assert found.pop("threat.py: with_radius", 0) <= (name == "n-fgsm")  # how large the bounds are
     found.pop("attacks/base.py: check_result", None)
+    if name in ("free", "fgsm-pgi"):  # which build X(x) themselves; the first updates several times with a batch
+        built = ("utils/validation.py: check_inputs", "threat.py: around")
+        assert [found.pop(place, 0) for place in built] == [1, 1]
+        found["training/loop.py: _read"] //= 8 if name == "free" else 1
     assert found in (STEP, {"training/loop.py: _read": 1})
 
 

@@ -83,9 +83,15 @@ def test_a_recipes_threshold_belongs_to_the_cross_entropy(folder, capsys, typed,
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--objective", "trade"], "--objective must be one of cross_entropy, loss_weighted, trades, mart, got trade"),
+        (
+            ["--objective", "trade"],
+            "--objective must be one of cross_entropy, loss_weighted, trades, mart, grad_align, ",
+        ),
         (["--objective", "trades", "--beta", "-1"], "--beta must be a finite number ≥ 0, got -1"),
-        (["--beta", "6"], "--beta goes with objective trades or mart, not with cross_entropy: leave it out"),
+        (
+            ["--beta", "6"],
+            "--beta goes with objective trades, mart or grad_align, not with cross_entropy",
+        ),
         (["--label-smoothing", "1"], "--label-smoothing must be a number ≥ 0 and < 1, got 1"),
         (["--awp", "0"], "--awp must be a finite number > 0, got 0"),
         (["--objective", "trades", "--strategy", "unsecured"], "--strategy must attack where the objective says what"),

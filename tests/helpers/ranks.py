@@ -17,6 +17,7 @@ from torch import nn
 
 import innermax as im
 from innermax.objectives import cross_entropy
+from innermax.oracle import oracle
 from innermax.utils.files import save_tensors
 
 PGD = im.PGD(im.Linf(0.1), steps=3)
@@ -141,4 +142,5 @@ def everything(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    oracle.times_as_long = lambda *_: None  # as in the process that they are compared with
     (few if sys.argv[2:] == ["few"] else everything)(Path(sys.argv[1]))

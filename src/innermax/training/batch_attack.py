@@ -135,7 +135,7 @@ def _attack_with_momentum(
     gradient = attack.gradient_at(oracle, x, batch.y, start, seed).gradient
     length = gradient.flatten(1).abs().sum(1).reshape(-1, *[1] * (x.ndim - 1))
     decay: float = kept.options.strategy.momentum  # type: ignore[attr-defined]  # the caller has seen it
-    momentum = torch.where(length > 0, gradient / length, 0.0) + decay * before
+    momentum = gradient / length.clamp(min=torch.finfo(length.dtype).tiny) + decay * before
     kept.write("momentum", momentum, batch, epoch)
     kept.write("kept", feasible.step(start, momentum, size) - x, batch, epoch)
     return Attacked(feasible.step(start, gradient, size), torch.ones_like(batch.y).sum(), start)
