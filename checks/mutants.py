@@ -45,6 +45,7 @@ TESTS = {
     "losses": ("test_losses.py", "attacks"),
     "objectives": ("test_objectives.py", "training/test_objectives.py"),
     "models": ("models", "training/test_checkpoints.py"),
+    "reproduce": ("reproduce", "test_recorded.py"),
     "utils": ("utils", "training", "models", "test_recorded.py"),
 }
 _LONGEST = 300.0  # seconds that a test may take, on a busy machine
@@ -267,11 +268,13 @@ def main() -> None:
     before = json.loads(chosen.write.read_text()) if chosen.write.exists() else []
     known = {name(told): told for told in before if not (chosen.again and told["outcome"] == "survived")}
     drawn = mutants(chosen.only, chosen.sample, chosen.seed)
+    sample = [name(mutant._asdict()) for mutant in drawn]
     bench, found = Bench(ROOT / "build/mutants"), []
     for told in tested(bench, drawn, known):
         found.append(told)
-        kept = {name(told): told for told in [*before, *found]}
-        chosen.write.write_text(json.dumps(list(kept.values()), indent=1, ensure_ascii=False) + "\n")
+        kept = known | {name(told): told for told in found}
+        record = [kept[mutant] for mutant in sample if mutant in kept]
+        chosen.write.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         if told["outcome"] == "survived" or name(told) not in known:
             print(f"{told['outcome']:9} {told['module']}:{told['place']} {told['operator']}", flush=True)
     print("\n".join(["", *table(found)]))
