@@ -112,7 +112,7 @@ def replay(model):
 
 
 def prior_guided(model):
-    """FGSM-MEP, reset in the third epoch, on moved images."""
+    """FGSM-MEP, reset in the fourth epoch, on moved images."""
     optimizer = torch.optim.SGD(model.train().parameters(), **OPTIMIZER)
     images, labels = DATA[0].float() / 255, DATA[1]
     kept, momentum = torch.zeros(2, len(labels), 1, 6, 6)
@@ -120,7 +120,7 @@ def prior_guided(model):
         for index in randomness.permutation(0, len(labels), 0, epoch).split(SIZE):
             keys, y = randomness.hash_keys(0, index, 1, epoch), labels[index]
             x = augment(images[index], keys, **MOVED)
-            if epoch % 2 == 0:
+            if epoch % 3 == 0:
                 start = in_ball(x + 0.5 * EPS * uniform(epoch, index, 1).sign(), x)
                 before = torch.zeros_like(x)
             else:
@@ -147,7 +147,7 @@ RIVALS = {
 # Those that change the update.
 UPDATES = {
     "free": (im.Free(PGD10, replays=3, step=0.4), replay, {"epochs": 7}),
-    "fgsm-pgi": (im.FGSMPGI(PGD10, step=0.5, momentum=0.6, weight=3.0, reset_every=2), prior_guided, MOVED),
+    "fgsm-pgi": (im.FGSMPGI(PGD10, step=0.5, momentum=0.6, weight=3.0, reset_every=3), prior_guided, MOVED),
 }
 
 
