@@ -38,6 +38,13 @@ def test_the_exit_status_tells(model, capsys):
     assert Path(kept).is_file(), "resumable"
 
 
+def test_all_images(model, capsys):
+    status, out, _ = said(capsys, *model, "--attacks", "fgsm", "--limit", "null", "--claims", "0")
+    assert status == 0
+    total = len(im.load_data("digits").test)
+    assert f" of {total:,} survive every attack" in out
+
+
 def test_images_from_a_file(model, capsys):
     data = im.load_data("digits").test
     x, y = data.batch(torch.arange(12))

@@ -154,7 +154,13 @@ def test_images_from_a_file(tmp_path, problem):
     assert torch.equal(other.images, x[:3].float())
     np.savez(tmp_path / "c.npz", pictures=images)
     (tmp_path / "d.npz").write_text("no archive")
-    for name, message in {"c.npz": "must hold images .* got pictures uint8", "d.npz": "cannot be read as .npz"}.items():
+    (tmp_path / "e.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
+    np.save(tmp_path / "f.npy", images)
+    np.savez(tmp_path / "g.npz", images=images.astype(np.uint16))
+    np.savez(tmp_path / "h.npz", images=images, index=np.array([0.5, 1.5, 2.5]))
+    wrong = dict.fromkeys(("d.npz", "e.npz", "f.npy"), "cannot be read as .npz")
+    wrong |= {"c.npz": "must hold images .* got pictures uint8", "g.npz": "got images uint16", "h.npz": "index float64"}
+    for name, message in wrong.items():
         with pytest.raises(ValueError, match=message):
             HandedImages.read(tmp_path / name)
 

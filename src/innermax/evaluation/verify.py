@@ -1,10 +1,12 @@
 """Whether a claim about robustness, or a set of adversarial images, stands up to what can be tried here."""
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -114,17 +116,23 @@ class HandedImages:
             ValueError: it is not readable, or holds something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, BadZipFile, zlib.error) as error:  # .npy: no archive
             raise ValueError(f"{path} cannot be read as .npz: {summarize_error(error)}") from error
-        if "images" not in arrays or arrays["images"].dtype.kind not in "uf":
+        index = arrays.get("index", np.arange(len(arrays.get("images", ()))))
+        if "images" not in arrays or not _is_picture(arrays["images"].dtype) or index.dtype.kind not in "iu":
             found = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in arrays.items()) or "nothing"
-            raise ValueError(f"{path} must hold images (N, C, H, W), uint8 or floats in [0, 1], and index, got {found}")
+            raise ValueError(
+                f"{path} must hold images (N, C, H, W), uint8 or floats in [0, 1], and integers index, got {found}"
+            )
         images = torch.from_numpy(arrays["images"])
         images = images.float() / _LEVELS if images.dtype == torch.uint8 else images.float()
-        index = torch.from_numpy(arrays.get("index", np.arange(len(images))).astype(np.int64))
-        return cls(images, index)
+        return cls(images, torch.from_numpy(index.astype(np.int64)))
+
+
+def _is_picture(dtype: "np.dtype[Any]") -> bool:
+    return dtype == np.uint8 or dtype.kind == "f"
 
 
 def verify(
