@@ -38,14 +38,17 @@ browser:
 	&& apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null; } \
 	|| echo "Chromium is not here and cannot be installed: nobody looks at the report's page" >&2
 
-# The wheel in an environment with nothing but what it asks for, its demo from another folder; minutes, for torch.
+# The wheel in an environment with nothing but what it asks for: first core alone, then the command line's demo from
+# another folder; minutes, for torch.
 wheel-test: $(VENV)/installed
 	rm -rf dist build/wheel && mkdir -p build/wheel/elsewhere
 	$(BIN)/hatchling build -t wheel
 	$(PYTHON) -m venv build/wheel/environment
 	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt torch
 	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt dist/*.whl
-	cd build/wheel/elsewhere && ../environment/bin/innermax train digits --run-dir run
+	build/wheel/environment/bin/python tests/helpers/core_alone.py build/wheel/elsewhere --installed
+	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[cli]"
+	cd build/wheel/elsewhere && ../environment/bin/innermax train digits --run-dir demo
 	build/wheel/environment/bin/pip check
 
 docs: $(VENV)/installed

@@ -151,3 +151,19 @@ def test_pages_that_people_look_for():
     for page in ("CONTRIBUTING.md", "docs/contributing.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
             assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.filterwarnings("default")
+def test_core_is_whole_without_what_the_extras_bring(tmp_path):
+    """Attack, train, evaluate with the audit, save and load; each missing library is told in a line."""
+    script = Path(__file__).parent / "helpers" / "core_alone.py"
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "core is whole without any extra\n"
+
+
+def test_core_asks_for_little():
+    assert len(PROJECT["dependencies"]) <= 7
+    extras = PROJECT["optional-dependencies"]
+    assert extras["all"] == ["innermax[cli,data,report]"]
+    assert extras["dev"][0].startswith("innermax[all,")

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from innermax.reporting.hub import from_pretrained as from_pretrained
     from innermax.reporting.hub import push_to_hub as push_to_hub
     from innermax.reporting.hub import save_pretrained as save_pretrained
-    from innermax.reporting.page import report as report
+    from innermax.reporting.report import report as report
     from innermax.strategies import ATTA as ATTA
     from innermax.strategies import FAT as FAT
     from innermax.strategies import FGSMPGI as FGSMPGI

@@ -1,12 +1,12 @@
-"""Wilson's interval and the paired one."""
+"""Wilson's interval, the paired one and Student's."""
 
 import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
-from innermax.utils.intervals import paired_difference, wilson
+from innermax.utils.intervals import paired_difference, student, wilson
 
 
 @pytest.mark.parametrize("total", [1, 10, 1000])
@@ -29,6 +29,8 @@ def test_impossible_counts_are_refused():
     for confidence in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\)"):
             wilson(1, 2, confidence)
+        with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\)"):
+            student([1.0, 2.0], confidence)
 
 
 def test_the_paired_interval_by_hand():
@@ -49,3 +51,13 @@ def test_the_paired_interval_covers(first, second, total):
     intervals = [paired_difference(int(one), int(two), total) for one, two, _ in draws]
     covered = np.mean([interval.low <= first - second <= interval.high for interval in intervals])
     assert 0.94 <= covered <= 0.985
+
+
+@pytest.mark.parametrize("confidence", [0.01, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 6, 29, 30, 999])
+def test_students_interval_is_scipys(degrees, confidence):
+    values = np.random.default_rng(degrees).normal(3.0, 2.0, degrees + 1)
+    found = student(values.tolist(), confidence)
+    half = t.ppf((1 + confidence) / 2, degrees) * values.std(ddof=1) / math.sqrt(degrees + 1)
+    assert found.estimate == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-9, abs=1e-9)

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its exit status: 0, 1 where a claim is refuted, 2 for bad input, 130 when interrupted."""
     from innermax.utils.allocator import restart_keeping_memory
     from innermax.utils.encoding import accept_all_text
+    from innermax.utils.optional import MissingLibrary
 
     accept_all_text()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]  # it takes the rest, and does not look
             import_module(f"innermax.cli.{words[0]}").run(words[1:])  # that command's imports alone
-    except (ValueError, TypeError, ArithmeticError, OSError) as error:
+    except (ValueError, TypeError, ArithmeticError, OSError, MissingLibrary) as error:
         print(f"innermax: {_name_option(_one_line(error), words)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:

@@ -9,7 +9,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from innermax.utils.optional import extra
+
+with extra("cli"):
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 SOURCES = (
     "a run folder, a model file or folder, a Hub id, timm:NAME or, with --allow-code, module:function or a .pt2 "

@@ -26,6 +26,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image
 from innermax.utils.files import IN_MEMORY
+from innermax.utils.optional import extra
 
 _PART = 4 * 2**20  # bytes of images decoded at a time
 _MOST_ROWS = 256  # images decoded at a time
@@ -53,7 +54,8 @@ class Row(NamedTuple):
 @cache
 def image_formats() -> tuple[str, ...]:
     """The formats that images are read in: what Pillow decodes, as it calls them."""
-    from PIL import Image
+    with extra("data"):
+        from PIL import Image
 
     Image.init()
     known = set(Image.OPEN) - _UNREADABLE
@@ -64,7 +66,8 @@ def image_formats() -> tuple[str, ...]:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The endings of files in these formats, in small letters, such as .png."""
-    from PIL import Image
+    with extra("data"):
+        from PIL import Image
 
     known = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in known if kind in image_formats())
@@ -247,7 +250,8 @@ def read_pixels(rows: list[Row], size: tuple[int, int], mode: str) -> Array | No
 
 def _first_frame(image: "Image.Image", row: Row) -> "Image.Image":
     """The image as it is meant to be seen: of encoded ones the first frame, upright."""
-    from PIL import ExifTags, Image, ImageOps
+    with extra("data"):
+        from PIL import ExifTags, Image, ImageOps
 
     if isinstance(row.image, Image.Image):  # its pixels are what its owner sees
         return image
@@ -263,7 +267,8 @@ def _first_frame(image: "Image.Image", row: Row) -> "Image.Image":
 @contextmanager
 def _open_image(row: Row) -> "Iterator[Image.Image]":
     """Context manager: the image, of which only the header is read; failures become a ValueError with its name."""
-    from PIL import Image, UnidentifiedImageError
+    with extra("data"):
+        from PIL import Image, UnidentifiedImageError
 
     source: bytes | Path | Image.Image | None = row.image
     try:

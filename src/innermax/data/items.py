@@ -17,6 +17,7 @@ from torch import Tensor
 from innermax.data.decoding import Array, Row, decode, read_pixels, stack
 from innermax.data.image_set import ImageSet
 from innermax.utils.generators import restore_randomness, seed_randomness
+from innermax.utils.optional import find_loaded
 from innermax.utils.randomness import derive_seed
 from innermax.utils.validation import shorten
 
@@ -134,19 +135,22 @@ def _rows(source: Any, count: int, columns: tuple[str, str] | None) -> Iterator[
 
 def _read_item(source: Any, number: int, columns: tuple[str, str] | None) -> Row:
     """An example, its image a tensor or a PIL image."""
-    from PIL import Image
-
     name, item = f"item {number} of the data set", source[number]
     if columns is not None and isinstance(item, Mapping):
         item = tuple(item[column] for column in columns)
     if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], np.ndarray):
         item = (array_to_tensor(item[0], name), item[1])
-    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], (Tensor, Image.Image)):
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not _is_image(item[0]):
         raise TypeError(f"{name} must be (x, y) with x a tensor, array or PIL image, got {_describe(item)}")
     try:
         return Row(name, item[0], operator.index(item[1]))
     except TypeError:
         raise TypeError(f"y in {name} must be an integer, got {item[1]!r}") from None
+
+
+def _is_image(value: object) -> bool:
+    kind = find_loaded("PIL.Image", "Image")  # its objects cannot exist before it is imported
+    return isinstance(value, Tensor) or (isinstance(kind, type) and isinstance(value, kind))
 
 
 def array_to_tensor(array: Array, what: str) -> Tensor:

@@ -1,12 +1,13 @@
 """Data sets by name or from a folder, with their splits.
 
-pyarrow, PIL, scikit-learn and datasets are imported where they are used: training on tensors needs none of them.
+pyarrow, PIL and datasets are imported where they are used: digits, and training on tensors, need none of them.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from innermax.data.class_folders import from_class_folders, subfolders
 from innermax.data.decoding import to_rgb
 from innermax.data.image_set import Data, ImageSet
 from innermax.data.readers import from_hugging_face, from_parquet, open_parquet, read_class_names
-from innermax.utils.optional import import_library
+from innermax.utils.optional import MissingLibrary, extra, import_library
 from innermax.utils.randomness import permutation
 from innermax.utils.validation import unknown
 
@@ -158,12 +159,15 @@ def _hold_out(train: ImageSet, validation: float | int | None) -> tuple[ImageSet
 
 
 def _digits() -> _Splits:
-    """scikit-learn's 1,797 digits of 8×8 pixels, values 0…16 scaled to 0…255; a fixed fifth is the test split."""
-    from sklearn.datasets import load_digits
+    """The 1,797 digits of 8×8 pixels, values 0…16 scaled to 0…255; a fixed fifth is the test split.
 
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    everything = ImageSet(torch.from_numpy(pixels)[:, None], torch.from_numpy(digits.target.astype(np.int64)))
+    They are the test set of Optical Recognition of Handwritten Digits (Alpaydin & Kaynak 1998, UCI Machine Learning
+    Repository, CC BY 4.0), which scikit-learn has as load_digits.
+    """
+    with (resources.files("innermax") / "data" / "digits.npz").open("rb") as file, np.load(file) as digits:
+        pixels = np.rint(digits["images"] * (255 / 16)).astype(np.uint8)
+        labels = digits["labels"].astype(np.int64)
+    everything = ImageSet(torch.from_numpy(pixels)[:, None], torch.from_numpy(labels))
     order = permutation(_SPLIT_SEED, len(everything), 0)
     cut = len(everything) // 5
     train, test = everything[order[cut:].sort().values], everything[order[:cut].sort().values]
@@ -181,12 +185,15 @@ def _root(root: Path | None) -> Path | None:
 def _from_hub(name: str, revision: str | None, label_column: str | None, wanted: Sequence[str]) -> _Splits:
     source = _HUB[name]
     try:
-        datasets = import_library("datasets", "load_dataset")
+        with extra("data"):
+            datasets = import_library("datasets", "load_dataset")
         parts = {
             split: datasets.load_dataset(source.hub_id, source.configuration, split=split, revision=revision)
             for split in ("train", "test")
             if split in wanted
         }
+    except MissingLibrary:
+        raise
     except ImportError as error:
         raise ValueError(f"{name} from the Hugging Face Hub needs the library datasets: {error}") from error
     except Exception as error:  # a lost connection comes as the Hub client's own, httpx's or the system's error

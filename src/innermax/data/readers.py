@@ -15,7 +15,7 @@ from torch import Tensor
 from innermax.data.decoding import Array, Row, decode
 from innermax.data.image_set import ImageSet
 from innermax.data.items import arrays_to_tensor, draws_anew, read_items
-from innermax.utils.optional import find_loaded
+from innermax.utils.optional import extra, find_loaded
 from innermax.utils.serialization import parse_json
 
 _IMAGE_COLUMNS = ("image", "img")
@@ -27,8 +27,9 @@ _ROWS = 256  # rows of a table that are read at a time
 @contextmanager
 def open_parquet(file: Path) -> Iterator[Any]:
     """Context manager: an open parquet file. Any failure becomes a ValueError that begins with its name."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    with extra("data"):
+        import pyarrow as pa  # type: ignore[import-untyped]
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         if not file.is_file():

@@ -19,6 +19,7 @@ from innermax.models.files import hash_weights
 from innermax.models.wrappers import unwrap
 from innermax.utils.files import write_text
 from innermax.utils.intervals import Accuracy, Interval, accuracy, paired_difference
+from innermax.utils.optional import extra
 from innermax.utils.serialization import convert, parse_json
 from innermax.utils.validation import unknown
 
@@ -106,7 +107,8 @@ class Evaluation:
 
         They are <attack>_success, the opposite of <attack>_correct, and <attack>_<column of AttackRows>.
         """
-        import pandas
+        with extra("data"):
+            import pandas
 
         return pandas.DataFrame(self.columns())
 

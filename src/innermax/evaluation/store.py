@@ -13,6 +13,7 @@ import numpy.typing as npt
 import yaml
 
 from innermax.utils.files import is_vacant, read_config, write_bytes, write_text
+from innermax.utils.optional import extra
 from innermax.utils.serialization import differences, is_finite_number
 
 Column = npt.NDArray[Any]
@@ -106,6 +107,9 @@ class Parts:
     columns: dict[str, dict[str, Column]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.folder is not None:  # before hours of work whose rows could not be written
+            with extra("data"):
+                import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
         for name in self.kinds:
             self.held.setdefault(name, {})
             self.columns.setdefault(name, {})
@@ -178,8 +182,8 @@ class Parts:
 
     def _decode(self, content: bytes, name: str, start: int) -> Part:
         """A part from its file's bytes. Raises ValueError where they are not what `add` wrote."""
-        import pyarrow as pa  # type: ignore[import-untyped]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
         try:
             table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)

@@ -12,6 +12,7 @@ from innermax.models.hub import reach_hub
 from innermax.models.registry import build_model
 from innermax.models.wrappers import unwrap
 from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_json
+from innermax.utils.optional import extra
 from innermax.utils.serialization import parse_json
 
 # A source with one of these endings is a file, never a Hub id, which may hold a dot, too.
@@ -116,7 +117,8 @@ def _find_weights(path: Path, source: str, revision: str | None, described: bool
         raise ValueError(f"no model at {source}: expected a folder, a .safetensors file or a Hub id such as user/name")
     if at and (not told or revision not in (None, told)):
         raise ValueError(f"{source} must name one revision after its @, got {told!r} and revision={revision!r}")
-    from huggingface_hub import hf_hub_download
+    with extra("data"):
+        from huggingface_hub import hf_hub_download
 
     revision = told or revision
     with reach_hub() as fault:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from innermax.utils.optional import extra
 from innermax.utils.validation import summarize_error
 
 _PATIENCE = 5  # seconds
@@ -15,7 +16,8 @@ def reach_hub() -> Iterator[str | None]:
     if fault is None:
         yield None
         return
-    from huggingface_hub import constants
+    with extra("data"):
+        from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
@@ -26,7 +28,8 @@ def reach_hub() -> Iterator[str | None]:
 
 def find_fault() -> str | None:
     """Why the Hub cannot be reached, found within seconds; None: it can be."""
-    from huggingface_hub import constants, get_session
+    with extra("data"):
+        from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

@@ -27,6 +27,7 @@ from innermax.evaluation.scoring import Bench, scoring_logits
 from innermax.oracle.oracle import Oracle
 from innermax.threat import Threat
 from innermax.utils.intervals import Accuracy
+from innermax.utils.optional import extra
 from innermax.utils.validation import check_count
 
 _BYTES = 2_500_000  # of PNG files, so that the page that holds them as text stays below 5 MB
@@ -308,7 +309,8 @@ def _colour_change(change: Tensor) -> Pixels:
 
 def _encode_png(pixels: Pixels) -> bytes:
     """A PNG file, at most 96 pixels per side."""
-    from PIL import Image
+    with extra("report"):
+        from PIL import Image
 
     image = Image.fromarray(pixels)
     image.thumbnail((_SIDE, _SIDE))

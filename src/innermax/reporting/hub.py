@@ -13,6 +13,7 @@ from innermax.evaluation.result import Evaluation
 from innermax.models.files import find_description, save_model
 from innermax.models.files import load_saved_model as from_pretrained
 from innermax.utils.files import write_text
+from innermax.utils.optional import extra
 from innermax.utils.validation import summarize_error
 from innermax.utils.version import __version__
 
@@ -63,7 +64,8 @@ def push_to_hub(
     Raises:
         ValueError: the evaluation measured other weights; the Hub refuses, or cannot be reached.
     """
-    from huggingface_hub import HfApi
+    with extra("data"):
+        from huggingface_hub import HfApi
 
     with TemporaryDirectory(prefix="innermax-") as folder:
         save_pretrained(model, folder, evaluation, repo_id=repo_id, **about)
@@ -97,7 +99,8 @@ def model_card(
         license: as the Hub spells it, such as "apache-2.0".
         described: whether config.json describes the network.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    with extra("data"):
+        from huggingface_hub import ModelCard, ModelCardData
 
     training = None if training is None else _shorten_paths(training)
     data = _shorten_paths(data or (dict(training or {}).get("settings") or {}).get("data"))

@@ -6,24 +6,22 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from innermax.attacks.named import display_name
 from innermax.evaluation.audit import Audit, Evidence
 from innermax.evaluation.result import Evaluation
 from innermax.reporting import charts
-from innermax.reporting.contents import Entry, read_entries
+from innermax.reporting.contents import Entry
 from innermax.reporting.gallery import Picture
 from innermax.reporting.svg import Series, draw_interval, draw_legend, draw_spark, format_eps, format_number
 from innermax.threat import NORMS
 from innermax.utils.environment import environment
-from innermax.utils.files import write_text
 
 _SYMBOLS = {norm.__name__: norm.symbol for norm in NORMS.values()}
 _TONES = {"no failure found": "good", "nothing to audit": "none"}  # of a verdict; all others are bad
@@ -38,39 +36,8 @@ _MATRIX = 20  # classes; with more of them the most frequent confusions are list
 _LISTED = 20
 
 
-def report(
-    evaluations_or_runs: Any, path: str | Path, *, pictures: int = 200, device: torch.device | str | None = None
-) -> Path:
-    """Writes the robustness report, one HTML page that needs no other file or network; returns its path.
-
-    Args:
-        evaluations_or_runs: an Evaluation, a Run, an Exhibit, a run folder or the file of an evaluation's JSON; or
-            several of them, as a sequence or by the names that the page uses.
-        path: of the page; its folder must exist.
-        pictures: ≥ 0, the largest number of pictures made from run folders, whose models and images are loaded and
-            attacked again, as `innermax.gallery` does. 0: nothing is computed.
-        device: where to make them. None: where models are loaded to.
-
-    Raises:
-        ValueError, TypeError: evaluations_or_runs holds something else, or a file that is not readable; pictures is
-            negative; path cannot be written.
-    """
-    if isinstance(pictures, bool) or not isinstance(pictures, int):
-        raise TypeError(f"pictures must be an integer, got {pictures!r}")
-    if pictures < 0:
-        raise ValueError(f"pictures must be at least 0, got {pictures}")
-    path = Path(path)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"path {path} cannot be written: it is a folder, or its folder does not exist")
-    entries = read_entries(evaluations_or_runs, pictures, device)
-    write_text(path, _render(entries))
-    return path
-
-
-def _render(entries: Sequence[Entry]) -> str:
-    """The HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
+def render(entries: Sequence[Entry]) -> str:
+    """The HTML of a report of these models."""
     templates = Environment(
         loader=PackageLoader("innermax.reporting", "."),
         autoescape=True,

@@ -15,7 +15,8 @@ from innermax.reproduce.cache import Cache, Experiment, InUse, Result, hash_name
 from innermax.reproduce.scales import Scale, find_scale
 from innermax.reproduce.selection import select_experiments
 from innermax.utils.files import write_json, write_text
-from innermax.utils.validation import summarize_error, unknown
+from innermax.utils.optional import extra
+from innermax.utils.validation import unknown
 
 _MODULES = (tables, figures, theorem, ablations, efficiency, best)
 ARTIFACTS: dict[str, Artifact] = {artifact.name: artifact for module in _MODULES for artifact in module.ARTIFACTS}
@@ -52,8 +53,8 @@ def reproduce(
         say: takes lines of progress.
 
     Raises:
-        ValueError: an unknown name, scale, data set or strategy, minutes < 0, or no Matplotlib (pip install
-            'innermax[report]').
+        ValueError: an unknown name, scale, data set or strategy, or minutes < 0.
+        MissingLibrary: Matplotlib is not installed.
     """
     if minutes is not None and not minutes >= 0:
         raise ValueError(f"minutes must be ≥ 0 or None, got {minutes}")
@@ -76,11 +77,9 @@ def reproduce(
 
 
 def _require_matplotlib() -> None:
-    """Raises ValueError before hours are spent on numbers whose picture cannot be drawn."""
-    try:
+    """Raises MissingLibrary before hours are spent on numbers whose picture cannot be drawn."""
+    with extra("report"):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"pictures need pip install 'innermax[report]': {summarize_error(error)}") from error
 
 
 def _measure_all(experiments: Sequence[Experiment], cache: Cache, has_time: Callable[[], bool]) -> bool:

@@ -65,16 +65,41 @@ def paired_difference(only_first: int, only_second: int, total: int, confidence:
 
 
 def student(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """The mean of independent values and Student's interval of it. Raises ValueError for fewer than two."""
-    from scipy.stats import t
+    """The mean of independent values and Student's interval of it.
 
+    Raises ValueError for fewer than two values and for a confidence outside (0, 1).
+    """
     if len(values) < 2:
         raise ValueError(f"an interval over values needs at least two of them, got {len(values)}")
-    half = float(t.ppf((1 + confidence) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    half = _student_quantile(confidence, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return Interval(fmean(values), fmean(values) - half, fmean(values) + half, confidence)
 
 
+def _student_quantile(confidence: float, degrees: int) -> float:
+    """The t with P(|T| ≤ t) = confidence, by bisection over the angle of `_student_share`."""
+    _check_confidence(confidence)
+    low, high = 0.0, math.pi / 2
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _student_share(middle, degrees) < confidence else (low, middle)
+    return math.sqrt(degrees) * math.tan(middle)
+
+
+def _student_share(angle: float, degrees: int) -> float:
+    """P(|T| ≤ √degrees tan angle) of Student's T (Abramowitz & Stegun 1964, 26.7.3 and 26.7.4)."""
+    sine, cosine, odd = math.sin(angle), math.cos(angle), degrees % 2
+    term = cosine if odd else 1.0
+    total = 0.0 if degrees == 1 else term
+    for power in range(2 + odd, degrees - 1, 2):
+        term *= (power - 1) / power * cosine**2
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
 def _normal_quantile(confidence: float) -> float:
+    _check_confidence(confidence)
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence!r}")
-    return NormalDist().inv_cdf((1 + confidence) / 2)
