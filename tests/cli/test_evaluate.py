@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
+import torch
 
+import innermax as im
 from tests.helpers.commands import refused, said
 from tests.helpers.recipes import FAST
 
@@ -58,3 +61,26 @@ def test_rows_are_kept_and_named(folder, capsys, monkeypatch):
     status, _, err = said(capsys, *words, "--rows-dir", "part")
     assert (status, err.count("\n")) == (130, 1)
     assert "kept in part" in err
+
+
+def test_images_are_saved_for_verify(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    torch.manual_seed(0)
+    im.save_model("mine", im.build_model("digits-cnn", input_shape=(1, 8, 8)))
+    words = ["mine", "--data", "digits", "--threat.eps", "0.1"]
+    saving = ["evaluate", *words, "--attacks", "fgsm,pgd-5", "--limit", "60", "--save-images", "out"]
+    status, _, err = said(capsys, *saving)
+    assert (status, err) == (0, "")
+    with np.load("out/pgd-5.npz") as file:
+        wrong = int((file["labels"] != file["predictions"]).sum())
+        assert len(file["images"]) == 60
+        assert len(list(Path("out/pgd-5").glob("*.png"))) == wrong
+    status, out, _ = said(capsys, "verify", *words, "--attacks", "fgsm", "--limit", "60", "--images", "out/pgd-5.npz")
+    assert status == 0
+    assert f"ok  handed images inside the threat model: {wrong} of {wrong}" in out
+    assert f"ok  handed images misclassified alone and in a batch, twice: {wrong} of {wrong}" in out
+    assert "--save-images out exists and is no empty folder" in refused(capsys, *saving)
+    nothing = ["evaluate", *words, "--attacks", "", "--save-images", "other"]
+    assert "--save-images needs at least one attack" in refused(capsys, *nothing)
+    assert "unknown option '--save-images'" in refused(capsys, "verify", *words, "--save-images", "other")

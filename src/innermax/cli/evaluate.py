@@ -23,6 +23,7 @@ from innermax.cli.evaluation import (
 from innermax.cli.rows import measure_into, own_rows, print_place
 from innermax.distributed.launch import find_device, is_first
 from innermax.evaluation.curve import list_minimal
+from innermax.evaluation.saved_images import check_new_folder
 from innermax.reporting.tables import format_audit, format_curve, format_table
 
 
@@ -39,6 +40,10 @@ def _evaluate(source: str, chosen: Any) -> None:
     data_name, attacks = choose_data([source], chosen), choose_attacks([source], chosen)
     options = choose_options(chosen)
     check_file("--html", chosen.html)
+    if chosen.save_images is not None:
+        check_new_folder(Path(chosen.save_images), "--save-images")
+        if not attacks:
+            raise ValueError("--save-images needs at least one attack")
     model = load_source(source, chosen)
     test = load_images(data_name, [source], chosen)
     check_classes(model, test, chosen)
@@ -48,7 +53,14 @@ def _evaluate(source: str, chosen: Any) -> None:
 
     def evaluate(rows_dir: Path | None) -> im.Evaluation:
         return im.evaluate(
-            model, test.images, attacks, rows_dir=rows_dir, surrogates=surrogates, progress=is_first(), **options
+            model,
+            test.images,
+            attacks,
+            rows_dir=rows_dir,
+            surrogates=surrogates,
+            keep_images=chosen.save_images is not None,
+            progress=is_first(),
+            **options,
         )
 
     asked = [data_name, attacks, options | {"limit": chosen.limit}]
@@ -65,6 +77,8 @@ def _write_results(
     """Writes the files that are asked for, and prints the table and the audit."""
     if chosen.json is not None:
         evaluation.to_json(chosen.json)
+    if chosen.save_images is not None:
+        evaluation.save_images(chosen.save_images)
     if chosen.html is not None:
         device, (images, names) = find_device(chosen.device), test
         shown = im.gallery(model, images, attacks, evaluation, class_names=names, device=device) if attacks else None

@@ -254,6 +254,8 @@ class EvaluateSettings:
         allow_code: Allow the code of module:function or of a .pt2 program to run.
         json: File to write the whole result to, with every example.
         html: File to write the robustness report to.
+        save_images: New folder for the adversarial images: of each attack a .npz, and PNGs of what is misclassified.
+            They are also kept with the rows.
     """
 
     data: str | None = None
@@ -274,6 +276,7 @@ class EvaluateSettings:
     allow_code: bool = False
     json: str | None = None
     html: str | None = None
+    save_images: str | None = None
 
 
 @dataclass(frozen=True)

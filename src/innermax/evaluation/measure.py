@@ -21,7 +21,7 @@ from innermax.distributed.process_group import Ranks
 from innermax.distributed.spawn import run_processes
 from innermax.evaluation.arguments import check_images
 from innermax.evaluation.scoring import PROBABLE, AttackedBatch, Bench, Settings
-from innermax.evaluation.store import CLEAN, Column, Part, Parts, open_rows, read_plan, write_table
+from innermax.evaluation.store import CLEAN, IMAGE, Column, Part, Parts, open_rows, read_plan, write_table
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle, Precision
 from innermax.utils.copying import copy_model
@@ -212,7 +212,10 @@ def _attack_share(bench: Bench, parts: Parts, searches: Sequence[Search], rank: 
         mine = parts.find_missing(search.title)[rank::processes]
         with search.explain():
             for batch in bench.attack_batches(search.title, search.name, search.attack, search.oracle, mine):
-                parts.add(search.title, batch.start, Part(search.rows(batch), batch.seconds))
+                columns = dict(search.rows(batch))
+                if parts.image_shape is not None:
+                    columns[IMAGE] = batch.image.cpu().numpy()
+                parts.add(search.title, batch.start, Part(columns, batch.seconds))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from torch import nn
 
 from innermax.evaluation.audit import Audit
 from innermax.evaluation.curve import Curve, draw_curve, find_distances, list_minimal
+from innermax.evaluation.saved_images import write_images
 from innermax.evaluation.scoring import Settings
 from innermax.evaluation.store import CLEAN, AttackRows, Column, build_rows, check_column
 from innermax.models.files import hash_weights
@@ -75,6 +76,8 @@ class Evaluation:
         weights: fingerprint of the weights that were measured (`innermax.models.files.hash_weights`); None where it is
             not recorded.
         index: (N,) the examples' numbers in the set that they are a sample of; None: 0…N − 1.
+        images: (N, *features) float32 images of each attack that were scored, as far as they were asked for
+            (`keep_images`); `to_json` leaves them out.
     """
 
     settings: Settings
@@ -85,6 +88,7 @@ class Evaluation:
     audit: Audit | None = None
     weights: str | None = None
     index: Column | None = None
+    images: dict[str, Column] | None = None
 
     @cached_property
     def accuracy(self) -> dict[str, Accuracy]:
@@ -116,7 +120,7 @@ class Evaluation:
         """The columns of `examples` by name."""
         count = len(self.label)
         table = {
-            "index": np.arange(count) if self.index is None else self.index,
+            "index": self._numbers,
             "label": self.label,
             "clean_prediction": self.clean_prediction,
             "clean_correct": self.correct("clean"),
@@ -182,6 +186,37 @@ class Evaluation:
         """
         name = self._choose_minimal(attack)
         return draw_curve(name, self.settings.attacks[name], self.distances(name), eps)
+
+    def save_images(self, folder: str | Path) -> None:
+        """Writes the images of every attack into a new folder, whole or not at all.
+
+        <attack>.npz holds images (N, *features), labels, predictions and index, the examples' numbers: what
+        `innermax verify --images` and `HandedImages.read` take. Images are float32, after quantisation to 8 bits uint8.
+        Where they are grey or RGB images (C, H, W) in [0, 1], the folder <attack> has a PNG of each that is
+        misclassified, such as 00042-label3-predicted5.png. PNGs have 8 bits per value: unless images were evaluated
+        with quantize=8, rounding can undo what an attack achieved.
+
+        Raises:
+            ValueError: there are no images, or the folder exists and is not empty.
+            OSError: it cannot be written.
+        """
+        if not self.images:
+            raise ValueError("there are no images to save: evaluate at least one attack with keep_images=True")
+        arrays = {
+            name: {
+                "images": np.rint(images * 255).astype(np.uint8) if self.settings.quantize == 8 else images,
+                "labels": self.label,
+                "predictions": self.rows[name].prediction,
+                "index": self._numbers,
+            }
+            for name, images in self.images.items()
+        }
+        write_images(Path(folder), arrays)
+
+    @property
+    def _numbers(self) -> Column:
+        """(N,) the examples' numbers."""
+        return np.arange(len(self.label)) if self.index is None else self.index
 
     def _choose_minimal(self, attack: str | None) -> str:
         found = list_minimal(self.rows)

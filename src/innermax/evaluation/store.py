@@ -1,5 +1,6 @@
 """The rows of an evaluation in parts, one per batch and attack, which a folder can keep to resume from."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,10 +19,19 @@ from innermax.utils.serialization import differences, is_finite_number
 
 Column = npt.NDArray[Any]
 CLEAN = "clean"
+IMAGE = "image"  # the column of scored images, (N, *features)
 _CONFIGURATION = "config.yaml"
 _TABLE = "rows.parquet"
 _NUMBERS = "biuf"  # NumPy's letters for the types a column may have, unless _KINDS names it
-_KINDS = {"correct": "b", "probable": "b", "distance": "f", "prediction": "iu", "label": "iu", "index": "iu"}
+_KINDS = {
+    "image": "f",
+    "correct": "b",
+    "probable": "b",
+    "distance": "f",
+    "prediction": "iu",
+    "label": "iu",
+    "index": "iu",
+}
 _LONGEST = 150  # characters of one setting in a message
 
 
@@ -73,8 +83,9 @@ MINIMAL_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry i
 
 
 def build_rows(columns: Mapping[str, Column]) -> AttackRows:
-    """The rows of an attack from their columns by name."""
-    return (MinimalRows if "distance" in columns else AttackRows)(**columns)
+    """The rows of an attack from their columns by name, of which images are none."""
+    kept = {name: column for name, column in columns.items() if name != IMAGE}
+    return (MinimalRows if "distance" in kept else AttackRows)(**kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +105,7 @@ class Parts:
         count: examples in all.
         size: examples per part; the last may have fewer.
         folder: where each part is written to a file of its own, whole or not at all.
+        image_shape: the shape of one image, where parts of attacks have a column of images; None: they have none.
         held: the seconds of each part that is there.
         columns: the values of all parts, (count,) each. Arrays for each part, kept among the short-lived ones of a
             search, would fragment memory until the next batch does not fit.
@@ -103,6 +115,7 @@ class Parts:
     count: int
     size: int
     folder: Path | None
+    image_shape: tuple[int, ...] | None = None
     held: dict[str, dict[int, float]] = field(default_factory=dict)
     columns: dict[str, dict[str, Column]] = field(default_factory=dict)
 
@@ -144,9 +157,12 @@ class Parts:
                 if not path.exists():
                     continue
                 try:
-                    self.keep(name, start, self._decode(path.read_bytes(), name, start))
+                    part = self._decode(path.read_bytes(), name, start)
                 except ValueError as error:
                     warnings.warn(f"{path} is damaged ({error}): its rows are computed again", stacklevel=4)
+                    continue
+                if part is not None:
+                    self.keep(name, start, part)
 
     def count_written(self, folder: Path, name: str) -> int:
         """The number of examples whose parts are in a folder."""
@@ -166,7 +182,7 @@ class Parts:
         """Copies a part into the columns."""
         whole = self.columns[name]
         for key, column in part.columns.items():
-            values = whole[key] if key in whole else np.empty(self.count, column.dtype)
+            values = whole[key] if key in whole else np.empty((self.count, *column.shape[1:]), column.dtype)
             # The type differs where an attack leaves out what it reported for other parts.
             whole[key] = values.astype(np.result_type(values, column), copy=False)
             whole[key][start : start + len(column)] = column
@@ -180,28 +196,46 @@ class Parts:
         readable = re.sub(r"[^A-Za-z0-9.-]", "_", name)[:60]
         return folder / "parts" / f"{sorted(self.kinds).index(name)}-{readable}" / f"{start:09d}.parquet"
 
-    def _decode(self, content: bytes, name: str, start: int) -> Part:
-        """A part from its file's bytes. Raises ValueError where they are not what `add` wrote."""
+    def _decode(self, content: bytes, name: str, start: int) -> Part | None:
+        """A part from its file's bytes; None where they lack only the images.
+
+        Raises ValueError where they are not what `add` wrote.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+            file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+            there = [key for key in file.schema_arrow.names if key != IMAGE]
+            wanted = [*there, *([IMAGE] if self._has_images(name) and IMAGE in file.schema_arrow.names else [])]
+            table = file.read(columns=wanted)
             told = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-            columns = {key: table[key].to_numpy() for key in table.column_names}
+            columns = {key: table[key].to_numpy() for key in there}
             seconds, attack = float(told["seconds"]), told["attack"]
             index = columns.pop("index", np.empty(0))
             if attack != name or columns.keys() != self.kinds[name].keys():
                 raise ValueError(f"it holds {', '.join(columns)} of {attack!r}")
             for key, column in columns.items():
                 check_column(column, key, self._length(start), self.kinds[name][key])
+            if IMAGE in wanted:
+                columns[IMAGE] = self._shape_images(table[IMAGE], start)
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise ValueError(" ".join(str(error).split())[:120]) from error
         if not is_finite_number(seconds):
             raise ValueError(f"it took {seconds} seconds")
         if not np.array_equal(index, np.arange(start, start + self._length(start))):
             raise ValueError(f"it does not hold the examples {start}…{start + self._length(start) - 1}")
-        return Part(columns, seconds)
+        return None if self._has_images(name) and IMAGE not in columns else Part(columns, seconds)
+
+    def _has_images(self, name: str) -> bool:
+        return self.image_shape is not None and name != CLEAN
+
+    def _shape_images(self, lists: Any, start: int) -> Column:
+        """(n, *features) images of a part, of which each is a list of numbers in its file."""
+        shape = (self._length(start), *(self.image_shape or ()))
+        values: Column = np.asarray(lists.combine_chunks().flatten())
+        check_column(values, IMAGE, math.prod(shape))
+        return values.reshape(shape)
 
 
 def check_column(column: Column, name: str, count: int, kinds: str | None = None) -> None:
@@ -304,9 +338,17 @@ def _encode_parquet(columns: Mapping[str, Column], metadata: Mapping[str, object
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table({key: pa.array(column, from_pandas=False) for key, column in columns.items()})
+    table = pa.table({key: _encode_column(column) for key, column in columns.items()})
     sink = pa.BufferOutputStream()
     told = {key: repr(value) if isinstance(value, float) else str(value) for key, value in metadata.items()}
     pq.write_table(table.replace_schema_metadata(told), sink, write_page_checksum=True)
     content: bytes = sink.getvalue().to_pybytes()
     return content
+
+
+def _encode_column(column: Column) -> Any:
+    """A column for pyarrow; images as lists of their values."""
+    import pyarrow as pa
+
+    values = pa.array(column.reshape(-1), from_pandas=False)
+    return values if column.ndim == 1 else pa.FixedSizeListArray.from_arrays(values, column[0].size)

@@ -103,14 +103,19 @@ class HandedImages:
     Attributes:
         images: (N, *features) float32, as the model is to see them.
         index: (N,) the test images that they were made from, by number.
+        others: how many more images their file holds, which it does not call misclassified.
     """
 
     images: Float[Tensor, "n ..."]
     index: Int[Tensor, " n"]
+    others: int = 0
 
     @classmethod
     def read(cls, path: str | Path) -> "HandedImages":
         """From a .npz file: images, uint8 or floats in [0, 1], and index; without index they are the first test images.
+
+        Where it also holds labels and predictions, as `Evaluation.save_images` writes them, only those images are meant
+        to be adversarial whose prediction is not the label; the others are counted.
 
         Raises:
             ValueError: it is not readable, or holds something else.
@@ -126,9 +131,31 @@ class HandedImages:
             raise ValueError(
                 f"{path} must hold images (N, C, H, W), uint8 or floats in [0, 1], and integers index, got {found}"
             )
-        images = torch.from_numpy(arrays["images"])
+        chosen = _find_misclassified(path, arrays)
+        images = torch.from_numpy(arrays["images"])[chosen]
         images = images.float() / _LEVELS if images.dtype == torch.uint8 else images.float()
-        return cls(images, torch.from_numpy(index.astype(np.int64)))
+        others = len(arrays["images"]) - len(images)
+        return cls(images, torch.from_numpy(index.astype(np.int64))[chosen], others)
+
+
+def _find_misclassified(path: str | Path, arrays: Mapping[str, Any]) -> slice | Int[Tensor, " k"]:
+    """The rows of a file whose predictions are not their labels; all, where it does not hold both.
+
+    Raises ValueError where they do not fit the images, or no row is left.
+    """
+    if not {"labels", "predictions"} <= arrays.keys():
+        return slice(None)
+    labels, predictions = arrays["labels"], arrays["predictions"]
+    count = len(arrays["images"]) if arrays["images"].ndim else 0
+    if not all(part.shape == (count,) and part.dtype.kind in "iu" for part in (labels, predictions)):
+        raise ValueError(
+            f"labels and predictions of {path} must be {count} integers each, as it holds so many images, got "
+            f"{labels.dtype}{list(labels.shape)} and {predictions.dtype}{list(predictions.shape)}"
+        )
+    wrong = np.flatnonzero(labels != predictions)
+    if len(wrong) == 0:
+        raise ValueError(f"{path} holds no image whose prediction is not its label: none is meant to be adversarial")
+    return torch.from_numpy(wrong)
 
 
 def _is_picture(dtype: "np.dtype[Any]") -> bool:
@@ -263,6 +290,9 @@ def _judge_handed(
     x, y = (value.to(device) for value in whole.batch(index.to(whole.labels.device)))
     feasible = threat.around(x)
     inside = feasible.contains(x_adv, _TOLERANCE)
+    if handed.others:
+        told = f"{len(index)} of {len(index) + handed.others}; the others are left out"
+        yield Check("handed images whose own prediction is wrong", None, told), set()
     yield _count("handed images inside the threat model", inside, index, "outside"), set()
     fooled = _fools(model, x_adv, y)
     yield (
