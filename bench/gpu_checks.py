@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import innermax as im
 from innermax.losses import cross_entropy
 from innermax.oracle.oracle import Oracle
+from innermax.training.batch_attack import Attacked
 from innermax.utils.validation import summarize_error
 
 EPS = 8 / 255
@@ -246,7 +247,7 @@ def _memory(network: Network, device: str, smoke: bool) -> Verdict:
     attack = im.PGD(im.Linf(EPS), steps=1)
     for size in range(count // 8, count + 1, count // 8):
         attack(loop.state.oracle, x[-size:], y[-size:], final="none")
-        loop.descend(x, y, x, 0.0, count)
+        loop.descend(x, y, Attacked(x), 0.0, count)
     if device == "cpu":
         return NOT_HERE, "no GPU"
     used, there = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import innermax as im
+from innermax.training.batch_attack import Attacked
 
 STEPS, EPS = 10, 8 / 255
 NETWORKS: dict[str, tuple[str, dict[str, int]]] = {
@@ -74,7 +75,7 @@ class Case:
             self.loop.state.oracle.gradient(self.x, self.y, im.losses.cross_entropy)
 
     def update(self) -> None:
-        self.loop.descend(self.x, self.y, self.x, 0.0, len(self.x))
+        self.loop.descend(self.x, self.y, Attacked(self.x), 0.0, len(self.x))
 
     def operations(self) -> float:
         """Multiplications and additions of one step, as torch counts them."""

@@ -26,6 +26,7 @@ from timing import machine, ratio, shown, timed
 
 import innermax as im
 from innermax.objectives import Objective, cross_entropy
+from innermax.training.batch_attack import Attacked
 from innermax.training.loop import Loop
 
 CASES = {"mnist-cnn": ((1, 28, 28), 0.3, 128), "cifar-cnn": ((3, 32, 32), 8 / 255, 128)}
@@ -73,7 +74,7 @@ def passes_of(loop: Loop) -> dict[str, Callable[[], object]]:
     return {
         "S": lambda: attack(state.oracle, batch.x, batch.y, final="none"),
         "f": lambda: state.oracle.side_by_side(lambda some: state.oracle.logits(batch.x[some]), rows),
-        "U": lambda: loop.descend(batch.x, batch.y, x_adv, 0.0, len(batch.y)),
+        "U": lambda: loop.descend(batch.x, batch.y, Attacked(x_adv), 0.0, len(batch.y)),
         "b": pass_back,
     }
 

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import innermax as im
 from innermax.oracle.oracle import Oracle
 from innermax.strategies import Strategy
+from innermax.training.batch_attack import Attacked
 
 STEPS = 10
 
@@ -111,7 +112,7 @@ class Ours:
         return self.pgd(self.loop.state.oracle, self.x, self.y, final="none").x_adv
 
     def descend(self) -> None:
-        self.loop.descend(self.x, self.y, self.x, 0.0, len(self.x))
+        self.loop.descend(self.x, self.y, Attacked(self.x), 0.0, len(self.x))
 
 
 class Plain:

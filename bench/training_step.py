@@ -60,6 +60,7 @@ def count_operations(step: Ours) -> float:
 def ask(network: str, way: str) -> dict[str, float]:
     """The same in a process of its own."""
     environment = os.environ | ({"GLIBC_TUNABLES": TUNABLES} if way.startswith("ours") else {})
+    environment.pop("OMP_NUM_THREADS", None)  # a way says itself how many threads it takes
     command = [sys.executable, __file__, "--one", network, way]
     answer: dict[str, float] = json.loads(
         subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()[-1]

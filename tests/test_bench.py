@@ -16,6 +16,9 @@ from innermax.data.image_set import Data, ImageSet
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import gpu
 import gpu_checks
+import gpu_speed
+import objectives
+import speed
 import speedrun
 
 BENCH = Path(gpu.__file__).parent
@@ -55,6 +58,19 @@ def test_a_speed_run_in_small(tmp_path):
     again = run("speedrun.py", tmp_path)  # finds everything done
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     assert again.partition("## Result")[2].splitlines()[4:] == page.partition("## Result")[2].splitlines()[4:]
+
+
+def test_the_parts_of_a_step_that_are_timed():
+    setting = speed.SETTINGS["MNIST CNN"]
+    ours = speed.Ours(setting, *setting.images(4), "float32")
+    for part in (ours, ours.attack, ours.descend):
+        part()
+    case = gpu_speed.Case("wideresnet", {"depth": 10, "width": 1}, 4, "cpu")
+    for part in (case.step, case.attack, case.gradients, case.update):
+        part()
+    for part in objectives.passes_of(objectives.loop_of("mnist-cnn", objectives.cross_entropy, "float32")).values():
+        part()
+    assert gpu_checks._memory(("wideresnet", (3, 32, 32), {"depth": 10, "width": 1}), "cpu", smoke=True)[1] == "no GPU"
 
 
 @pytest.mark.parametrize("script", ["gpu.py", "speedrun.py"])
