@@ -186,9 +186,9 @@ def test_a_network_that_is_right_stays():
     assert oracle.recheck() is oracle
 
 
-@pytest.mark.parametrize(("cosine", "stays"), [(0.9499, True), (0.91, True), (0.89, False)])
+@pytest.mark.parametrize(("cosine", "stays"), [(0.9199, True), (0.85, True), (0.83, False)])
 def test_a_cosine_near_the_bar_does_not_switch_the_network(monkeypatch, cosine, stays):
-    """Taken from 0.95 on, left below 0.9; and what a fresh one answers, too, is not stale."""
+    """Taken from 0.92 on, left below 0.84; and what a fresh one answers, too, is not stale."""
     torch.manual_seed(0)
     x, _ = batch()
     model = BUILDS["view"]()

@@ -21,7 +21,8 @@ COPIED = "copied anew after each update"  # what cannot take over what the model
 _EXAMPLES = 2  # that a rewritten network is compared on
 _SAME_LOGITS, _SAME_GRADIENTS = 1e-6, 1e-4  # in float64: of the largest logit, of a gradient's largest entry
 _CLOSE_LOGITS, _CLOSE_COSINE = 1e-4, 0.999  # where float64 is not to be had: a ReLU may switch by rounding alone
-_LOW_LOGITS, _LOW_COSINE = 0.05, 0.95  # of a network in bf16
+# Of a network in bf16. The cosine lies below what untrained networks have, 0.944 to 0.957 in six of the 8-layer CNN.
+_LOW_LOGITS, _LOW_COSINE = 0.05, 0.92
 
 
 @dataclass(frozen=True)
