@@ -28,18 +28,13 @@ def _caches_of_its_own(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
 
 
-_AUDITING = ("test_audit", "test_audit_probes", "test_bounds", "test_docs")
+_AUDITING = ("test_audit", "test_audit_probes", "test_bounds", "test_docs", "test_zero_eps")
 
 
 @pytest.fixture(autouse=True)
 def _audits_only_where_they_are_tested(request, monkeypatch):
     """An audit's searches take longer than what most tests look at."""
-    if request.module.__name__.rpartition(".")[2] not in (
-        "test_audit",
-        "test_audit_probes",
-        "test_bounds",
-        "test_docs",
-    ):
+    if request.module.__name__.rpartition(".")[2] not in _AUDITING:
         monkeypatch.setattr("innermax.evaluation.evaluate._audit", lambda *_: None)
 
 

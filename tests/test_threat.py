@@ -628,13 +628,55 @@ def unhooked():
 @pytest.mark.parametrize(
     ("eps", "error"),
     [
-        *((eps, ValueError) for eps in (0.0, -0.1, math.nan, math.inf)),
+        *((eps, ValueError) for eps in (-0.1, math.nan, math.inf)),
         *((eps, TypeError) for eps in (True, "0.1", None, torch.tensor(0.1))),
     ],
 )
 def test_eps_is_checked(unhooked, norm, eps, error):
     with pytest.raises(error, match="eps"):
         norm(eps)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_equal_threats_have_one_name_whatever_numbers_they_are_given(unhooked, norm):
+    plain = norm(0.25, bounds=(0.0, 1.0))
+    for eps in (np.float64(0.25), np.float32(0.25), np.float16(0.25)):
+        for bounds in ((np.float32(0), np.float64(1)), [0.0, 1.0], (np.array(0.0), np.array(1.0))):
+            same = norm(eps, bounds=bounds)
+            assert (same, hash(same), repr(same)) == (plain, hash(plain), repr(plain))
+    assert repr(norm(-0.0)) == repr(norm(0.0))
+    assert norm(np.int64(0)) == norm(0.0)
+    own = norm(0.1, bounds=(np.zeros(3, np.float32), np.ones(3, np.float32)))
+    x = torch.tensor([[0.0, 0.5, 1.0]])
+    assert bool(own.contains(own.maximizer(torch.ones_like(x), x), x).all())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), None, (torch.zeros(3), torch.ones(3))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_size_nothing_but_x_is_left(norm, bounds, dtype):
+    threat, generator = norm(0.0, bounds=bounds), torch.Generator().manual_seed(0)
+    x = torch.tensor([[0.0, 0.5, 1.0], [0.2, 0.9, 0.4]], dtype=dtype)
+    gradient = torch.randn(2, 3, generator=generator, dtype=dtype)
+    gradient[0, 1] = 0
+    feasible = threat.around(x)
+    for point in (
+        threat.project(x + gradient, x),
+        threat.sample(x),
+        threat.maximizer(gradient, x),
+        threat.step(x, gradient, 0.5, x),
+        threat.step(x, gradient, 0.0, x),
+        threat.step(x, gradient, math.inf, x),
+        feasible.sample_near(torch.arange(2), 0.3),
+        feasible.without_bounds().project(x + gradient),
+    ):
+        assert torch.equal(point, x)
+    assert threat.contains(x, x).all()
+    assert not threat.contains(x + 1e-3 * (1 - 2 * x), x).any()
+    for bounded in (True, False):
+        assert threat.gap(gradient, x, x, bounded=bounded).tolist() == [0, 0]
+        assert threat.gap(gradient, x, x, bounded=bounded, relative=True).tolist() == [0, 0], "x is the maximizer"
+    assert bool(threat.gap(0 * gradient, x, x, relative=True).isnan().all())
 
 
 def test_eps_may_be_an_integer(unhooked):

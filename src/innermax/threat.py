@@ -9,7 +9,7 @@ u = x' − x, flattened to (B, d), with an interval [floor, ceiling] ∋ 0 for e
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,11 +33,11 @@ class Threat(ABC):
     A subclass is a norm, by its six abstract methods; it must have ‖u‖ ≥ |u_i| for every coordinate, as p-norms have.
 
     Args:
-        eps: radius ε > 0, in the units of the input.
+        eps: radius ε ≥ 0, in the units of the input; 0 allows nothing but x itself.
         bounds: (low, high), floats or tensors that broadcast to one input; None for inputs without bounds.
 
     Raises:
-        ValueError: ε is not a positive finite number or exceeds what the bounds allow; low ≥ high somewhere.
+        ValueError: ε is not a finite number of at least 0, or exceeds what the bounds allow; low ≥ high somewhere.
     """
 
     symbol: ClassVar[str]  # by which reports call a norm of NORMS
@@ -47,12 +47,12 @@ class Threat(ABC):
     def __post_init__(self) -> None:
         if not is_number(self.eps):
             raise TypeError(f"eps must be a number, got {type(self.eps).__name__}")
-        if isinstance(self.eps, np.generic):
-            object.__setattr__(self, "eps", self.eps.item())  # equal threat models have one name
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise ValueError(f"eps must be a positive finite number, got {self.eps}")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps must be a finite number of at least 0, got {self.eps}")
+        object.__setattr__(self, "eps", abs(_to_python(self.eps)))  # equal threat models have one name: 0 is no -0
         if self.bounds is None:
             return
+        object.__setattr__(self, "bounds", tuple(map(_to_python, self.bounds)))
         low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in self.bounds)
         if not bool((low < high).all()) or not bool(torch.isfinite(high - low).all()):
             raise ValueError(f"bounds must be finite with low < high, got {self.bounds}")
@@ -289,7 +289,8 @@ class FeasibleSet:
             return gap
         lowest = self.threat._vertex(-gradient, self.floor, self.ceiling)
         width = self.threat._gap(gradient, lowest, self.floor, self.ceiling)
-        return (gap / width).clamp(max=1.0).masked_fill((gradient == 0).all(1), math.nan)
+        share = (gap / width).clamp(max=1.0).masked_fill(width == 0, 0.0)  # x alone, where nothing else is allowed
+        return share.masked_fill((gradient == 0).all(1), math.nan)
 
     def _flat(self, values: Tensor, name: str) -> Flat:
         if values.shape != self.x.shape:
@@ -513,6 +514,13 @@ def fill(worth: Flat, room: Flat, amount: float | Scalar) -> Flat:
     room = room.clamp(max=amount).gather(1, order)
     taken = torch.minimum(room, (amount - (room.cumsum(1) - room)).clamp(min=0))
     return torch.zeros_like(taken).scatter(1, order, taken)
+
+
+def _to_python(value: Any) -> Any:
+    """NumPy's numbers as Python's, its arrays as tensors; others as they are."""
+    if isinstance(value, np.ndarray) and value.ndim > 0:
+        return torch.from_numpy(value)
+    return value.item() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _rescale(values: Flat) -> Flat:

@@ -91,7 +91,7 @@ def test_the_version(capsys):
         (["train", "mnist", "--epochs", "0"], "innermax: --epochs must be"),
         (["train", "mnist", "--batch_size=0"], "innermax: --batch-size must be at least 1, got 0"),
         (["train", "mnist", "--lr-drops", "[2]"], "innermax: --lr-drops must be"),
-        (["train", "mnist", "--threat.eps", "0"], "innermax: --threat.eps must be a positive finite number"),
+        (["train", "mnist", "--threat.eps", "-1"], "innermax: --threat.eps must be a finite number of at least 0"),
         (["train", "mnist", "--threat.eps", "nan"], "threat.eps"),
         (["train", "mnist", "--threat.eps", "3"], "eps must be at most 1"),
         (["train", "mnist", "--threat.norm", "l3"], "norm"),

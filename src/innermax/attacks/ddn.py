@@ -19,8 +19,8 @@ class DDN(MinimalAttack):
 
     After a step along the gradient of the cross-entropy, the perturbation is scaled, within the bounds, to a norm that
     is 5 % smaller than the one before where that has crossed the boundary, and 5 % larger where it has not. The first
-    norm is ε; it doubles until a point beyond the boundary is found. Steps are measured in the norm, so that a search
-    does not depend on the scale of the inputs.
+    norm is ε, or 1 where ε is 0; it doubles until a point beyond the boundary is found. Steps are measured in the norm,
+    so that a search does not depend on the scale of the inputs.
 
     Args:
         threat: L2, whose ε decides who has fallen; the search goes beyond it.
@@ -39,7 +39,7 @@ class DDN(MinimalAttack):
     def resize(self, search: Descent) -> Scalar:
         """The norm to which the next step is held."""
         if search.share == 1:
-            return torch.full_like(search.size, self.threat.eps)
+            return torch.full_like(search.size, self.threat.eps or 1.0)
         outwards = torch.full_like(search.radius, 1 + _FACTOR).masked_fill(torch.isinf(search.distance), 2.0)
         return search.radius * outwards.masked_fill(search.fallen, 1 - _FACTOR)
 

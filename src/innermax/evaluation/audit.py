@@ -124,7 +124,8 @@ class Audit:
     Attributes:
         verdict: "no failure found": nothing stronger gained more than half a point of robust accuracy; "not converged":
             something did; "gradients masked": something did, and the model's gradients mislead a search; "randomised":
-            the model draws random numbers, and no attack averages over them; "nothing to audit": no example survived.
+            the model draws random numbers, and no attack averages over them; "nothing to audit": no example survived,
+            or ε is 0.
         causes: what went wrong, in short; empty where no failure was found.
         advice: what to do about it; empty where no failure was found.
         evidence: what was measured.
@@ -141,7 +142,8 @@ class Audit:
         found = self.evidence
         untried = _describe_untried(found.untried)
         if self.verdict == "nothing to audit":
-            return f"Audit: nothing to audit. None of the {found.examples:,} images survived the attacks."
+            none = f"None of the {found.examples:,} images survived the attacks."
+            return f"Audit: nothing to audit. {none if found.survivors == 0 else 'With ε = 0 nothing may be changed.'}"
         if self.verdict == "randomised":
             return f"Audit: the model is randomised; these attacks do not average over its answers.{untried}"
         sample = f"{found.sampled:,} of {found.survivors:,} survivors"
@@ -193,7 +195,7 @@ def is_randomised(evidence: Evidence) -> bool:
 
 def judge(evidence: Evidence) -> Audit:
     """The audit of what was measured: its verdict, causes and advice."""
-    if evidence.survivors == 0:
+    if evidence.survivors == 0 or evidence.sampled == 0:
         return Audit("nothing to audit", (), "", evidence)
     if is_randomised(evidence) and not (evidence.averaged and evidence.total_gain <= TOLERANCE):
         cause = f"the same image twice gives logits that differ by {evidence.repeat_difference:.2g} of their spread"

@@ -134,13 +134,20 @@ def run_audit(subject: Subject) -> Audit:
         strongest=subject.strongest,
         averaged=any(getattr(attack, "samples", 1) > 1 for attack in subject.attacks.values()),
     )
-    if evidence.survivors == 0:
+    subject = _leave_out_empty(subject)
+    if evidence.survivors == 0 or not subject.attacks:
         return judge(evidence)
     sample = _draw_sample(subject)
-    evidence = replace(evidence, sampled=len(sample))
+    evidence = replace(evidence, sampled=len(sample), strongest=subject.strongest)
     evidence = _probe_model(subject, sample, evidence)
     evidence = _trace_attacks(subject, sample, evidence)
     return judge(_search_further(subject, sample, evidence))
+
+
+def _leave_out_empty(subject: Subject) -> Subject:
+    """The subject without attacks of ε = 0, which have nothing to search."""
+    attacks = {name: attack for name, attack in subject.attacks.items() if attack.threat.eps > 0}
+    return replace(subject, attacks=attacks, rows={name: subject.rows[name] for name in attacks})
 
 
 def _summarize_gauges(rows: AttackRows) -> SearchEvidence:

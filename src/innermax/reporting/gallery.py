@@ -97,7 +97,8 @@ class EpsCurve:
 class Gallery:
     """What a report shows beside an evaluation's numbers.
 
-    `pictures` is empty where inputs are not images of 1 or 3 channels; `sweep` is None without an attack; `weights` is
+    `pictures` is empty where inputs are not images of 1 or 3 channels; `sweep` is None without an attack, or where
+    its ε is 0; `weights` is
     the evaluation's.
     """
 
@@ -154,7 +155,7 @@ def gallery(
             oracle, exact = bench.attack_oracle(model, "float32"), Oracle(model)
             if len(images.shape) == 3 and images.shape[0] in (1, 3):
                 shown = tuple(_limit_bytes(_make_pictures(bench, attacks, oracle, exact, chosen), _BYTES))
-            swept = _measure_curve(bench, model, sizes)
+            swept = _measure_curve(bench, model, sizes) if sizes else None
     return Gallery(shown[:pictures], swept, names, evaluation.weights)
 
 
@@ -270,7 +271,9 @@ def _limit_bytes(pictures: Iterator[Picture], limit: int) -> Iterator[Picture]:
 
 
 def _attacks_by_size(images: ImageSet, threat: Threat) -> dict[str, PGD]:
-    """PGD-10 with a shrinking step for each size of the perturbation that fits between the bounds."""
+    """PGD-10 with a shrinking step for each size of the perturbation that fits between the bounds; none of ε = 0."""
+    if threat.eps == 0:
+        return {}
     x, _ = images.batch(torch.arange(1, device=images.images.device))
     attacks = {}
     for size in _SIZES:

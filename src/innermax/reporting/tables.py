@@ -49,7 +49,8 @@ def format_curve(evaluation: Evaluation, attack: str) -> Table:
     At each ε it is the lower of that attack's and of all others' of its norm.
     """
     eps = evaluation.curve([], attack=attack).own_eps
-    curve = evaluation.curve([factor * eps for factor in _FACTORS], attack=attack)
+    scale = eps or evaluation.curve(attack=attack).eps[-1]  # where ε is 0, the distance of nearly all images
+    curve = evaluation.curve(list(dict.fromkeys(factor * scale for factor in _FACTORS)), attack=attack)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(f"{display_name(attack)}, at other ε"))
     table.title_justify, table.title_style = "left", ""
     for heading in ("ε", "accuracy\n%", "95 %\ninterval"):
