@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from innermax.data.streaming import ImageStream as ImageStream
     from innermax.evaluation.evaluate import evaluate as evaluate
     from innermax.evaluation.result import Evaluation as Evaluation
+    from innermax.evaluation.sizes import evaluate_each_eps as evaluate_each_eps
     from innermax.evaluation.transfer import Transfer as Transfer
     from innermax.evaluation.transfer import transfer as transfer
     from innermax.evaluation.verify import HandedImages as HandedImages

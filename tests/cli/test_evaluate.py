@@ -84,3 +84,32 @@ def test_images_are_saved_for_verify(tmp_path, monkeypatch, capsys):
     nothing = ["evaluate", *words, "--attacks", "", "--save-images", "other"]
     assert "--save-images needs at least one attack" in refused(capsys, *nothing)
     assert "unknown option '--save-images'" in refused(capsys, "verify", *words, "--save-images", "other")
+
+
+def test_several_sizes_make_one_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    torch.manual_seed(0)
+    im.save_model("mine", im.build_model("digits-cnn", input_shape=(1, 8, 8)))
+    words = ["evaluate", "mine", "--data", "digits", "--limit", "40", "--attacks", "fgsm,pgd-3"]
+    files = ["--json", "s.json", "--html", "s.html", "--rows-dir", "rows", "--save-images", "images"]
+    status, out, err = said(capsys, *words, "--threat.eps", "[0,8/255,0.1]", *files)
+    assert (status, err) == (0, "")
+    document = json.loads(Path("s.json").read_text())
+    found = [(part["eps"], part["evaluation"]) for part in document["evaluations"]]
+    assert [eps for eps, _ in found] == [0.0, 8 / 255, 0.1]
+    for eps, one in found:
+        alone = f"alone-{eps}.json"
+        assert said(capsys, *words, "--threat.eps", str(eps), "--json", alone)[0] == 0
+        assert json.loads(Path(alone).read_text())["accuracy"] == one["accuracy"]
+        assert f"{100 * one['worst_case']['value']:.2f}" in out
+        assert Path(f"images/pgd-3-eps-{eps}.npz").is_file()
+        assert im.Evaluation.from_json(json.dumps(one)).settings.count == 40
+    assert [line.split()[0] for line in out.splitlines() if line[:9].strip() in ("0", "8/255", "0.1")]
+    assert out.count("Example by example: rows/eps-") == 3
+    assert "ε = 8/255" in Path("s.html").read_text(encoding="utf-8")
+    assert "--threat.eps must hold at least one number" in refused(capsys, *words, "--threat.eps", "[]")
+    assert "--threat.eps must be a number" in refused(capsys, "verify", *words[1:4], "--threat.eps", "[0.1,0.2]")
+    assert "at least one attack for several --threat.eps" in refused(
+        capsys, *words[:-1], "", "--threat.eps", "[0.1,0.2]"
+    )

@@ -17,6 +17,7 @@ from innermax.data.class_names import match_classes, read_classes
 from innermax.data.image_set import ImageSet
 from innermax.data.load import load_test_set
 from innermax.distributed.launch import count_processes, find_device
+from innermax.evaluation.sizes import check_sizes
 from innermax.models.wrappers import IMAGENET_STATISTICS
 from innermax.oracle.oracle import Oracle
 from innermax.threat import NORMS
@@ -25,15 +26,17 @@ from innermax.training.run_folder import read_settings
 _PASSED_ON = ("batch_size", "seed", "quantize", "precision")
 
 
-def evaluation_parser(usage: str, description: str, skip: set[str | int]) -> Parser:
-    """The parser of a command that attacks trained models, without the options to skip."""
+def evaluation_parser(usage: str, description: str, skip: set[str | int], *, sizes: bool = False) -> Parser:
+    """The parser of a command that attacks trained models, without the options to skip; sizes: ε may be several."""
     parser = build_parser(usage, description)
     parser.add_class_arguments(EvaluateSettings, as_group=False, skip=skip | {"attacks"})
     parser.add_argument("--attacks", type=str, default=TABLE, help=f"Attacks, separated by commas: {list_names()}.")
     norm = f"Norm of the perturbations: {', '.join(NORMS)}. Without it, the run's own."
     parser.add_argument("--threat.norm", type=NormName | None, help=norm)
     eps = "Largest size of a perturbation, such as 8/255. Without it, the run's own."
-    parser.add_argument("--threat.eps", type=float | None, help=eps)
+    if sizes:
+        eps += " Several, such as [0.1,0.2], are evaluated one after the other."
+    parser.add_argument("--threat.eps", type=float | list[float] | None if sizes else float | None, help=eps)
     return parser
 
 
@@ -119,12 +122,28 @@ def check_classes(model: nn.Module, test: TestImages, chosen: Any) -> None:
         raise ValueError(f"--classes {chosen.classes} names {len(test.class_names)} classes, the model has {found}")
 
 
-def choose_attacks(sources: Sequence[str], chosen: Any) -> dict[str, Attack]:
+def choose_sized_attacks(sources: Sequence[str], chosen: Any) -> dict[float | None, dict[str, Attack]]:
+    """The attacks for each ε that was asked for; None: for the one that a list of sizes was not asked for."""
+    eps = chosen.threat.eps
+    if not isinstance(eps, list):
+        return {None: choose_attacks(sources, chosen)}
+    check_sizes(eps, "--threat.eps")
+    found: dict[float | None, dict[str, Attack]] = {}
+    for size in eps:
+        found[size] = choose_attacks(sources, chosen, size)
+    if not found[eps[0]]:
+        raise ValueError(f"--attacks must name at least one attack for several --threat.eps, got {chosen.attacks!r}")
+    return found
+
+
+def choose_attacks(sources: Sequence[str], chosen: Any, size: float | None = None) -> dict[str, Attack]:
     """The attacks by name, in the threat model that was asked for or else in that of the run folders.
+
+    size: the ε, where several were asked for.
 
     Raises ValueError where the size of perturbations is not known: an ε belongs to its norm.
     """
-    norm, eps = chosen.threat.norm, chosen.threat.eps
+    norm, eps = chosen.threat.norm, chosen.threat.eps if size is None else size
     if norm is None or eps is None:
         own = find_setting(sources, "threat", "--threat.norm and --threat.eps") or {}
         norm = norm or own.get("norm", "linf")

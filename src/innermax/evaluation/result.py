@@ -202,16 +202,19 @@ class Evaluation:
         """
         if not self.images:
             raise ValueError("there are no images to save: evaluate at least one attack with keep_images=True")
-        arrays = {
+        write_images(Path(folder), self.image_arrays())
+
+    def image_arrays(self) -> dict[str, dict[str, Column]]:
+        """What `save_images` writes of each attack: images, labels, predictions and index."""
+        return {
             name: {
                 "images": np.rint(images * 255).astype(np.uint8) if self.settings.quantize == 8 else images,
                 "labels": self.label,
                 "predictions": self.rows[name].prediction,
                 "index": self._numbers,
             }
-            for name, images in self.images.items()
+            for name, images in (self.images or {}).items()
         }
-        write_images(Path(folder), arrays)
 
     @property
     def _numbers(self) -> Column:
