@@ -99,7 +99,7 @@ def _text(numbers: Numbers) -> str:
         "`WarmStart` with two steps and, on MNIST, a learning rate of 0.05 with a cosine schedule"
         + (f"; {_describe_short()}" if numbers.get("scale") == "full" else "")
         + "; the rest is the paper's training. Accuracy in %; *paper*: its best defence, Dynamic. The guided attack, "
-        f"about as strong as AutoAttack, is run on the first {FEW_IMAGES:,} images.",
+        f"a cheaper stand-in for AutoAttack, is run on the first {FEW_IMAGES:,} images.",
     ]
     for data, rows in numbers["best"].items():
         parts += [f"## {TITLES[data]}", markdown_table(rows, ("clean", *TABLE_ATTACKS, STRONGEST))]

@@ -29,7 +29,7 @@ def build_attacks(eps: float, names: Sequence[str] = TABLE_ATTACKS) -> Attacks:
 
 
 def build_strongest(scale: Scale, eps: float) -> Attacks:
-    """The guided attack, about as strong as AutoAttack: it tells robustness from masked gradients."""
+    """The guided attack, a cheaper stand-in for AutoAttack: it tells robustness from masked gradients."""
     return ((STRONGEST, GuidedPGD(Linf(eps), budget=scale.budget)),)
 
 

@@ -68,7 +68,7 @@ def _text(numbers: Numbers) -> str:
     parts = [
         "MNIST, accuracy in %. *Gradients* are input gradients per training image over the whole training. The last "
         f"two columns are measured on the first {FEW_IMAGES:,} test images: PGD-100 with step ε/10 and three restarts, "
-        "and the guided attack, about as strong as AutoAttack.",
+        "and the guided attack, a cheaper stand-in for AutoAttack.",
         markdown_table(numbers["rows"], _SHOWN),
         *format_differences(numbers["differences"], "Standard", _SHOWN),
     ]

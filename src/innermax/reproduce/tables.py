@@ -122,7 +122,7 @@ ARTIFACTS = (
         "Table 1: white-box robustness",
         _table_1,
         ("clean", *TABLE_ATTACKS, STRONGEST),
-        f"{_READING} *Guided* is about as strong as AutoAttack, on the first {FEW_IMAGES:,} images; it is not in the "
+        f"{_READING} *Guided* is a cheaper stand-in for AutoAttack, on the first {FEW_IMAGES:,} images; it is not in the "
         "paper.",
     ),
     _table_artifact(
