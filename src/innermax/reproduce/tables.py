@@ -122,8 +122,8 @@ ARTIFACTS = (
         "Table 1: white-box robustness",
         _table_1,
         ("clean", *TABLE_ATTACKS, STRONGEST),
-        f"{_READING} *Guided* is a cheaper stand-in for AutoAttack, on the first {FEW_IMAGES:,} images; it is not in the "
-        "paper.",
+        f"{_READING} *Guided* is a cheaper stand-in for AutoAttack, on the first {FEW_IMAGES:,} images; it is not in "
+        "the paper.",
     ),
     _table_artifact(
         "table2",
