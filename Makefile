@@ -49,6 +49,7 @@ wheel-test: $(VENV)/installed
 	build/wheel/environment/bin/python tests/helpers/core_alone.py build/wheel/elsewhere --installed
 	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[cli]"
 	cd build/wheel/elsewhere && ../environment/bin/innermax train digits --run-dir demo
+	cd build/wheel/elsewhere && ../environment/bin/innermax evaluate innermax/digits-linf-0.15 --data digits --attacks pgd-20
 	build/wheel/environment/bin/pip check
 
 docs: $(VENV)/installed

@@ -28,7 +28,7 @@ def _caches_of_its_own(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
 
 
-_AUDITING = ("test_audit", "test_audit_probes", "test_bounds", "test_docs", "test_zero_eps")
+_AUDITING = ("test_audit", "test_audit_probes", "test_bounds", "test_docs", "test_readme", "test_zero_eps")
 
 
 @pytest.fixture(autouse=True)

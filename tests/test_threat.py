@@ -12,7 +12,7 @@ from jaxtyping import config
 from scipy import optimize, stats
 
 import innermax as im
-from innermax.threat import L1, L2, Linf, Threat, build_threat
+from innermax.threat import L1, L2, Linf, Threat, build_threat, format_eps
 from innermax.threat import NORMS as NAMES
 from tests.helpers.threats import ScaledL2, WeightedLinf
 
@@ -836,3 +836,7 @@ def test_a_numpy_number_is_a_number(eps):
     threat = Linf(eps)
     assert threat == Linf(float(eps))
     assert repr(threat) == repr(Linf(eps.item()))
+
+
+def test_sizes_are_written_as_usual():
+    assert (format_eps(8 / 255), format_eps(0.3), format_eps(0.5)) == ("8/255", "0.3", "0.5")

@@ -508,6 +508,12 @@ def build_threat(norm: str, eps: float) -> Threat:
     return NORMS[norm](eps)
 
 
+def format_eps(eps: float) -> str:
+    """A size of perturbations as it is usually written: in 255ths where that is a whole number."""
+    levels = eps * 255
+    return f"{levels:.0f}/255" if 1 <= round(levels) < 64 and abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+
+
 def fill(worth: Flat, room: Flat, amount: float | Scalar) -> Flat:
     """How much of `amount` each coordinate takes when the worthiest are filled to their room first."""
     order = worth.argsort(dim=1, descending=True, stable=True)

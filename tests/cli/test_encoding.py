@@ -24,7 +24,7 @@ def printed(*words, cwd=None, **environment):
     ],
     ids=["cp1252", "latin-1", "locale C"],
 )
-@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["train", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["models"], ["train", "--help"], ["evaluate", "--help"]])
 def test_help(words, environment):
     status, out, err = printed(*words, **environment)
     assert (status, err) == (0, b"")

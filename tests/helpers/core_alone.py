@@ -46,6 +46,8 @@ def check_what_core_does(folder):
     im.save_model(folder / "model", model)
     same = im.load_model(folder / "model")
     assert torch.allclose(same(x), model.eval()(x), atol=1e-5)
+    robust = im.load_model("innermax/digits-linf-0.15")
+    assert im.evaluate(robust, data.test[:40], {}).accuracy["clean"].correct > 35
     return evaluation, data
 
 
@@ -97,7 +99,7 @@ def check_the_commands():
     """The command line without its extra: help and lists work, the others say what is missing."""
     from innermax.cli import main
 
-    for words in ([], ["--version"], ["recipes"]):
+    for words in ([], ["--version"], ["recipes"], ["models"]):
         with contextlib.redirect_stdout(io.StringIO()) as told:
             assert main(words) == 0, words
         assert told.getvalue()

@@ -11,7 +11,7 @@ from innermax.cli import main
 from innermax.cli.recipes import recipe_names
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("recipes", "train", "sweep", "evaluate", "transfer", "verify", "reproduce", "report", "export")
+COMMANDS = ("recipes", "models", "train", "sweep", "evaluate", "transfer", "verify", "reproduce", "report", "export")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 

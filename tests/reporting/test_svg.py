@@ -28,7 +28,6 @@ def test_axes_by_hand():
     assert [text for _, text in axis.ticks] == ["≤10⁻⁴", "0.001", "0.01", "0.1", "1"]
     assert axis.share(0.0) == 0
     assert axis.share(0.01) == pytest.approx(0.5)
-    assert (svg.format_eps(8 / 255), svg.format_eps(0.3), svg.format_eps(0.5)) == ("8/255", "0.3", "0.5")
 
 
 def test_the_numbers_of_an_axis_stand_beside_it():

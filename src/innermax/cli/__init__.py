@@ -10,6 +10,7 @@ _HELP = """usage: innermax COMMAND …
 Train classifiers that withstand adversarial examples, and know whether a robustness number can be believed.
 
   innermax recipes                            list the recipes that come with innermax
+  innermax models                             list the robust models that come with innermax
   innermax train digits                       train a robust classifier, in a minute on two cores
   innermax train mnist --strategy standard    the paper's setting, with another defence
   innermax sweep digits --seed 0 1 2          train once for each value, or combination of values, of the options
@@ -24,7 +25,7 @@ innermax COMMAND --help lists the options of a command. Fractions such as 8/255 
 true or false is true without a value.
 """
 _COMPUTING = ("train", "sweep", "evaluate", "transfer", "verify", "report", "reproduce")
-_COMMANDS = ("train", "sweep", "evaluate", "transfer", "verify", "report", "export", "recipes", "reproduce")
+_COMMANDS = ("train", "sweep", "evaluate", "transfer", "verify", "report", "export", "recipes", "models", "reproduce")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ with extra("cli"):
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 SOURCES = (
-    "a run folder, a model file or folder, a Hub id, timm:NAME or, with --allow-code, module:function or a .pt2 "
-    "program of torch.export"
+    "a run folder, a model file or folder, a name from innermax models, a Hub id, timm:NAME or, with --allow-code, "
+    "module:function or a .pt2 program of torch.export"
 )
 _FRACTION = re.compile(r"(?<![\w./])(\d+\.?\d*)/(\d+\.?\d*)(?![\w./])")
 _OPTION = re.compile(r"(?<![\w-])--\w[\w.-]*")

@@ -26,8 +26,8 @@ from innermax.distributed.launch import find_device, is_first
 from innermax.evaluation.curve import list_minimal
 from innermax.evaluation.saved_images import check_new_folder, write_images
 from innermax.evaluation.sizes import name_folder
-from innermax.reporting.svg import format_eps
 from innermax.reporting.tables import format_audit, format_curve, format_sizes, format_table
+from innermax.threat import format_eps
 from innermax.utils.files import write_text
 
 # By ε, None for the only one: the attacks and what came of them.

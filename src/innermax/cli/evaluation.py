@@ -1,7 +1,7 @@
 """What `innermax evaluate` and `innermax transfer` share: options, data set, threat model and attacks."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from innermax.data.image_set import ImageSet
 from innermax.data.load import load_test_set
 from innermax.distributed.launch import count_processes, find_device
 from innermax.evaluation.sizes import check_sizes
+from innermax.models.pretrained import find_pretrained
 from innermax.models.wrappers import IMAGENET_STATISTICS
 from innermax.oracle.oracle import Oracle
 from innermax.threat import NORMS
@@ -41,7 +42,7 @@ def evaluation_parser(usage: str, description: str, skip: set[str | int], *, siz
 
 
 def choose_data(sources: Sequence[str], chosen: Any) -> str:
-    """The data set that was asked for, or else that of the run folders. Raises ValueError where there is neither."""
+    """The data set that was asked for, or else that of the sources. Raises ValueError where there is neither."""
     data: str | None = chosen.data or find_setting(sources, "data", "--data")
     if data is None:
         folders = f"{sources[0]} is no run folder" if len(sources) == 1 else "none of the sources is a run folder"
@@ -137,7 +138,7 @@ def choose_sized_attacks(sources: Sequence[str], chosen: Any) -> dict[float | No
 
 
 def choose_attacks(sources: Sequence[str], chosen: Any, size: float | None = None) -> dict[str, Attack]:
-    """The attacks by name, in the threat model that was asked for or else in that of the run folders.
+    """The attacks by name, in the threat model that was asked for or else in that of the sources.
 
     size: the ε, where several were asked for.
 
@@ -163,18 +164,26 @@ def choose_options(chosen: Any) -> dict[str, Any]:
 
 
 def find_setting(sources: Sequence[str], setting: str, option: str) -> Any:
-    """What the run folders among the sources record of a setting, None where none does.
+    """What run folders and models that come with innermax, among the sources, record of a setting; None: none does.
 
     Raises ValueError where they differ; it tells of the option that decides.
     """
     found: list[tuple[str, Any]] = []
-    for source in filter(is_run_folder, sources):
-        value = read_settings(Path(source)).get(setting)
+    for source in sources:
+        value = _read_settings(source).get(setting)
         if value is not None:
             found.append((source, value))
         if found and found[-1][1] != found[0][1]:
             raise ValueError(f"{found[0][0]} and {source} differ in their {setting}: give {option}")
     return found[0][1] if found else None
+
+
+def _read_settings(source: str) -> Mapping[str, Any]:
+    """The data set and threat model of a source by name, where they are known."""
+    if is_run_folder(source):
+        return read_settings(Path(source))
+    own = find_pretrained(source)
+    return {} if own is None else {"data": own.data, "threat": own.threat}
 
 
 def is_run_folder(source: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from innermax.models.hub import reach_hub
+from innermax.models.pretrained import check_file, find_pretrained
 from innermax.models.registry import build_model
 from innermax.models.wrappers import unwrap
 from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_json
@@ -55,8 +56,8 @@ def load_saved_model(source: str | Path, model: nn.Module | None = None, revisio
     """A model from a folder or file that innermax wrote, or from the Hugging Face Hub; in evaluation mode.
 
     Args:
-        source: a run or model folder, a .safetensors file with config.json beside it, or a Hub id such as "user/name",
-            also "user/name@revision".
+        source: a run or model folder, a .safetensors file with config.json beside it, a model that comes with innermax,
+            such as "innermax/digits-linf-0.15", or a Hub id such as "user/name", also "user/name@revision".
         model: the network to load the weights into, if innermax did not build it; changed in place.
         revision: branch, tag or commit on the Hub.
 
@@ -104,6 +105,14 @@ def _fill_from_file(model: nn.Module, tensors: Mapping[str, Tensor], path: Path)
 
 def _find_weights(path: Path, source: str, revision: str | None, described: bool) -> Path:
     """The path of the weights file, downloaded if need be; described: whether config.json is needed, too."""
+    own = find_pretrained(source)
+    if own is not None:
+        if revision is not None:
+            raise ValueError(f"{source} comes with innermax, at one revision: leave revision out, got {revision!r}")
+        place = own.folder if own.hub is None else Path(f"{own.hub.repo}@{own.hub.revision}")
+        found = _find_weights(place, str(place), None, described)
+        check_file(found, own)
+        return found
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():

@@ -35,7 +35,8 @@ def load_model(
     """A model from a file, the Hugging Face Hub, timm, or code; in evaluation mode.
 
     Args:
-        source: a run or model folder or a .safetensors file that innermax wrote; a Hub id such as "user/name",
+        source: a run or model folder or a .safetensors file that innermax wrote; a robust model that comes with
+            innermax, such as "innermax/digits-linf-0.15" (`innermax models` lists them); a Hub id such as "user/name",
             or "user/name@revision" with a branch, tag or commit;
             "timm:NAME", timm's pretrained network with the normalisation it was trained with in front. With allow_code
             also "module:function", called without arguments, where the current directory is searched first; or a .pt2

@@ -22,12 +22,11 @@ from innermax.reporting.svg import (
     draw_legend,
     draw_mirrored,
     draw_vertical,
-    format_eps,
     format_number,
     linear_axis,
     log_axis,
 )
-from innermax.threat import NORMS
+from innermax.threat import NORMS, format_eps
 
 _LOWEST = 1e-4  # relative FOSC; smaller values are shown as this
 _BINS = 20

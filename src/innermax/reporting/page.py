@@ -19,8 +19,8 @@ from innermax.evaluation.result import Evaluation
 from innermax.reporting import charts
 from innermax.reporting.contents import Entry
 from innermax.reporting.gallery import Picture
-from innermax.reporting.svg import Series, draw_interval, draw_legend, draw_spark, format_eps, format_number
-from innermax.threat import NORMS
+from innermax.reporting.svg import Series, draw_interval, draw_legend, draw_spark, format_number
+from innermax.threat import NORMS, format_eps
 from innermax.utils.environment import environment
 
 _SYMBOLS = {norm.__name__: norm.symbol for norm in NORMS.values()}

@@ -211,12 +211,6 @@ def format_number(value: float) -> str:
     return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}").replace("-", "−")
 
 
-def format_eps(eps: float) -> str:
-    """A size of perturbations as it is usually written: in 255ths where that is a whole number."""
-    levels = eps * 255
-    return f"{levels:.0f}/255" if 1 <= round(levels) < 64 and abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
-
-
 def _wrap_svg(alt: str, *parts: str) -> Markup:
     text = '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
     return Markup(text).format(WIDTH, HEIGHT, alt, Markup("").join(parts))

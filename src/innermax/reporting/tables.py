@@ -13,7 +13,7 @@ from innermax.evaluation.audit import Audit
 from innermax.evaluation.result import Convergence, Evaluation
 from innermax.evaluation.transfer import Transfer
 from innermax.evaluation.verify import Verification
-from innermax.reporting.svg import format_eps
+from innermax.threat import format_eps
 from innermax.utils.intervals import Accuracy
 
 # Columns and their smallest widths: a narrow terminal loses the last columns, never the names.

@@ -154,10 +154,10 @@ class Cache:
             yield
 
 
-def export_network(model: nn.Module, folder: Path) -> None:
-    """Writes a network for `load_model`; where its file would exceed 16 MB, matrices and filters in bf16."""
+def export_network(model: nn.Module, folder: Path, largest: int = _LARGEST) -> None:
+    """Writes a network for `load_model`; where its file would exceed `largest` bytes, matrices and filters in bf16."""
     weights: Mapping[str, Tensor] = model.state_dict()
-    if sum(value.numel() * value.element_size() for value in weights.values()) > _LARGEST:
+    if sum(value.numel() * value.element_size() for value in weights.values()) > largest:
         weights = {name: value.bfloat16() if value.ndim > 1 else value for name, value in weights.items()}
     write_model(folder, weights, model.config)
 
