@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from innermax.attacks.pgd import PGD as PGD
     from innermax.attacks.search import AttackResult as AttackResult
     from innermax.attacks.square import Square as Square
+    from innermax.attacks.targeted import Targeted as Targeted
     from innermax.data.image_set import Data as Data
     from innermax.data.image_set import ImageSet as ImageSet
     from innermax.data.load import load_data as load_data

@@ -113,3 +113,21 @@ def test_several_sizes_make_one_table(tmp_path, monkeypatch, capsys):
     assert "at least one attack for several --threat.eps" in refused(
         capsys, *words[:-1], "", "--threat.eps", "[0.1,0.2]"
     )
+
+
+def test_targets(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    torch.manual_seed(0)
+    im.save_model("mine", im.build_model("digits-cnn", input_shape=(1, 8, 8)))
+    words = ["evaluate", "mine", "--data", "digits", "--limit", "40", "--threat.eps", "0.2", "--targets"]
+    status, out, err = said(capsys, *words, "next", "--attacks", "fgsm,pgd-5", "--json", "s.json")
+    assert (status, err) == (0, "")
+    found = im.Evaluation.from_json(Path("s.json").read_text())
+    share = found.reached["pgd-5 to next"]
+    assert share.correct > 0
+    assert "PGD-5 to next" in out
+    assert f"PGD-5 to next: {100 * share.value:.2f} % (" in " ".join(out.split())
+    message = refused(capsys, *words, "next", "--attacks", "fgsm,square-5")
+    assert "square-5 takes no targets: attack of Targeted must be PGD, FGSM, CW or APGD" in message
+    assert "--targets must be one of random, next, least-likely, got most" in refused(capsys, *words, "most")

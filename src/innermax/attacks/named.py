@@ -1,6 +1,6 @@
 """Attacks by the names that command lines, recipes, tables and reports use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,9 +13,11 @@ from innermax.attacks.fmn import FMN
 from innermax.attacks.guided_pgd import GuidedPGD
 from innermax.attacks.pgd import CW, FGSM, PGD
 from innermax.attacks.square import Square
+from innermax.attacks.targeted import Rule, Targeted
 from innermax.threat import Threat
 from innermax.utils.validation import unknown
 
+_AIMED = " to "  # between the name of an attack and the rule for its targets
 _MOST = 10_000  # steps, queries or gradients that a name may ask for
 
 
@@ -84,6 +86,20 @@ def parse_attacks(names: str, threat: Threat) -> dict[str, BaseAttack]:
     return {name: build_attack(name, threat) for name in filter(None, map(str.strip, names.split(",")))}
 
 
+def aim_attacks(attacks: Mapping[str, BaseAttack], rule: Rule) -> dict[str, Targeted]:
+    """The attacks with a target for each example, by names such as "pgd-20 to next".
+
+    Raises ValueError where one cannot head for targets; it names that.
+    """
+    aimed = {}
+    for name, attack in attacks.items():
+        try:
+            aimed[f"{name}{_AIMED}{rule}"] = Targeted(attack, rule)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name} takes no targets: {error}") from error
+    return aimed
+
+
 def list_names() -> str:
     """The names of all attacks with what they mean, in one line, for the help of a command."""
     listed = []
@@ -96,6 +112,9 @@ def list_names() -> str:
 
 def display_name(name: str) -> str:
     """A name as tables print it: FGSM, PGD-20, C&W∞ for "fgsm", "pgd-20", "cw-30"; others as they are."""
+    name, aimed, rule = name.partition(_AIMED)
+    if aimed:
+        return f"{display_name(name)}{aimed}{rule}"
     kind, dash, rest = name.partition("-")
     attack = ATTACKS.get(kind)
     if attack is None or not attack.title or bool(dash) != (attack.number is not None):

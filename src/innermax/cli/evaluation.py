@@ -10,7 +10,7 @@ from torch import nn
 
 import innermax as im
 from innermax.attacks.base import Attack
-from innermax.attacks.named import list_names, parse_attacks
+from innermax.attacks.named import aim_attacks, list_names, parse_attacks
 from innermax.cli.arguments import Parser, build_parser, check_file, check_given_count
 from innermax.cli.settings import TABLE, EvaluateSettings, NormName, ThreatSettings
 from innermax.data.class_names import match_classes, read_classes
@@ -151,7 +151,9 @@ def choose_attacks(sources: Sequence[str], chosen: Any, size: float | None = Non
         eps = own["eps"] if eps is None and norm == own.get("norm") else eps
     if eps is None:
         raise ValueError(f"the size of {norm} perturbations for {sources[0]} is not known: give --threat.eps")
-    return dict(parse_attacks(chosen.attacks, ThreatSettings(norm, eps).build()))
+    attacks = parse_attacks(chosen.attacks, ThreatSettings(norm, eps).build())
+    targets = chosen.get("targets")  # which not every command takes
+    return dict(attacks if targets is None else aim_attacks(attacks, targets))
 
 
 def choose_options(chosen: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from innermax import strategies
 from innermax.attacks.pgd import PGD
 from innermax.attacks.search import Gauge
+from innermax.attacks.targeted import Rule
 from innermax.objectives import OBJECTIVES
 from innermax.oracle.oracle import Precision
 from innermax.reproduce.comparison import TABLE_ATTACKS
@@ -235,6 +236,8 @@ class EvaluateSettings:
         classes: How the model numbers its classes, where the data set numbers them otherwise: a file with a name per
             line, such as "n01440764 tench, Tinca tinca", or imagenet. The data set's classes are found by their names.
         attacks: Attacks by name, separated by commas.
+        targets: Let every attack head for a label of each image, instead of away from its own: a random one, the next
+            one, or the least likely. fgsm, pgd, cw and apgd can.
         limit: Evaluate a random sample of so many test images, which the seed draws, or the first ones: first:500. By
             default all.
         quantize: Round adversarial images to so many bits before they are scored.
@@ -262,6 +265,7 @@ class EvaluateSettings:
     label_column: str | None = None
     classes: str | None = None
     attacks: str = TABLE
+    targets: Rule | None = None
     limit: int | str | None = None
     quantize: int | None = None
     precision: Precision = "float32"

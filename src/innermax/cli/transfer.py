@@ -22,7 +22,7 @@ from innermax.cli.rows import measure_into, own_rows, print_place
 from innermax.distributed.launch import is_first
 from innermax.reporting.tables import format_transfer
 
-_OF_EVALUATE_ALONE: set[str | int] = {"best", "html", "normalize", "save_images", "surrogate"}
+_OF_EVALUATE_ALONE: set[str | int] = {"best", "html", "normalize", "save_images", "surrogate", "targets"}
 
 
 def run(words: list[str]) -> None:

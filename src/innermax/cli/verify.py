@@ -21,7 +21,7 @@ from innermax.distributed.launch import is_first
 from innermax.evaluation.verify import HandedImages, Verification, verify
 from innermax.reporting.tables import format_verification
 
-_OF_EVALUATE_ALONE: set[str | int] = {"html", "save_images", "surrogate"}
+_OF_EVALUATE_ALONE: set[str | int] = {"html", "save_images", "surrogate", "targets"}
 _DEFAULTS = {"attacks": "pgd-20,guided", "limit": 1000}
 
 

@@ -20,6 +20,7 @@ from innermax.attacks.bpda import StraightThrough
 from innermax.attacks.pgd import PGD
 from innermax.attacks.search import AttackResult
 from innermax.attacks.square import Square
+from innermax.attacks.targeted import Targeted
 from innermax.attacks.trace import trace_search
 from innermax.data.image_set import ImageSet
 from innermax.evaluation.audit import (
@@ -342,7 +343,8 @@ def _search_longer(subject: Subject, sample: Sample) -> Iterator[StrongerSearch 
     attack = subject.attacks[subject.strongest]
     if not isinstance(attack, BaseAttack):
         for name in ("more steps", "restarts"):
-            yield Untried(name, f"{subject.strongest} is not an attack of innermax")
+            reason = "heads for one label" if isinstance(attack, Targeted) else "is not an attack of innermax"
+            yield Untried(name, f"{subject.strongest} {reason}")
     if not isinstance(attack, PGD | APGD):
         return
     index = sample.index.cpu().numpy()

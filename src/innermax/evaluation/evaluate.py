@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from innermax.attacks.base import Attack, looks_like_probabilities
 from innermax.attacks.minimal import MinimalAttack, MinimalResult
+from innermax.attacks.targeted import Targeted, TargetedResult
 from innermax.data.readers import as_image_set
 from innermax.evaluation.arguments import check_arguments, check_models, find_ranks, name_errors, place_model
 from innermax.evaluation.audit import Audit
@@ -35,8 +36,10 @@ from innermax.evaluation.store import (
     CLEAN_KINDS,
     IMAGE,
     MINIMAL_KINDS,
+    TARGETED_KINDS,
     CleanRows,
     Column,
+    Kinds,
     Part,
     Parts,
     build_rows,
@@ -110,8 +113,7 @@ def evaluate(
     model, device = place_model(model, images, device)
     ranks = find_ranks(devices, device)
     model, device = place_model(model, images, ranks.device)
-    minimal = {name: MINIMAL_KINDS for name, attack in attacks.items() if isinstance(attack, MinimalAttack)}
-    kinds = {CLEAN: CLEAN_KINDS} | dict.fromkeys(attacks, ATTACK_KINDS) | minimal
+    kinds = {CLEAN: CLEAN_KINDS} | {name: _find_kinds(attack) for name, attack in attacks.items()}
     folder = None if rows_dir is None else Path(rows_dir)
     parts = Parts(kinds, len(images), batch_size, folder, images.shape if keep_images else None)
     with show_evaluation(ranks.first and progress, attacks, audit) as tell:
@@ -120,6 +122,13 @@ def evaluate(
         measurement = Measurement(bench, {"model": model}, build, attacks, parts, ranks, devices)
         with bench.isolate(model), ranks.explain_lost_connection(), ranks.mute_others():
             return _evaluate(measurement, model, precision, audit, surrogates or {})
+
+
+def _find_kinds(attack: Attack) -> Kinds:
+    """The columns of an attack's rows."""
+    if isinstance(attack, MinimalAttack):
+        return MINIMAL_KINDS
+    return TARGETED_KINDS if isinstance(attack, Targeted) else ATTACK_KINDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +167,8 @@ class _Scorer:
     def _attack_rows(self, batch: AttackedBatch) -> dict[str, Column]:
         logits = scoring_logits(self.exact, batch.image, batch.label)
         rows = attack_rows(batch.result, logits, batch.label)
+        if isinstance(batch.result, TargetedResult):
+            return vars(rows) | {"target": batch.result.target.cpu().numpy()}
         if not isinstance(batch.result, MinimalResult):
             return vars(rows)
         return vars(rows) | {"distance": measure_distances(self.bench, self.exact, batch, rows.correct)}

@@ -15,7 +15,7 @@ from innermax.evaluation.audit import Audit
 from innermax.evaluation.curve import Curve, draw_curve, find_distances, list_minimal
 from innermax.evaluation.saved_images import write_images
 from innermax.evaluation.scoring import Settings
-from innermax.evaluation.store import CLEAN, AttackRows, Column, build_rows, check_column
+from innermax.evaluation.store import CLEAN, AttackRows, Column, TargetedRows, build_rows, check_column
 from innermax.models.files import hash_weights
 from innermax.models.wrappers import unwrap
 from innermax.utils.files import write_text
@@ -94,6 +94,13 @@ class Evaluation:
     def accuracy(self) -> dict[str, Accuracy]:
         """The accuracy on "clean", then under each attack in order; each counts all examples."""
         return {name: self._count_correct(name) for name in ("clean", *self.rows)}
+
+    @cached_property
+    def reached(self) -> dict[str, Accuracy]:
+        """Of each targeted attack the share of all examples that the model takes for the target."""
+        found = {name: rows for name, rows in self.rows.items() if isinstance(rows, TargetedRows)}
+        counts = {name: int((rows.prediction == rows.target).sum()) for name, rows in found.items()}
+        return {name: accuracy(count, len(self.label)) for name, count in counts.items()}
 
     @cached_property
     def worst_case(self) -> Accuracy:
@@ -236,6 +243,7 @@ class Evaluation:
             "weights": self.weights,
             "accuracy": {name: asdict(value) for name, value in self.accuracy.items()},
             "worst_case": asdict(self.worst_case),
+            **({"reached": {name: asdict(value) for name, value in self.reached.items()}} if self.reached else {}),
             "convergence": {name: asdict(value) for name, value in self.convergence.items()},
             "audit": None if self.audit is None else self.audit.to_dict(),
         }

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from innermax.attacks.base import Attack
+from innermax.attacks.base import Attack, BaseAttack
+from innermax.attacks.targeted import Targeted
 from innermax.data.readers import as_image_set
 from innermax.evaluation.arguments import check_arguments, check_images
 from innermax.evaluation.evaluate import evaluate
@@ -87,5 +88,7 @@ def name_folder(folder: str | Path, eps: float) -> Path:
 
 
 def _resize(attack: Attack, eps: float) -> Attack:
+    if isinstance(attack, Targeted):
+        return replace(attack, attack=cast(BaseAttack, _resize(attack.attack, eps)))
     threat = replace(attack.threat, eps=eps)
     return cast(Attack, replace(cast(Any, attack), threat=threat))

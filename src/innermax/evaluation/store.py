@@ -30,6 +30,7 @@ _KINDS = {
     "distance": "f",
     "prediction": "iu",
     "label": "iu",
+    "target": "iu",
     "index": "iu",
 }
 _LONGEST = 150  # characters of one setting in a message
@@ -75,17 +76,27 @@ class CleanRows:
     probable: Column
 
 
+@dataclass(frozen=True, eq=False)
+class TargetedRows(AttackRows):
+    """The rows of a targeted attack; `target` is the label that it headed for."""
+
+    target: Column
+
+
 # The columns of a part by name, each with NumPy's letters for the types it may have.
 Kinds = Mapping[str, str]
 CLEAN_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(CleanRows)}
 ATTACK_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(AttackRows)}
 MINIMAL_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(MinimalRows)}
 
+TARGETED_KINDS: Kinds = {entry.name: _KINDS.get(entry.name, _NUMBERS) for entry in fields(TargetedRows)}
+
 
 def build_rows(columns: Mapping[str, Column]) -> AttackRows:
     """The rows of an attack from their columns by name, of which images are none."""
     kept = {name: column for name, column in columns.items() if name != IMAGE}
-    return (MinimalRows if "distance" in kept else AttackRows)(**kept)
+    kind = MinimalRows if "distance" in kept else TargetedRows if "target" in kept else AttackRows
+    return kind(**kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +256,7 @@ def check_column(column: Column, name: str, count: int, kinds: str | None = None
     """
     if column.shape != (count,) or column.dtype.kind not in (kinds or _KINDS.get(name, _NUMBERS)):
         raise ValueError(f"column {name[:60]} must hold {count} numbers of its kind, got {column.dtype} {column.shape}")
-    if name in ("prediction", "label") and column.size and int(column.min()) < 0:
+    if name in ("prediction", "label", "target") and column.size and int(column.min()) < 0:
         raise ValueError(f"column {name} holds a class below 0")
     if name == "distance" and not bool((column >= 0).all()):
         raise ValueError("column distance holds a value below 0, or NaN")

@@ -139,9 +139,14 @@ def _write_caption(evaluation: Evaluation) -> str:
     count = f"{evaluation.settings.count:,} examples."
     if not evaluation.rows:
         return count
+    reached = (
+        f" {display_name(name)}: {100 * value.value:.2f} % ({_format_interval(value)}) are taken for the target."
+        for name, value in evaluation.reached.items()
+    )
     return (
-        f"{count} FOSC and zero gradients are those of survivors. FOSC near 0 means that the search converged; a zero "
-        "gradient gives it nothing to follow, and is left out of FOSC. Gradient calls are per example."
+        f"{count}{''.join(reached)} FOSC and zero gradients are those of survivors. FOSC near 0 means that the "
+        "search converged; a zero gradient gives it nothing to follow, and is left out of FOSC. Gradient calls are per "
+        "example."
     )
 
 
