@@ -176,6 +176,20 @@ def test_ten_updates_are_those_of_a_script(name, network, awp):
     assert distance(weights(mine), weights(network())) > 0.01
 
 
+@pytest.mark.parametrize("objective", [*im.objectives.OBJECTIVES, AWP("trades", 0.01), AWP("grad_align", 0.01)], ids=str)
+def test_every_objective_computes_in_bf16(objective):
+    found = {}
+    for precision in ("float32", "bf16"):
+        torch.manual_seed(0)
+        run = im.train(
+            cnn(), DATA, im.FGSMRS(im.PGD(im.Linf(EPS))), objective=objective, precision=precision, epochs=1,
+            batch_size=SIZE, lr=LR, device="cpu", progress=False,
+        )  # fmt: skip
+        found[precision] = run.history[-1]["loss"]
+    assert found["bf16"] == pytest.approx(found["float32"], rel=0.03)
+    assert found["bf16"] != found["float32"]
+
+
 @pytest.mark.parametrize("norm", [im.Linf(0.2), im.L2(1.0), im.L1(4.0)], ids=lambda norm: type(norm).__name__)
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "unsecured"])
 def test_every_strategy_and_norm_serves_the_objective_that_says_what_attacks_maximise(strategy, norm):

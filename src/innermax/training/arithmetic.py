@@ -110,7 +110,8 @@ def _without_autocast(module: nn.Module, device: str) -> Iterator[Any]:
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> Any:
         stack.close()
-        return answer_in_bf16(module, inputs, output)
+        # An objective may ask the network itself, in its own precision.
+        return answer_in_bf16(module, inputs, output) if torch.is_autocast_enabled(device) else output
 
     yield module.register_forward_pre_hook(enter)
     yield module.register_forward_hook(leave, always_call=True)
