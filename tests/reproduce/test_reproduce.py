@@ -237,9 +237,9 @@ def test_gauged_is_a_number_an_example(store):
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))
 def test_packed_verdicts_come_back(correct):
-    from innermax.reproduce.experiments import _pack_correct
+    from innermax.reproduce.experiments import pack_correct
 
-    answer = json.loads(json.dumps(_pack_correct(np.array(correct))))
+    answer = json.loads(json.dumps(pack_correct(np.array(correct))))
     assert unpack_correct(answer).tolist() == correct
     assert answer["accuracy"] == sum(correct) / len(correct)
 

@@ -176,7 +176,9 @@ def test_ten_updates_are_those_of_a_script(name, network, awp):
     assert distance(weights(mine), weights(network())) > 0.01
 
 
-@pytest.mark.parametrize("objective", [*im.objectives.OBJECTIVES, AWP("trades", 0.01), AWP("grad_align", 0.01)], ids=str)
+@pytest.mark.parametrize(
+    "objective", [*im.objectives.OBJECTIVES, AWP("trades", 0.01), AWP("grad_align", 0.01)], ids=str
+)
 def test_every_objective_computes_in_bf16(objective):
     found = {}
     for precision in ("float32", "bf16"):

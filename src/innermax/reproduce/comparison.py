@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from innermax.attacks.guided_pgd import GuidedPGD
 from innermax.attacks.named import build_attack, display_name
@@ -134,7 +134,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], attacks: Sequence[str]) ->
     for row in rows:
         cells = []
         for attack in attacks:
-            cells.append(_cell(mean_accuracy(row, attack)))
+            cells.append(format_interval(mean_accuracy(row, attack)))
             if attack in papers:
                 cells.append(f"*{row['paper'][attack]:.2f}*" if attack in row["paper"] else "")
         spent = [seed["gradients"] for seed in row["seeds"].values()]
@@ -143,7 +143,21 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], attacks: Sequence[str]) ->
     return "\n".join(lines)
 
 
-def compare(find: Find, one: TableRow, other: TableRow, attack: str) -> dict[str, Any] | None:
+@runtime_checkable
+class Compared(Protocol):
+    """A row of a table, with the experiments that hold its verdicts."""
+
+    @property
+    def title(self) -> str:
+        """In the table."""
+        ...
+
+    def seeds(self, attack: str) -> Sequence[Experiment]:
+        """The experiments with an attack, or with "clean", one per seed."""
+        ...
+
+
+def compare(find: Find, one: Compared, other: Compared, attack: str) -> dict[str, Any] | None:
     """The difference of two defences' accuracies, in points: paired over the images of each seed, then over seeds."""
     seeds = []
     for pair in zip(one.seeds(attack), other.seeds(attack), strict=True):
@@ -160,7 +174,7 @@ def compare(find: Find, one: TableRow, other: TableRow, attack: str) -> dict[str
     return {"seeds": seeds, "over_seeds": over_seeds}
 
 
-def compare_all(find: Find, rows: Sequence[TableRow], base: TableRow, attacks: Sequence[str]) -> dict[str, Any]:
+def compare_all(find: Find, rows: Sequence[Compared], base: Compared, attacks: Sequence[str]) -> dict[str, Any]:
     """The difference of each row from the base, by title and attack."""
     return {
         row.title: {attack: compare(find, row, base, attack) for attack in attacks}
@@ -202,5 +216,6 @@ def attack_title(attack: str) -> str:
     return "Clean" if attack == "clean" else display_name(attack)
 
 
-def _cell(value: tuple[float, float, float] | None) -> str:
+def format_interval(value: tuple[float, float, float] | None) -> str:
+    """A mean and its interval as text in a table, empty for None."""
     return "" if value is None else f"**{value[0]:.2f}** <sub>{value[1]:.1f}–{value[2]:.1f}</sub>"

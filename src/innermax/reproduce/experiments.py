@@ -62,12 +62,12 @@ class Scored:
             surrogate = cache.network(self.made_on)
             found = im.transfer(surrogate, {"target": model}, images, dict(self.attacks))
             columns = {name: found.correct("surrogate", "target", name) for name, _ in self.attacks}
-            return {name: _pack_correct(column) for name, column in columns.items()}
+            return {name: pack_correct(column) for name, column in columns.items()}
         rows = cache.models / f"{hash_name(self)}-rows"  # an interrupted evaluation resumes from there
         with trust_normalisation():
             evaluation = im.evaluate(model, images, dict(self.attacks), rows_dir=rows, audit=False)
         return {
-            name: _pack_correct(evaluation.correct(name)) | _cost(evaluation, name)
+            name: pack_correct(evaluation.correct(name)) | cost_of(evaluation, name)
             for name in ("clean", *evaluation.rows)
         }
 
@@ -112,7 +112,8 @@ def unpack_correct(entry: Mapping[str, Any]) -> "np.ndarray[Any, np.dtype[np.boo
     return np.unpackbits(packed, count=entry["total"]).astype(bool)
 
 
-def _pack_correct(correct: Any) -> Result:
+def pack_correct(correct: Any) -> Result:
+    """One entry of a `Scored` result, of which images are classified correctly."""
     measured = accuracy(int(correct.sum()), len(correct))
     packed = base64.b85encode(np.packbits(np.asarray(correct, dtype=bool)).tobytes()).decode()
     return {
@@ -124,7 +125,8 @@ def _pack_correct(correct: Any) -> Result:
     }
 
 
-def _cost(evaluation: Evaluation, name: str) -> Result:
+def cost_of(evaluation: Evaluation, name: str) -> Result:
+    """The gradients and forward passes an image of an attack; empty for "clean"."""
     if name == "clean":
         return {}
     found = evaluation.convergence[name]

@@ -134,6 +134,27 @@ def draw_frontier(found: Sequence[tuple[int, str, float, tuple[float, float, flo
     _finish_axis(axis)
 
 
+def draw_methods(found: Mapping[str, Mapping[str, tuple[float, tuple[float, float, float]]]], figure: "Figure") -> None:
+    """Robust accuracy against gradients spent, of each data set.
+
+    found: by the data's title and the method's name, (gradients, (mean, low, high)).
+    """
+    figure.set_size_inches(6 * len(found), 5.5)
+    names = list(dict.fromkeys(name for points in found.values() for name in points))
+    for axis, (title, points) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
+        for name, (spent, (mean, low, high)) in points.items():
+            number = names.index(name)
+            look: dict[str, Any] = {"color": COLOURS[number % 7], "marker": MARKS[number // 7 % 7]}
+            axis.errorbar([spent], [mean], [[mean - low], [high - mean]], linestyle="", capsize=3, label=name, **look)
+        axis.set(title=title, xlabel="input gradients per training image, whole training")
+        axis.set_ylabel("robust accuracy, AutoAttack (%)")
+        axis.set_xscale("symlog", linthresh=10)  # Free has none beside its updates' own
+        ticks = (0, 5, 10, 20, 50, 100, 200)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xlim(-1, 250)
+        _finish_axis(axis)
+
+
 def draw_by_epoch(runs: Mapping[str, Mapping[str, Any]], figure: "Figure") -> None:
     """Accuracy on the validation split and the 90th percentile of FOSC after each epoch, one line per seed."""
     figure.set_size_inches(10, 4)

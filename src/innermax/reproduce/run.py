@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from innermax.reproduce import ablations, best, efficiency, figures, tables, theorem
+from innermax.reproduce import ablations, best, efficiency, figures, methods, tables, theorem
 from innermax.reproduce.answers import Answers
 from innermax.reproduce.artifact import Artifact
 from innermax.reproduce.cache import Cache, Experiment, InUse, Result, hash_name
@@ -18,7 +18,7 @@ from innermax.utils.files import write_json, write_text
 from innermax.utils.optional import extra
 from innermax.utils.validation import unknown
 
-_MODULES = (tables, figures, theorem, ablations, efficiency, best)
+_MODULES = (tables, figures, theorem, ablations, efficiency, best, methods)
 ARTIFACTS: dict[str, Artifact] = {artifact.name: artifact for module in _MODULES for artifact in module.ARTIFACTS}
 
 
