@@ -1,8 +1,8 @@
-"""Makes results/mnist.md, results/mnist.json and the README's table out of run folders.
+"""Makes results/mnist.md, results/mnist.json and the table of docs/recipes.md out of run folders.
 
     innermax train mnist --epochs 10 --validation 0 --strategy STRATEGY --seed SEED \\
         --run-dir runs/mnist-STRATEGY-seedSEED
-    python bench/mnist_table.py runs results/mnist.md README.md
+    python bench/mnist_table.py runs results/mnist.md docs/recipes.md
 """
 
 import json
@@ -134,13 +134,13 @@ def put(text: str, page: Path) -> None:
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
 
 
-def main(folder: Path, target: Path, readme: Path) -> None:
+def main(folder: Path, target: Path, page: Path) -> None:
     """Writes the tables into the pages, and the numbers behind them beside the first."""
     records = collect(folder)
     parts = [table(records)]
     parts += [differences(records, strategy) for strategy in ("dynamic", "dynamic-exact")]
     put("\n\n".join("\n".join(part) for part in parts if part), target)
-    put("\n".join(summary(records)), readme)
+    put("\n".join(summary(records)), page)
     numbers = [{name: value for name, value in record.items() if name != "evaluation"} for record in records]
     target.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """Adds a trained model to those that come with innermax: weights, an entry in the registry, and a card.
 
-    python bench/publish.py NAME SOURCE [--hub USER/NAME] [--command COMMAND]
+    python bench/publish.py NAME SOURCE [--hub USER/NAME] [--command COMMAND] [--precision auto]
     python bench/publish.py NAME --autoattack scores.json
 
 SOURCE is a run folder, or a folder of results/paper/models; COMMAND trains it again, where the recorded one does not.
@@ -79,7 +79,9 @@ def _count(history: list[dict[str, Any]]) -> float:
     return round(sum(row["gradients"] for row in history), 1)
 
 
-def publish(name: str, source: Path, hub: str | None = None, command: str | None = None) -> Pretrained:
+def publish(
+    name: str, source: Path, hub: str | None = None, command: str | None = None, precision: str = "float32"
+) -> Pretrained:
     """Puts a model into package or Hub, measures it and writes entry and card."""
     origin = read_origin(source)
     if command is not None:
@@ -94,9 +96,9 @@ def publish(name: str, source: Path, hub: str | None = None, command: str | None
         best = source / "best.safetensors"  # on the validation split
         export_network(im.load_model(best if best.is_file() else source), place, FULL_PRECISION)
         model = im.load_model(place)
-        clean = im.evaluate(model, test, {}).accuracy["clean"]
+        clean = im.evaluate(model, test, {}, precision=precision).accuracy["clean"]
         attacks = parse_attacks(ATTACKS, threat)
-        evaluation = im.evaluate(model, test.sample(IMAGES, SEED), attacks, seed=SEED)
+        evaluation = im.evaluate(model, test.sample(IMAGES, SEED), attacks, seed=SEED, precision=precision)
         at, file = None, place / "model.safetensors"
         if hub:
             at, file = _push(model, hub, evaluation, about)
@@ -118,7 +120,7 @@ def publish(name: str, source: Path, hub: str | None = None, command: str | None
     )
     folder.mkdir(parents=True, exist_ok=True)
     card = model_card(evaluation, repo_id=pretrained.PREFIX + name, **about)
-    write_text(folder / "README.md", card + describe_more(entry, origin))
+    write_text(folder / "README.md", card + describe_more(entry, origin, precision))
     _register(entry)
     return entry
 
@@ -148,10 +150,11 @@ def add_autoattack(name: str, scores: Path) -> Pretrained:
     return entry
 
 
-def describe_more(entry: Pretrained, origin: Origin) -> str:
+def describe_more(entry: Pretrained, origin: Origin, precision: str) -> str:
     """The sections of a card behind those of every model on the Hub."""
     made = origin.environment
     versions = ", ".join(f"{key} {value}" for key, value in made["versions"].items())
+    searched = "" if precision == "float32" else f" --precision {precision}"
     norm, eps = NORMS[entry.threat["norm"]].symbol, format_eps(entry.threat["eps"])
     command = " ".join(Path(word).name if word.startswith("/") else word for word in made["command"])
     return f"""
@@ -163,7 +166,7 @@ def describe_more(entry: Pretrained, origin: Origin) -> str:
 - {made["device"]}, {made["threads"]} threads; {versions}
 
 Of all {entry.clean.images:,} test images {_percent(entry.clean)} % are classified correctly. The table above is from
-`innermax evaluate {pretrained.PREFIX}{entry.name} --attacks {ATTACKS} --limit {IMAGES}`.
+`innermax evaluate {pretrained.PREFIX}{entry.name} --attacks {ATTACKS} --limit {IMAGES}{searched}`.
 
 {_describe_autoattack(entry, None)}## Limits
 
@@ -218,6 +221,7 @@ if __name__ == "__main__":
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--hub")
     parser.add_argument("--command")
+    parser.add_argument("--precision", default="float32")
     parser.add_argument("--autoattack", type=Path)
     chosen = parser.parse_args()
     if (chosen.source is None) == (chosen.autoattack is None):
@@ -225,5 +229,5 @@ if __name__ == "__main__":
     if chosen.autoattack is not None:
         add_autoattack(chosen.name, chosen.autoattack)
     else:
-        publish(chosen.name, chosen.source, chosen.hub, chosen.command)
+        publish(chosen.name, chosen.source, chosen.hub, chosen.command, chosen.precision)
         print(f"innermax evaluate innermax/{chosen.name} --attacks autoattack --limit {MANY} --json scores.json")

@@ -14,17 +14,15 @@ EXAMPLES = [block.text for block in blocks(TEXT) if block.language == "python"]
 
 
 @pytest.mark.usefixtures("untyped")  # as its readers run it
-@pytest.mark.parametrize("number", range(2))
-def test_examples_run_as_written(number, tmp_path, monkeypatch):
-    """The first three blocks belong together, as do the other two."""
+def test_the_example_runs_and_prints_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    chosen = slice(0, 3) if number == 0 else slice(3, None)
-    assert "Accuracy(" in run(README, chosen, changes=[("epochs=10", "epochs=1")])
+    assert "Audit: " in run(README)
 
 
-def test_there_are_five_examples_and_the_first_has_ten_lines():
-    assert len(EXAMPLES) == 5
-    assert len([line for line in EXAMPLES[0].splitlines() if line.strip()]) == 10
+def test_it_is_read_in_a_minute():
+    assert len(TEXT.splitlines()) <= 120
+    (example,) = EXAMPLES
+    assert len([line for line in example.splitlines() if line.strip()]) == 10
 
 
 def test_every_public_name_the_examples_use_exists():

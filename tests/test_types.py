@@ -62,10 +62,11 @@ im.Linf(eps="large")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The README's code, the examples, and what else users write."""
+    """The code of the README and of the tour, the examples, and what else users write."""
     folder = tmp_path_factory.mktemp("types")
-    code = [block.text for block in blocks((ROOT / "README.md").read_text()) if block.language == "python"]
-    (folder / "readme.py").write_text(_WITH_NAMES + "\n".join(code))
+    for page in ("README.md", "docs/tour.md"):
+        code = [block.text for block in blocks((ROOT / page).read_text()) if block.language == "python"]
+        (folder / f"{Path(page).stem.lower()}.py").write_text(_WITH_NAMES + "\n".join(code))
     for example in (ROOT / "examples").glob("*.py"):
         (folder / f"example_{example.name}").write_text(example.read_text())
     (folder / "own.py").write_text(OWN)
@@ -73,7 +74,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-# What the README's later examples take for given.
+# What later examples take for given.
 _WITH_NAMES = """
 import torch
 from torch import Tensor, nn
