@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export INNERMAX_DATA ?= $(realpath ../shared/data)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types unit slow coverage browser wheel-test docs bench fuzz networks mutants clean
+.PHONY: demo test lint types unit slow coverage browser release try wheel-test docs bench fuzz networks mutants clean
 
 demo: $(VENV)/installed
 	$(BIN)/innermax train digits --run-dir runs/digits --overwrite
@@ -38,19 +38,33 @@ browser:
 	&& apt-get install -y -qq --no-install-recommends chromium chromium-driver > /dev/null; } \
 	|| echo "Chromium is not here and cannot be installed: nobody looks at the report's page" >&2
 
-# The wheel in an environment with nothing but what it asks for: first core alone, then the command line's demo from
-# another folder; minutes, for torch.
+# Wheel and source distribution, checked and tried in empty environments, each with the demo from another folder. Nothing
+# is uploaded: what is in dist afterwards can be, with twine.
+release: $(VENV)/installed
+	grep -q "^## \[$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)\] - 20" CHANGELOG.md
+	rm -rf dist build/release && mkdir -p build/release
+	$(BIN)/hatchling build
+	$(BIN)/pip install --quiet --constraint constraints.txt twine
+	$(BIN)/twine check --strict dist/*
+	for file in dist/*; do $(MAKE) --no-print-directory try FILE=$$file || exit 1; done
+
+# One distribution, FILE, in an environment with nothing but what it asks for: first core alone, then the command line.
+try:
+	rm -rf build/try && mkdir -p build/try/elsewhere
+	$(PYTHON) -m venv build/try/environment
+	build/try/environment/bin/pip install --quiet --constraint constraints.txt torch
+	build/try/environment/bin/pip install --quiet --constraint constraints.txt $(FILE)
+	build/try/environment/bin/python tests/helpers/core_alone.py build/try/elsewhere --installed
+	build/try/environment/bin/pip install --quiet --constraint constraints.txt "$(FILE)[cli]"
+	cd build/try/elsewhere && ../environment/bin/innermax train digits --run-dir demo
+	cd build/try/elsewhere && ../environment/bin/innermax evaluate innermax/digits-linf-0.15 --data digits --attacks pgd-20
+	build/try/environment/bin/pip check
+
+# The wheel alone; minutes, for torch.
 wheel-test: $(VENV)/installed
-	rm -rf dist build/wheel && mkdir -p build/wheel/elsewhere
+	rm -rf dist
 	$(BIN)/hatchling build -t wheel
-	$(PYTHON) -m venv build/wheel/environment
-	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt torch
-	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt dist/*.whl
-	build/wheel/environment/bin/python tests/helpers/core_alone.py build/wheel/elsewhere --installed
-	build/wheel/environment/bin/pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[cli]"
-	cd build/wheel/elsewhere && ../environment/bin/innermax train digits --run-dir demo
-	cd build/wheel/elsewhere && ../environment/bin/innermax evaluate innermax/digits-linf-0.15 --data digits --attacks pgd-20
-	build/wheel/environment/bin/pip check
+	$(MAKE) --no-print-directory try FILE="$$(echo dist/*.whl)"
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/assemble.py build/docs

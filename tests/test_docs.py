@@ -87,6 +87,13 @@ def test_every_public_name_is_in_the_reference():
     assert not missing
 
 
+def test_what_is_promised_is_there():
+    """The list of names, parameters and members; `python docs/api.py` writes it, and a promise that is kept stays."""
+    page = runpy.run_path(str(DOCS / "api.py"))["write"]()
+    assert (DOCS / "reference" / "api.md").read_text(encoding="utf-8") == page
+    assert all(re.search(rf"^{public}\b", page, re.MULTILINE) for public in innermax.__all__)
+
+
 @pytest.fixture
 def site(tmp_path):
     """The folder of the built site; built apart from the repository, where others may be building it."""

@@ -167,3 +167,14 @@ def test_core_asks_for_little():
     extras = PROJECT["optional-dependencies"]
     assert extras["all"] == ["innermax[cli,data,report]"]
     assert extras["dev"][0].startswith("innermax[all,")
+
+
+def test_workflows_run_targets_that_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    found = [
+        target
+        for workflow in (ROOT / ".github" / "workflows").glob("*.yml")
+        for target in re.findall(r"run: make ([a-z][\w-]*)", workflow.read_text())
+    ]
+    assert {"unit", "release"} <= set(found)
+    assert all(f"\n{target}:" in makefile for target in found)
