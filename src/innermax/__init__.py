@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from innermax.threat import L1 as L1
     from innermax.threat import L2 as L2
     from innermax.threat import Linf as Linf
+    from innermax.threat import LinfBox as LinfBox
     from innermax.threat import Threat as Threat
     from innermax.training.train import Run as Run
     from innermax.training.train import train as train

@@ -8,8 +8,8 @@ u = x' − x, flattened to (B, d), with an interval [floor, ceiling] ∋ 0 for e
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from innermax.utils import randomness
+from innermax.utils.files import hash_tensors
 from innermax.utils.validation import check_inputs, check_labels, is_number, unknown
 
 Bounds = tuple[float | Tensor, float | Tensor] | None
@@ -57,6 +58,18 @@ class Threat(ABC):
         if not bool((low < high).all()) or not bool(torch.isfinite(high - low).all()):
             raise ValueError(f"bounds must be finite with low < high, got {self.bounds}")
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is the same set around every input; bounds may be tensors."""
+        return type(self) is type(other) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._key))
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        """What it is made of, tensors as tuples."""
+        return tuple(_to_plain(getattr(self, part.name)) for part in fields(self))
+
     def around(self, x: Float[Tensor, "b ..."]) -> "FeasibleSet":
         """The set X(x) for a batch of clean inputs.
 
@@ -79,8 +92,7 @@ class Threat(ABC):
         fits = ((flat >= low) & (flat <= high)).all() & ~(self._largest(low, high) * _ROUNDING < self.eps)
         if type(self) not in NORMS.values():
             fits = fits & ~(self._least(flat) < 1 / _ROUNDING)
-        floor, ceiling = (low - flat).clamp(min=-self.eps), (high - flat).clamp(max=self.eps)
-        return FeasibleSet(self, x.detach(), floor, ceiling), fits
+        return FeasibleSet(self, x.detach(), *self._cut(low - flat, high - flat)), fits
 
     def _refuse(self, x: Float[Tensor, "b ..."]) -> None:
         """Raises where X(x) is none, and says why."""
@@ -164,6 +176,14 @@ class Threat(ABC):
         feasible = self.around(x) if bounded else self.around(x).without_bounds()
         return feasible.gap(gradient, x_adv, relative=relative)
 
+    def _cut(self, low: Flat, high: Flat) -> tuple[Flat, Flat]:
+        """The interval of each coordinate in which the ball and the bounds, as changes of x, both lie."""
+        return low.clamp(min=-self.eps), high.clamp(max=self.eps)
+
+    def _holds(self, u: Flat, atol: float) -> Bool[Tensor, " b"]:
+        """Whether the ball holds each u of its interval, within atol."""
+        return self.norm(u) <= self.eps + atol
+
     def _largest(self, low: Flat, high: Flat) -> Float[Tensor, ""]:
         """The norm of the way from one end of the bounds to the other, which all examples share."""
         return self.norm(high[:1] - low[:1]).max().double()
@@ -223,8 +243,9 @@ class FeasibleSet:
 
     def without_bounds(self) -> "FeasibleSet":
         """The ball alone."""
-        ceiling = torch.full_like(self.ceiling, self.threat.eps)
-        return replace(self, threat=replace(self.threat, bounds=None), floor=-ceiling, ceiling=ceiling)
+        everywhere = torch.full_like(self.ceiling, math.inf)
+        floor, ceiling = self.threat._cut(-everywhere, everywhere)
+        return replace(self, threat=replace(self.threat, bounds=None), floor=floor, ceiling=ceiling)
 
     def project(self, x_adv: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """The point of X(x) nearest to x_adv."""
@@ -235,13 +256,14 @@ class FeasibleSet:
         """Whether each x_adv lies in X(x) within atol."""
         u = self._flat(x_adv, "x_adv").double() - self.x.flatten(1).double()
         inside = ((u >= self.floor - atol) & (u <= self.ceiling + atol)).all(1)
-        return inside & (self.threat.norm(u) <= self.threat.eps + atol)
+        return inside & self.threat._holds(u, atol)
 
     def with_radius(self, eps: float) -> "FeasibleSet":
         """The inputs within the same bounds and another radius, which may be larger than the bounds allow."""
         low, high = self.threat.box(self.x)
         largest = float(self.threat.norm(high[:1] - low[:1]))  # from which on the bounds are all there is
-        floor, ceiling = (low - self.x.flatten(1)).clamp(min=-eps), (high - self.x.flatten(1)).clamp(max=eps)
+        flat, wider = self.x.flatten(1), replace(self.threat, eps=eps, bounds=None)
+        floor, ceiling = wider._cut(low - flat, high - flat)
         return replace(self, threat=replace(self.threat, eps=min(eps, largest)), floor=floor, ceiling=ceiling)
 
     def sample(self, key: Int[Tensor, " b"], radius: float | None = None) -> Float[Tensor, "b ..."]:
@@ -495,6 +517,127 @@ class L1(Threat):
         return terms.clamp(min=0).sum(1) + multiplier[:, 0] * (self.eps - self.norm(u)).clamp(min=0)
 
 
+class Shares:
+    """A tensor or array of numbers in [0, 1], one above 0, as a value: equal where shape and numbers are, with a hash.
+
+    Raises ValueError for other numbers.
+    """
+
+    def __init__(self, values: Any) -> None:
+        self.values = torch.as_tensor(values).detach().cpu().double()
+        self._placed: dict[tuple[torch.device, torch.dtype], Flat] = {}
+        if not bool(((self.values >= 0) & (self.values <= 1)).all()) or not bool((self.values > 0).any()):
+            raise ValueError("shares must be numbers in [0, 1], or true and false, of which one is above 0")
+
+    def of(self, u: Flat) -> Float[Tensor, "1 d"]:
+        """The numbers, flat, on u's device. Raises ValueError where u has another number of coordinates."""
+        place = u.device, u.dtype
+        if place not in self._placed:
+            self._placed[place] = self.values.to(u).flatten()[None]
+        found = self._placed[place]
+        if found.shape[1] != u.shape[1]:
+            raise ValueError(f"shares must have the {u.shape[1]} numbers of one input, got {tuple(self.values.shape)}")
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shares) and torch.equal(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+    def __repr__(self) -> str:
+        return f"Shares({'×'.join(map(str, self.values.shape))}, {self._digest})"
+
+    def __reduce__(self) -> tuple[type["Shares"], tuple[Tensor]]:
+        return Shares, (self.values,)
+
+    @property
+    def _digest(self) -> str:
+        return hash_tensors([("shares", self.values)])
+
+
+@dataclass(frozen=True, eq=False)  # as every threat model is compared
+class LinfBox(Threat):
+    """|x'_i − x_i| ≤ ε · share_i: L∞ with an ε of its own for each coordinate, or for some alone, where share_i is a
+    mask. Its norm is max |u_i| / share_i, so that a step of ε/4 moves each coordinate by a quarter of what it may.
+
+    PGD, FGSM, CW, GuidedPGD and APGD serve it; FAB, Square, AutoAttack, FMN and DDN refuse it.
+
+    Args:
+        eps: ε ≥ 0; `LinfBox.of` takes the ε of each coordinate instead.
+        bounds: as for every threat model.
+        shares: of the shape of one input, numbers in [0, 1] or a mask of true and false, of which one is above 0. Where
+            it is 0, nothing may change.
+
+    Raises:
+        ValueError: an argument is not as described above; when called, the inputs have another shape than shares.
+    """
+
+    shares: Any = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.shares, Shares):
+            object.__setattr__(self, "shares", Shares(self.shares))
+
+    @classmethod
+    def of(cls, eps: Tensor, bounds: Bounds = (0.0, 1.0)) -> "LinfBox":
+        """From the ε ≥ 0 of each coordinate, in the shape of one input, of which one is above 0."""
+        sizes = torch.as_tensor(eps).detach().double()
+        largest = float(sizes.max())
+        if not bool(torch.isfinite(sizes).all()) or not bool((sizes >= 0).all()) or not largest > 0:
+            raise ValueError("eps must hold finite numbers of at least 0, of which one is above 0")
+        return cls(largest, bounds, shares=sizes / largest)
+
+    def enclose(self, x: Float[Tensor, "b ..."]) -> tuple["FeasibleSet", Bool[Tensor, ""]]:
+        """As of every threat model; raises ValueError where shares have another shape than one input."""
+        told = tuple(self._shares.values.shape)
+        if told != x.shape[1:]:
+            raise ValueError(
+                f"shares must have the shape of one input {tuple(x.shape[1:])}, got {told}; one per channel: "
+                "shares.expand(C, H, W)"
+            )
+        return super().enclose(x)
+
+    def norm(self, u: Flat) -> Float[Tensor, " b"]:
+        """Largest |u_i| / share_i; infinite where a coordinate moves whose share is 0."""
+        return (u.abs() / self._shares.of(u)).masked_fill(u == 0, 0.0).amax(1)
+
+    def scale(self, u: Flat) -> Flat:
+        """Each coordinate times its share."""
+        return u * self._shares.of(u)
+
+    @property
+    def _shares(self) -> Shares:
+        return cast(Shares, self.shares)
+
+    def _cut(self, low: Flat, high: Flat) -> tuple[Flat, Flat]:
+        room = self.eps * self._shares.of(low)
+        return torch.maximum(low, -room), torch.minimum(high, room)
+
+    def _holds(self, u: Flat, atol: float) -> Bool[Tensor, " b"]:
+        """The interval is all there is; over a small share, the norm would enlarge what rounding does."""
+        return torch.ones_like(u[:, 0], dtype=torch.bool)
+
+    def _draw(self, key: Int[Tensor, " b"], d: int) -> Flat:
+        return self.scale(2 * randomness.uniform(key, d) - 1)
+
+    def _inside(self, point: Float[Tensor, "b ..."], x: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        return point
+
+    def _nearest(self, u: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        return u.clamp(floor, ceiling)
+
+    def _vertex(self, gradient: Flat, floor: Flat, ceiling: Flat) -> Flat:
+        return torch.where(gradient > 0, ceiling, floor).masked_fill(gradient == 0, 0.0)
+
+    def _ascend(self, u: Flat, gradient: Flat, step_size: float, floor: Flat, ceiling: Flat) -> Flat:
+        return (u + step_size * self.scale(gradient.sign())).clamp(floor, ceiling)
+
+    def _gap(self, gradient: Flat, u: Flat, floor: Flat, ceiling: Flat) -> Float[Tensor, " b"]:
+        return (gradient * (torch.where(gradient > 0, ceiling, floor) - u)).clamp(min=0).sum(1)
+
+
 NORMS: dict[str, type[Threat]] = {"linf": Linf, "l2": L2, "l1": L1}
 
 
@@ -527,6 +670,13 @@ def _to_python(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.ndim > 0:
         return torch.from_numpy(value)
     return value.item() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _to_plain(value: Any) -> Any:
+    """A value that can be compared: tensors, and those in a tuple, by shape and numbers."""
+    if isinstance(value, tuple):
+        return tuple(map(_to_plain, value))
+    return (tuple(value.shape), *value.flatten().tolist()) if isinstance(value, Tensor) else value
 
 
 def _rescale(values: Flat) -> Flat:

@@ -38,7 +38,7 @@ from innermax.evaluation.audit import (
 from innermax.evaluation.store import AttackRows, Column
 from innermax.losses import cross_entropy, margin
 from innermax.oracle.oracle import Oracle, Response
-from innermax.threat import FeasibleSet, Linf, Threat
+from innermax.threat import FeasibleSet, Linf, LinfBox, Threat
 from innermax.utils import randomness
 from innermax.utils.copying import copy_model
 
@@ -435,6 +435,8 @@ class _Smoothed(nn.Module):
         noise = torch.randn_like(x)
         if isinstance(self.threat, Linf):
             noise = noise.sign()
+        elif isinstance(self.threat, LinfBox):
+            noise = self.threat.scale(noise.sign().flatten(1)).reshape(x.shape)
         else:
             noise = noise / self.threat.norm(noise.flatten(1)).reshape(-1, *[1] * (x.ndim - 1))
         low, high = (side.reshape(x.shape) for side in self.threat.box(x))
