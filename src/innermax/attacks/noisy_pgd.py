@@ -49,7 +49,7 @@ class NoisyPGD(PGD):
         projected = feasible.project(found.x_adv)
         answer = replace(problem, oracle=problem.oracle.precise).gradient(projected, loss)
         measured = gauges(feasible, answer.gradient, projected)
-        return replace(found, gradient_calls=found.gradient_calls + 1, **measured)
+        return replace(found, gradient_calls=found.gradient_calls + self.eot, **measured)
 
     def gauged_point(self, feasible: FeasibleSet, x_adv: Tensor) -> Tensor:
         """Where its gauges are measured: the projection of x_adv onto X(x)."""

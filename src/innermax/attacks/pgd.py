@@ -48,6 +48,9 @@ class PGD(BaseAttack):
         stop_on_success: an example that has fallen leaves the search.
         steps_after_success: with stop_on_success, it leaves only after so many further steps from points where it has
             fallen (Zhang et al. 2020, Algorithm 1).
+        eot: ≥ 1 answers whose mean gradient, loss and logits each step follows, for models that draw random numbers
+            (expectation over transformation, Athalye et al. 2018). They count as so many gradients; FOSC is that of the
+            mean gradient. The draws repeat with the seed.
 
     Raises:
         ValueError, TypeError: an argument is not as described above.
@@ -63,11 +66,13 @@ class PGD(BaseAttack):
     gauge: Gauge = "exact"
     stop_on_success: bool = False
     steps_after_success: int = added_field(0)
+    eot: int = added_field(1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self.steps, "steps")
         check_count(self.restarts, "restarts")
+        check_count(self.eot, "eot")
         if not isinstance(self.random_start, bool):
             check_number(
                 self.random_start, "random_start", "a bool or a finite number > 0", lambda sd: 0 < sd < math.inf
@@ -119,7 +124,12 @@ class PGD(BaseAttack):
     @property
     def cost(self) -> float:
         """About how many gradients per example it takes."""
-        return self.steps * self.restarts + 1 + FORWARD * (2 if needs_clean(self.objective()) else 1)
+        return self.eot * (self.steps * self.restarts + 1 + FORWARD * (2 if needs_clean(self.objective()) else 1))
+
+    @property
+    def samples(self) -> int:
+        """How many answers of the network are averaged each time it is asked."""
+        return self.eot
 
     def solve(self, problem: Problem, final: Final) -> AttackResult:
         """The best of the restarts; with stop_on_success only survivors start again."""
@@ -135,7 +145,7 @@ class PGD(BaseAttack):
                 if len(again) > 0:
                     other = self.search_once(some[again], loss, restart, each)
                     best = best.with_rows(again, choose_better(best[again], other))
-            return replace(best, forward_calls=best.forward_calls + 1) if needs_clean(loss) else best
+            return replace(best, forward_calls=best.forward_calls + self.eot) if needs_clean(loss) else best
 
         rows = torch.arange(len(problem.y), device=problem.y.device)
         return concatenate(problem.oracle.side_by_side(best_of, rows))
@@ -148,8 +158,8 @@ class PGD(BaseAttack):
         problem: with what the loss is given.
         """
         warm = problem.start is not None and restart == 0
-        return search(
-            problem.oracle,
+        found = search(
+            problem.asked,
             problem.feasible,
             self.start(problem, loss, restart),
             problem.label,
@@ -165,6 +175,10 @@ class PGD(BaseAttack):
             final=final,
             observe=observe,
         )
+        if self.eot == 1:
+            return found
+        gradients, forwards = found.gradient_calls * self.eot, found.forward_calls * self.eot
+        return replace(found, gradient_calls=gradients, forward_calls=forwards)
 
     def start(self, problem: Problem, loss: Loss, restart: int) -> Tensor:
         """Where a search begins: where it was told to, at x, or at a random point, as is each that would have no slope
@@ -212,7 +226,8 @@ class PGD(BaseAttack):
         x, x_adv: (B, *features); y: (B,); seed: of what the model draws.
         """
         with oracle.private_randomness(seed):
-            loss, problem = self.objective(), Problem.of(self.threat, oracle, x, y, seed=seed)
+            loss = self.objective()
+            problem = replace(Problem.of(self.threat, oracle, x, y, seed=seed), samples=self.samples)
             return problem.prepare(loss, oracle).gradient(x_adv, loss)
 
 

@@ -1,12 +1,13 @@
 """The problem an attack is given: a network to ask, the set X(x), and a label to leave or to reach."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from innermax.attacks.averaging import Averaged, average
 from innermax.attacks.search import has_won
 from innermax.losses import Given, Loss, likeliest_others, needs_clean, select
 from innermax.oracle.oracle import Oracle, Response
@@ -113,7 +114,7 @@ class Problem:
             return self
         known = self.oracle.classes is not None  # so that the labels are checked
         with torch.no_grad():
-            clean = _mean(oracle.logits, self.feasible.x, self.samples)
+            clean = average(oracle, self.samples).logits(self.feasible.x)
             if not known:
                 check_labels(self.label, len(clean), clean.shape[1], "target" if self.reach else "y")
             given = loss.prepare(clean, self.label)  # type: ignore[attr-defined]  # that is how it depends on them
@@ -126,6 +127,11 @@ class Problem:
         classes = clean.shape[1]
         for aim in likeliest_others(clean, self.y, min(targets, classes - 1)).unbind(1):
             yield replace(self, pair=self.y * classes + aim)
+
+    @property
+    def asked(self) -> Oracle | Averaged:
+        """The network as the search asks it: each answer the mean of `samples`."""
+        return average(self.oracle, self.samples)
 
     @property
     def reach(self) -> bool:
@@ -145,22 +151,18 @@ class Problem:
         """Where the adversary has what it wants, at points with these logits; bf16 logits are confirmed in float32."""
         won = has_won(logits, self.label, self.reach)
         if self.oracle.lowered and len(rows := won.nonzero()[:, 0]) > 0:
-            confirmed = _mean(self.oracle.precise.logits, point[rows], self.samples)
+            confirmed = self.asked.precise.logits(point[rows])
             won[rows] = has_won(confirmed, self.label[rows], self.reach)
         return won
 
     def logits(self, point: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
         """The logits at a point of each example, the mean of `samples` answers."""
-        return _mean(self.oracle.logits, point, self.samples)
+        return self.asked.logits(point)
 
     def gradient(self, point: Float[Tensor, "b ..."], loss: Loss) -> Response:
         """Gradient, loss and logits at a point of each example, the means of `samples` answers."""
         label = self.label if self.pair is None else self.pair
-        answer = self.oracle.gradient(point, label, loss, self.given)
-        for _ in range(1, self.samples):
-            more = self.oracle.gradient(point, label, loss, self.given)
-            answer = Response(answer.gradient + more.gradient, answer.loss + more.loss, answer.logits + more.logits)
-        return Response(answer.gradient / self.samples, answer.loss / self.samples, answer.logits / self.samples)
+        return self.asked.gradient(point, label, loss, self.given)
 
 
 def _refuse(
@@ -172,11 +174,3 @@ def _refuse(
     threat.around(inputs["x"])
     for name, label in labels.items():
         check_labels(label, len(label), classes.get(name), name)
-
-
-def _mean(logits: Callable[[Tensor], Tensor], point: Tensor, samples: int) -> Tensor:
-    """The mean of so many answers."""
-    total = logits(point)
-    for _ in range(1, samples):
-        total = total + logits(point)
-    return total / samples

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from innermax.attacks.averaging import Averaged
 from innermax.losses import Given, Loss, select
 from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import FeasibleSet
@@ -67,7 +68,7 @@ class AttackResult:
 
 
 def search(
-    oracle: Oracle,
+    oracle: Oracle | Averaged,
     feasible: FeasibleSet,
     start: Float[Tensor, "b ..."],
     label: Int[Tensor, " b"],
@@ -227,7 +228,7 @@ def has_won(logits: Tensor, label: Tensor, reach: bool) -> Tensor:
 
 
 def _confirm(
-    precise: Oracle,
+    precise: Oracle | Averaged,
     x_adv: Tensor,
     answer: Response,
     label: Tensor,
@@ -245,7 +246,7 @@ def _confirm(
 
 
 def _end_ungauged(
-    oracle: Oracle | None, x_adv: Tensor, label: Tensor, loss: Loss, given: Given, reach: bool, steps: int
+    oracle: Oracle | Averaged | None, x_adv: Tensor, label: Tensor, loss: Loss, given: Given, reach: bool, steps: int
 ) -> AttackResult:
     """The result of examples that took every step, without FOSC; without an oracle, without loss and logits, too."""
     count, nothing = torch.full_like(label, steps), torch.zeros_like(label)

@@ -58,7 +58,7 @@ def search_with_trace(
 ) -> tuple[AttackResult, Trace]:
     """What such a search finds, and its trace; arguments and errors as for `trace_search`."""
     attack = replace(attack, stop_at=None, stop_on_success=False, steps_after_success=0)
-    problem = Problem.of(attack.threat, model, x, y, seed=seed, index=index)
+    problem = replace(Problem.of(attack.threat, model, x, y, seed=seed, index=index), samples=attack.samples)
     met: list[tuple[Tensor, Tensor, Tensor]] = []
     points: list[Tensor] = []
 

@@ -240,10 +240,10 @@ def _trace_attacks(subject: Subject, sample: Sample, evidence: Evidence) -> Evid
         if isinstance(attack, APGD):
             found = replace(found, steps=float(attack.steps))
         if isinstance(attack, PGD):
-            count = min(_PROBED, max(_OWN // 2 * len(sample) // (attack.steps + 2), 1))
+            count = min(_PROBED, max(_OWN // 2 * len(sample) // ((attack.steps + 2) * attack.eot), 1))
             some = sample[_spread_rows(len(sample), count, subject.device)]
             found = _trace_pgd(attack, subject, some, found)
-            gradients += (attack.steps + 1) * len(some)
+            gradients += (attack.steps + 1) * attack.eot * len(some)
         searches[name] = found
     return replace(evidence, searches=searches, gradients=gradients, forwards=evidence.forwards + len(sample))
 
@@ -350,8 +350,8 @@ def _search_longer(subject: Subject, sample: Sample) -> Iterator[StrongerSearch 
     index = sample.index.cpu().numpy()
     gauge = np.nan_to_num(subject.rows[subject.strongest].relative_fosc[index], nan=1.0)
     order = torch.from_numpy(np.argsort(gauge <= UNCONVERGED, kind="stable")).to(subject.device)
-    targets, samples = (attack.targets or 1, attack.eot) if isinstance(attack, APGD) else (1, 1)
-    cost = 4 * attack.steps * attack.restarts * targets * samples
+    targets = (attack.targets or 1) if isinstance(attack, APGD) else 1
+    cost = 4 * attack.steps * attack.restarts * targets * attack.eot
     rows = order[: max(_OWN * len(sample) // cost, 1)]
     for name, stronger in (("more steps", _with_more_steps(attack)), ("restarts", _with_restarts(attack))):
         yield StrongerSearch(name, stronger, subject.oracle, rows)
