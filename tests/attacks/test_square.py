@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from innermax.attacks.autoattack import AutoAttack
 from innermax.attacks.square import _HALVINGS, Square, _begin, _patterns, _repaint
 from innermax.losses import margin
 from innermax.threat import L2, Linf
 from tests.helpers.attacks import NORMS, logits_of
 from tests.helpers.data import images
-from tests.helpers.networks import Logged, mlp
+from tests.helpers.networks import Logged
 
 
 def naive_peak(height, width, power):
@@ -147,11 +146,3 @@ def test_square_draws_of_its_own_for_each_example():
     model = Logged(nn.Sequential(nn.Flatten(), nn.Linear(81, 3)))
     Square(Linf(0.01), queries=3)(model, x.expand(4, -1, -1, -1), y.expand(4))
     assert all(len(torch.unique(points, dim=0)) == 4 for points in model.log.inputs[1:])
-
-
-@pytest.mark.parametrize("make", [Square, AutoAttack])
-def test_square_is_for_images(make):
-    model = Logged(mlp(torch.float32))
-    with pytest.raises(ValueError, match=r"x must be images \(B, C, H, W\) for Square, got \(6, 6\)"):
-        make(Linf(0.1))(model, torch.rand(6, 6), torch.arange(6) % 3)
-    assert not model.log.inputs

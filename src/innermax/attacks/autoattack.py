@@ -34,9 +34,11 @@ class AutoAttack(VerdictAttack):
             targeted FAB (9 classes) and Square (5,000 queries). "rand", for models that draw random numbers: APGD on
             the cross-entropy and on DLR, each gradient the mean of 20.
 
+    On inputs that are no images (B, C, H, W), such as vectors and sequences, Square is its analogue with blocks of
+    random coordinates, which is our own; the other members are the published ones.
+
     Raises:
-        ValueError, TypeError: an argument is not as described above; when called with "standard", x is not of shape
-            (B, C, H, W).
+        ValueError, TypeError: an argument is not as described above.
     """
 
     norms: ClassVar[tuple[type[Threat], ...]] = (Linf, L2, L1)

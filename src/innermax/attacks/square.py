@@ -1,4 +1,6 @@
-"""Square: a random search that changes one square of the image at a time and needs nothing but logits."""
+"""Square: a random search that changes one square of the image at a time and needs nothing but logits; on inputs that
+are no images, a block of random coordinates.
+"""
 
 import math
 from dataclasses import dataclass
@@ -28,6 +30,11 @@ class Square(VerdictAttack):
     A square of random place and sign replaces part of the perturbation, and stays where the margin grows. Squares
     shrink with the number of queries, by the schedule of AutoAttack, which does not depend on `queries`.
 
+    Inputs of another shape than (B, C, H, W), such as vectors and sequences, have no squares. There the analogue of a
+    square is a block of coordinates drawn at random, each with a sign of its own, as many as the square would have
+    pixels. In L∞ their values become ±ε; in L2 and L1 the block takes over what it and a second one held, spread at
+    random, together with a share of what the ball has left. It is our own, not the published attack.
+
     Args:
         threat: Linf, L2 or L1.
         queries: ≥ 1 in each search, at most.
@@ -35,7 +42,7 @@ class Square(VerdictAttack):
         p_init: share of the image in (0, 1] that the first squares cover.
 
     Raises:
-        ValueError, TypeError: an argument is not as described above; when called, x is not of shape (B, C, H, W).
+        ValueError, TypeError: an argument is not as described above.
     """
 
     norms: ClassVar[tuple[type[Threat], ...]] = (Linf, L2, L1)
@@ -57,12 +64,6 @@ class Square(VerdictAttack):
         """About how many gradients per example it takes."""
         return SURVIVING * self.queries * self.restarts * FORWARD
 
-    def check(self, problem: Problem) -> None:
-        """Raises ValueError where the attack cannot take the problem on: it paints squares on images."""
-        super().check(problem)
-        if problem.feasible.x.ndim != 4:
-            raise ValueError(f"x must be images (B, C, H, W) for Square, got {tuple(problem.feasible.x.shape)}")
-
     def search(self, problem: Problem, clean: Float[Tensor, "b classes"]) -> AttackResult:
         """What was found, without FOSC, given the clean inputs' logits."""
         found = build_result(problem, problem.feasible.x, margin(clean, problem.y), clean)
@@ -74,7 +75,9 @@ class Square(VerdictAttack):
         """One search of some of the examples."""
         problem = problem[rows]
         rows = torch.arange(len(rows), device=rows.device)
-        best = _ask(problem, _begin(problem.feasible, problem.keys(restart, 0)), 0)
+        are_images = problem.feasible.x.ndim == 4
+        begin = _begin if are_images else _begin_flat
+        best = _ask(problem, begin(problem.feasible, problem.keys(restart, 0)), 0)
         pieces: list[tuple[Tensor, AttackResult]] = []
         for query in range(1, self.queries):
             won = cast(Tensor, best.misclassified)
@@ -84,21 +87,33 @@ class Square(VerdictAttack):
                 if len(going) == 0:
                     return reassemble(pieces)
                 rows, problem, best = rows[going], problem[going], best[going]
-            side = self.side(query, *best.x_adv.shape[2:])
-            point = _repaint(problem.feasible, best.x_adv, problem.keys(restart, query), side)
+            key = problem.keys(restart, query)
+            if are_images:
+                side = self.side(query, *best.x_adv.shape[2:])
+                point = _repaint(problem.feasible, best.x_adv, key, side)
+            else:
+                size = self.block(query, best.x_adv[0].numel())
+                point = _redraw(problem.feasible, best.x_adv, key, size)
             best = choose_better(best, _ask(problem, point, query))
         return reassemble([*pieces, (rows, best)])
 
     def side(self, query: int, height: int, width: int) -> int:
         """The length of the squares' sides at a query; the first square is tried at query 1."""
-        share = self.p_init / 2 ** sum(query > last + 1 for last in _HALVINGS)
-        side = round(math.sqrt(share * height * width))
+        side = round(math.sqrt(self._share(query) * height * width))
         if not isinstance(self.threat, Linf):
             side = max(side, 3) // 2 * 2 + 1  # odd, as the pattern has a middle
         return min(max(side, 1), height, width)
 
+    def block(self, query: int, count: int) -> int:
+        """How many of `count` coordinates a query changes, of inputs that are no images."""
+        return min(max(round(self._share(query) * count), 1), count)
 
-def _ask(problem: Problem, point: Float[Tensor, "b c h w"], query: int) -> AttackResult:
+    def _share(self, query: int) -> float:
+        """The share of the input that a query changes."""
+        return float(self.p_init / 2 ** sum(query > last + 1 for last in _HALVINGS))
+
+
+def _ask(problem: Problem, point: Float[Tensor, "b ..."], query: int) -> AttackResult:
     """The result of one query."""
     logits = problem.logits(point)
     return build_result(problem, point, margin(logits, problem.y), logits, query, forwards=1)
@@ -142,6 +157,48 @@ def _repaint(
     new = (signs * pattern).masked_fill(~here, 0.0) + old / _length(threat, old).clamp(min=1e-12)
     new = new / _length(threat, new).clamp(min=1e-12) * _budget(feasible, u, here | there)
     return feasible.project(x + _stretch(feasible, torch.where(here, new, u.masked_fill(there, 0.0))))
+
+
+def _begin_flat(feasible: FeasibleSet, key: Int[Tensor, " b"]) -> Float[Tensor, "b ..."]:
+    """L∞: ±ε in each coordinate; L2 and L1: a random direction, as long as the ball allows."""
+    x, threat = feasible.x, feasible.threat
+    draws = randomness.uniform(key, x[0].numel()).to(x)
+    if isinstance(threat, Linf):
+        u = threat.eps * _signs(draws)
+    else:
+        u = _scatter(draws)
+        u = u * (threat.eps / threat.norm(u).clamp(min=1e-12))[:, None]
+    return feasible.project(x + u.reshape(x.shape).to(x))
+
+
+def _redraw(
+    feasible: FeasibleSet, x_adv: Float[Tensor, "b ..."], key: Int[Tensor, " b"], size: int
+) -> Float[Tensor, "b ..."]:
+    """x_adv with the perturbation of `size` random coordinates replaced; L2, L1: that of a second block moves there."""
+    x, threat = feasible.x, feasible.threat
+    d = x[0].numel()
+    draws = randomness.uniform(key, 3 * d).to(x)
+    u, values = (x_adv - x).flatten(1), draws[:, 2 * d :]
+    here = _choose(draws[:, :d], size)
+    if isinstance(threat, Linf):
+        return feasible.project(x + torch.where(here, threat.eps * _signs(values).to(x), u).reshape(x.shape))
+    there = _choose(draws[:, d : 2 * d], size)
+    new = _scatter(values).masked_fill(~here, 0.0)
+    planes = (u.reshape(len(x), 1, 1, d), (here | there).reshape(len(x), 1, 1, d))
+    new = new / threat.norm(new)[:, None].clamp(min=1e-12) * _budget(feasible, *planes).reshape(-1, 1)
+    changed = torch.where(here, new, u.masked_fill(there, 0.0)).reshape(len(x), 1, 1, d)
+    return feasible.project(x + _stretch(feasible, changed).reshape(x.shape))
+
+
+def _scatter(draws: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    """Values of random sign and, exponentially distributed, random size, from numbers in (0, 1)."""
+    twice = 2 * draws - 1
+    return -twice.sign() * (1 - twice.abs()).clamp(min=1e-7).log()
+
+
+def _choose(draws: Float[Tensor, "b d"], size: int) -> Bool[Tensor, "b d"]:
+    """`size` coordinates of each row, at random."""
+    return torch.zeros_like(draws, dtype=torch.bool).scatter_(1, draws.topk(size, dim=1).indices, value=True)
 
 
 def _budget(feasible: FeasibleSet, u: Tensor, windows: Tensor) -> Float[Tensor, "b c 1 1"]:

@@ -321,9 +321,7 @@ def _plan_searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iter
         if evidence.foretold < 0.9:
             smooth = Oracle(_Smoothed(subject.model, threat))
             yield StrongerSearch("smoothed", APGD(threat, steps=15, loss="margin", eot=8), smooth, everyone)
-        if sample.x.ndim != 4:
-            yield Untried("score-based", f"inputs of shape {tuple(sample.x.shape[1:])} are no images")
-        elif not Square.serves(threat):
+        if not Square.serves(threat):
             yield Untried("score-based", f"Square does not serve {type(threat).__name__}")
         else:
             yield StrongerSearch("score-based", Square(threat, queries=300), subject.oracle, everyone)
