@@ -15,6 +15,7 @@ def test_a_recipe_is_complete(name):
     """Nothing that identifies a training is left to a default that may change."""
     of_the_run = {"label_column", "seed", "device", "run_dir", "overwrite", "logger", "progress", "init", "attacks"}
     of_the_run |= {"checkpoint_every", "keep_checkpoints", "on_nan", "devices", "nodes", "parallel", "sync_batch_norm"}
+    of_the_run |= {"on_overfit"}
     options = {a.dest for a in train_parser({})._actions} - {"help", *GROUPS}
     added = {option for option in options if option.partition(".")[0] in ADDED}  # their defaults stay
     assert set(read_recipe(name)) == options - of_the_run - added

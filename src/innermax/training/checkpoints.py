@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from innermax.distributed.fsdp import WholeState
 from innermax.models.files import load_weights
+from innermax.training.alarm import is_alarm
 from innermax.training.run_folder import CHECKPOINTS
 from innermax.utils.files import hash_tensors, load_tensors, save_tensors, write_text
 from innermax.utils.serialization import is_finite_number, is_row
@@ -157,6 +158,8 @@ def _is_valid(name: str, value: Any) -> bool:
             return lists and set(value) in (set(), _GAUGES)
         case "history", list():
             return all(map(is_row, value))
+        case "alarm", dict():
+            return is_alarm(value)
         case "attack_network", str():
             return True
         case "seconds", _:

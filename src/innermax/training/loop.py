@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from innermax.distributed.process_group import Ranks
 from innermax.objectives import Objective, search_loss, weight_perturbation
 from innermax.oracle.compiled import floating_dtype
 from innermax.strategies import awaits_halfway_gauge, search_for
+from innermax.training.alarm import PARTS, Overfitting, strengthen
 from innermax.training.arithmetic import Arithmetic
 from innermax.training.batch_attack import Attacked, attack_batch
 from innermax.training.checkpoints import due_every
@@ -118,7 +120,10 @@ class Loop:
         with contextlib.closing(coming):
             for batch in coming:
                 moment = (state.epoch + state.batch / count) / options.epochs
-                state.metrics.add(self.step(batch, attack, moment, gauge=state.batch % stride == 0))
+                strong = self._strengthen(attack)
+                state.metrics.add(self.step(batch, strong, moment, gauge=state.batch % stride == 0))
+                if PARTS * (state.batch + 1) // count > PARTS * state.batch // count:
+                    self._look_for_overfitting(show)
                 state.batch += 1
                 self.whole = True
                 self._show(show)
@@ -129,7 +134,28 @@ class Loop:
                 if self.ranks.any(due and self.ranks.first) and state.batch < count:
                     self.save()
         rate = options.lr_at(state.epoch / options.epochs)
-        return state.metrics.row(state.epoch, rate, attack, state.oracle.scheme, len(self.data))
+        row = state.metrics.row(state.epoch, rate, self._strengthen(attack), state.oracle.scheme, len(self.data))
+        return row | state.alarm.row(state.epoch)
+
+    def _strengthen(self, attack: PGD | None) -> PGD | None:
+        """The epoch's attack, with a step more for each time that the alarm was raised, where that is asked for."""
+        more = len(self.state.alarm.raised) if self.options.on_overfit == "strengthen" else 0
+        return attack if attack is None else strengthen(attack, more)
+
+    def _look_for_overfitting(self, show: TrainingDisplay) -> None:
+        """The alarm at the end of a part of the epoch, and what follows where it is raised."""
+        state, reaction = self.state, self.options.on_overfit
+        before = state.alarm.raised
+        state.alarm = state.alarm.end_part(state.epoch, state.batch)
+        if state.alarm.raised == before:
+            return
+        told = state.alarm.explain()
+        if reaction == "stop":
+            raise Overfitting(f"{told}; on_overfit strengthen adds steps to the attack from there on")
+        if reaction == "strengthen":
+            show.say(f"{told}: its attack has a step more from here on")
+        elif not before:
+            warnings.warn(f"{told}; on_overfit strengthen would add a step to its attack", stacklevel=3)
 
     def _show(self, show: TrainingDisplay) -> None:
         """Shows the epoch so far, and the time left."""
@@ -167,7 +193,10 @@ class Loop:
                 raise
             return self.ranks.sum({} if calls is None else {"gradients": float(calls)}) | {"skipped": 1.0}
         if gauge:
-            state.metrics.add_gauges(self.ranks.gather(gauges))
+            measured = self.ranks.gather(gauges)
+            state.metrics.add_gauges(measured)
+            if self.options.on_overfit != "ignore" and not hasattr(self.options.strategy, "replays"):
+                state.alarm = state.alarm.hear(value for own in measured for value in own.get("relative_fosc", ()))
         attacking = 0.0 if calls is None else seconds_between(asked, answered)
         updating = time.perf_counter() - began - attacking
         self.clock.batch(len(batch.whole), sums.get("gradients", 0.0), attacking, updating)

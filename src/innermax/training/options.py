@@ -21,6 +21,7 @@ from innermax.models.wrappers import unwrap
 from innermax.objectives import Objective, differentiates_twice, find_objective, search_loss
 from innermax.oracle.oracle import Precision
 from innermax.strategies import Strategy, search_for
+from innermax.training.alarm import OnOverfit, check_strengthening
 from innermax.training.checkpoints import due_every
 from innermax.training.loggers import Logger, LoggerName
 from innermax.utils.serialization import added_field, describe, described_fields
@@ -67,6 +68,7 @@ class TrainingOptions:
     parallel: Parallel = field(default="ddp", metadata=_PROCESS)
     sync_batch_norm: bool = added_field(False)
     on_nan: OnNaN = "stop"
+    on_overfit: OnOverfit = added_field("ignore")  # noqa: RUF009  a string
     run_dir: str | Path | None = field(default=None, metadata=_PROCESS)
     overwrite: bool = field(default=False, metadata=_PROCESS)
     checkpoint_every: int | str | None = field(default=None, metadata=_PROCESS)
@@ -84,6 +86,8 @@ class TrainingOptions:
         _check_names(self)
         for name in ("flip", "sync_batch_norm", "overwrite"):
             check_flag(getattr(self, name), name)
+        if self.on_overfit == "strengthen":
+            check_strengthening(self.strategy)
         check_progress(self.progress)
         due_every(self.checkpoint_every)
         for name, kind, requirement in (
@@ -192,6 +196,7 @@ def _check_names(options: TrainingOptions) -> None:
         ("lr_schedule", LearningRate),
         ("precision", Precision),
         ("on_nan", OnNaN),
+        ("on_overfit", OnOverfit),
         ("parallel", Parallel),
     ):
         check_choice(getattr(options, name), name, get_args(kind))

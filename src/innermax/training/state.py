@@ -19,6 +19,7 @@ from innermax.models.wrappers import unwrap
 from innermax.oracle.compiled import put_channels_last
 from innermax.oracle.oracle import Oracle
 from innermax.oracle.sharded import ShardedOracle
+from innermax.training.alarm import Alarm
 from innermax.training.batch_attack import Kept
 from innermax.training.checkpoints import load_checkpoint, save_checkpoint
 from innermax.training.metrics import EpochMetrics
@@ -42,6 +43,7 @@ class State:
         metrics: of the epoch's batches so far.
         history: the rows of the epochs before.
         seconds: spent on the epoch before it was interrupted.
+        alarm: for catastrophic overfitting.
     """
 
     network: nn.Module
@@ -55,6 +57,7 @@ class State:
     metrics: EpochMetrics = field(default_factory=EpochMetrics)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    alarm: Alarm = field(default_factory=Alarm)
 
     @classmethod
     def start(
@@ -119,6 +122,7 @@ class State:
             "seconds": seconds,
             "attack_network": self.oracle.scheme,
             "micro_batch": self.oracle.micro_batch,
+            "alarm": self.alarm.position(),
         }
         save_checkpoint(folder, networks, optimizer, position, self.kept.tensors, keep)
 
@@ -137,6 +141,7 @@ class State:
         self.epoch, self.batch = position.get("epoch", 0), position.get("batch", 0)
         self.metrics = EpochMetrics(position.get("totals", {}), position.get("gauged", {}))
         self.history, self.seconds = position.get("history", []), position.get("seconds", 0.0)
+        self.alarm = Alarm.at(position.get("alarm", {}))
         self.oracle.micro_batch = position.get("micro_batch")
         self.oracle.refresh()
         self._recompile(position.get("attack_network", ""))

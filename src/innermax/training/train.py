@@ -21,6 +21,7 @@ from innermax.models.wrappers import unwrap
 from innermax.objectives import Objective
 from innermax.oracle.oracle import Precision
 from innermax.strategies import Strategy
+from innermax.training.alarm import OnOverfit
 from innermax.training.arithmetic import Arithmetic, choose_arithmetic
 from innermax.training.checkpoints import find_checkpoints
 from innermax.training.interrupts import defer_interrupts
@@ -77,6 +78,7 @@ def train(
     parallel: Parallel = "ddp",
     sync_batch_norm: bool = False,
     on_nan: OnNaN = "stop",
+    on_overfit: OnOverfit = "ignore",
     run_dir: str | Path | None = None,
     overwrite: bool = False,
     checkpoint_every: int | str | None = None,
@@ -125,6 +127,9 @@ def train(
         sync_batch_norm: BatchNorm over the whole batch instead of each process's share. On GPUs.
         on_nan: What happens at a loss, gradient or FOSC that is not a finite number: "stop" ends the run, "skip" leaves
             the batch out and counts it. nonfinite.jsonl in the run folder names epoch, batch and examples.
+        on_overfit: What happens when the relative FOSC says that the training overfits catastrophically, as training
+            against a single step may: "warn" says so once, "stop" ends the run, "strengthen" gives the attack a step
+            more from then on, each time; "ignore" does not look. metrics.jsonl names the batch and the value.
         run_dir: Folder of the run. By default nothing is written.
         overwrite: Start from scratch where run_dir holds a run, and remove all that innermax wrote about it there.
         checkpoint_every: How often to write a checkpoint within an epoch: every so many updates, or after a time such
@@ -139,6 +144,7 @@ def train(
     Raises:
         ValueError, TypeError: an argument does not fit, or run_dir belongs to another configuration or process.
         FloatingPointError: a loss, gradient or FOSC is not a finite number.
+        ArithmeticError: the training overfits catastrophically, and on_overfit says "stop".
         ChildProcessError: one of several processes has ended; the others are ended, too.
         OSError: run_dir cannot be written; the checkpoints in it stay whole.
         KeyboardInterrupt: after a checkpoint was written; the same call continues.
@@ -148,8 +154,9 @@ def train(
         batch_size=batch_size, optimizer=optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay,
         lr_schedule=lr_schedule, lr_drops=lr_drops, clip=clip, ema=ema, shift=shift, flip=flip, precision=precision,
         seed=seed, device=device, devices=devices, nodes=nodes, parallel=parallel, sync_batch_norm=sync_batch_norm,
-        on_nan=on_nan, run_dir=run_dir, overwrite=overwrite, checkpoint_every=checkpoint_every,
-        keep_checkpoints=keep_checkpoints, logger=logger, progress=progress, settings=settings,
+        on_nan=on_nan, on_overfit=on_overfit, run_dir=run_dir, overwrite=overwrite,
+        checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints, logger=logger, progress=progress,
+        settings=settings,
     ).divide_epochs()  # fmt: skip
     chosen = find_device(device)
     launch = plan_launch(devices, nodes, chosen)
