@@ -33,7 +33,6 @@ JUDGED, PROBED = 500, 64  # images held out: for the truth, and for the probe
 GAUGED, QUARTERS = 16, 4  # batches of an epoch whose signals are measured; parts of an epoch
 STEPS, CONVERGED = 50, 0.01  # of the truth: PGD-50, which an image leaves once its relative FOSC is no larger
 METHODS = {"fgsm": (0.0, 1.0), "rs": (1.0, 1.25), "n": (2.0, 1.0)}  # radius of the noise and step, over ε
-NETWORKS = {"plain-8": (0.003, 0.01), "bare-16": (0.003, 0.006), "dense-128": (0.002, 0.006), "pooled-8": (0.003, 0.01)}
 Ask = Callable[[Tensor], Tensor]  # (N, B, *features) → (N, B, classes)
 
 
@@ -332,17 +331,18 @@ def _rounded(value: Any) -> Any:
 
 
 def plan() -> list[Fleet]:
-    """All fleets, in an order of which any beginning can be judged: networks take turns."""
-    found = []
-    for seed in range(3):
-        for network, rates in NETWORKS.items():
-            each = product((0.1, 0.15, 0.2), ("fgsm", "rs@2", "n"), rates)
-            settings = tuple(Setting(eps, method, rate, seed) for eps, method, rate in each)
-            found.append(Fleet("digits", network, 1200, 8, 6, settings))
-        for network, rates in NETWORKS.items():
-            each = product((0.1, 0.15, 0.2), ("fgsm", "rs", "rs@2", "n"), rates[:1])
-            settings = tuple(Setting(eps, method, rate, seed) for eps, method, rate in each)
-            found.append(Fleet("mnist", network, 6000, 32, 3, settings))
+    """All fleets, in an order of which any beginning can be judged: networks and data sets take turns."""
+    digits = [Setting(eps, method, 0.003, 0) for eps in (0.1, 0.15, 0.2) for method in ("fgsm", "rs@2", "n")]
+    quick = tuple(Setting(0.2, method, 0.006, 0) for method in ("fgsm", "rs@2", "n"))
+    wide = tuple(Setting(0.25, method, 0.003, 0) for method in ("fgsm", "rs@2", "n"))
+    found = [Fleet("digits", "plain-8", 1200, 8, 4, (*digits, *wide))]
+    found += [Fleet("digits", "bare-16", 1200, 8, 6, (*digits, *quick))]
+    collapsing = (Setting(0.2, "fgsm", 0.004, 0), Setting(0.2, "rs@2", 0.004, 0), Setting(0.25, "fgsm", 0.004, 0))
+    found += [Fleet("mnist", network, 6000, 32, 3, collapsing) for network in ("bare-8", "plain-8")]
+    for seed, network in product(range(1, 4), ("plain-8", "bare-16", "dense-128", "pooled-8")):
+        each = product((0.1, 0.15, 0.2, 0.25), ("fgsm", "rs", "rs@2", "n"), (0.004,))
+        settings = tuple(Setting(eps, method, rate, seed) for eps, method, rate in each)
+        found += [Fleet("mnist", network, 6000, 32, 3, settings), Fleet("digits", network, 1200, 8, 12, settings)]
     return found
 
 
@@ -366,20 +366,22 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     kept = [json.loads(line) for line in told.runs.read_text().splitlines()] if told.runs.exists() else []
-    done = {_fleet(run) for run in kept}
+    done = {_name(run) for run in kept}
     for fleet in strengthened(kept) if told.strengthen else plan():
-        if _fleet(asdict(fleet) | asdict(fleet.settings[0])) in done or time.monotonic() - began > 60 * told.minutes:
+        names = {_name(asdict(fleet) | asdict(each)) for each in fleet.settings}
+        if names <= done or time.monotonic() - began > 60 * told.minutes:
             continue
         rows = train(fleet)
         with open(told.runs, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
         collapsed = sum(collapse(row) is not None for row in rows)
-        print(time.strftime("%T"), _fleet(rows[0]), f"{collapsed} of {len(rows)} collapsed", flush=True)
+        print(time.strftime("%T"), fleet.data, fleet.network, f"{collapsed} of {len(rows)} collapsed", flush=True)
 
 
-def _fleet(run: dict[str, Any]) -> str:
-    """What tells a training's fleet from all others."""
-    return ", ".join(str(run[name]) for name in ("data", "network", "seed", "strengthen"))
+def _name(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a training from all others."""
+    names = [field.name for kind in (Fleet, Setting) for field in fields(kind) if field.name != "settings"]
+    return tuple(run[name] for name in names)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_it_warns_once(tmp_path):
 
 @pytest.mark.usefixtures("nervous")
 def test_it_stops():
-    with pytest.raises(Overfitting, match="at batch 1 of epoch 1, .*; on_overfit strengthen adds steps"):
+    with pytest.raises(Overfitting, match=r"at batch 1 of epoch 1, .*; on_overfit strengthen adds steps"):
         train(strategy=FGSM, epochs=3, on_overfit="stop")
 
 

@@ -70,8 +70,8 @@ class Alarm:
         """What the last time says, in a sentence without its end."""
         epoch, batch, value = self.raised[-1]
         return (
-            f"relative FOSC is {value:.2f} on average at batch {batch + 1} of epoch {epoch + 1}, after {self.lowest:.2f} "
-            "at its lowest: the training seems to overfit catastrophically"
+            f"relative FOSC is {value:.2f} on average at batch {batch + 1} of epoch {epoch + 1}, after "
+            f"{self.lowest:.2f} at its lowest: the training seems to overfit catastrophically"
         )
 
     def row(self, epoch: int) -> dict[str, float]:
