@@ -1,5 +1,6 @@
 """`innermax evaluate` on photographs of one's own and somebody's model."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def photos(tmp_path, monkeypatch):
             Image.new("RGB", (8, 8), (level, level, level)).save(path)
     Path("names.txt").write_text("\n".join(NAMES))
     Path("mine.py").write_text("from tests.cli.test_photographs import build\n")
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("mine", None)  # for the next module of that name
 
 
 def labels():

@@ -154,10 +154,14 @@ class Cache:
             yield
 
 
-def export_network(model: nn.Module, folder: Path, largest: int = _LARGEST) -> None:
-    """Writes a network for `load_model`; where its file would exceed `largest` bytes, matrices and filters in bf16."""
+def export_network(model: nn.Module, folder: Path, largest: int | None = None) -> None:
+    """Writes a network for `load_model`; where its file would exceed `largest` bytes, matrices and filters in bf16.
+
+    largest: None: 16 MB.
+    """
     weights: Mapping[str, Tensor] = model.state_dict()
-    if sum(value.numel() * value.element_size() for value in weights.values()) > largest:
+    limit = _LARGEST if largest is None else largest
+    if sum(value.numel() * value.element_size() for value in weights.values()) > limit:
         weights = {name: value.bfloat16() if value.ndim > 1 else value for name, value in weights.items()}
     write_model(folder, weights, model.config)
 
