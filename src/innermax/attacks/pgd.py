@@ -112,8 +112,8 @@ class PGD(BaseAttack):
             raise TypeError(f"step_size must be None, a number, numbers or 'annealed', got {self.step_size}") from None
         if len(sizes) != self.steps:
             raise ValueError(f"step_size must hold one length per step ({self.steps}), got {len(sizes)}")
-        least = 0 if self.threat.eps == 0 else math.ulp(0)  # of a share of ε nothing is left where ε is 0
-        if not all(size >= least for size in sizes):
+        # A share of ε is 0 where ε is.
+        if not all(size > 0 or size == self.threat.eps == 0 for size in sizes):
             raise ValueError(f"step_size must be > 0, got {self.step_size}")
         return sizes
 
