@@ -119,9 +119,8 @@ def images(name: str) -> tuple[ImageSet, ImageSet]:
         data = im.load_data(name, validation=JUDGED + PROBED)
         return data.train, data.validation
     data = im.load_data(name)  # too few images for a split of three
-    whole = [
-        torch.cat(parts) for parts in ((data.train.images, data.test.images), (data.train.labels, data.test.labels))
-    ]
+    parts = (data.train, data.validation, data.test)
+    whole = [torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels")]
     order = torch.randperm(len(whole[0]), generator=torch.Generator().manual_seed(0))
     held, learned = order[: JUDGED + PROBED], order[JUDGED + PROBED :]
     return tuple(ImageSet(whole[0][rows], whole[1][rows]) for rows in (learned, held))  # type: ignore[return-value]

@@ -18,6 +18,8 @@ import gpu
 import gpu_checks
 import gpu_speed
 import objectives
+import overfitting_alarm
+import overfitting_rule
 import speed
 import speedrun
 
@@ -71,6 +73,25 @@ def test_the_parts_of_a_step_that_are_timed():
     for part in objectives.passes_of(objectives.loop_of("mnist-cnn", objectives.cross_entropy, "float32")).values():
         part()
     assert gpu_checks._memory(("wideresnet", (3, 32, 32), {"depth": 10, "width": 1}), "cpu", smoke=True)[1] == "no GPU"
+
+
+def test_trainings_that_an_alarm_is_judged_by(tmp_path, monkeypatch):
+    largest = max(fleet.images for fleet in overfitting_alarm.plan() if fleet.data == "digits")
+    assert largest <= len(overfitting_alarm.images("digits")[0])
+    for name, size in (("JUDGED", 40), ("PROBED", 8), ("STEPS", 3)):
+        monkeypatch.setattr(overfitting_alarm, name, size)
+    settings = tuple(overfitting_alarm.Setting(0.1, method, 0.003, 0) for method in ("fgsm", "rs@2", "n"))
+    fleet = overfitting_alarm.Fleet("digits", "plain-8", 64, 8, 2, settings)
+    monkeypatch.setattr(overfitting_alarm, "plan", lambda: [fleet])
+    monkeypatch.setattr(overfitting_alarm, "images", overfitting_alarm.images.__wrapped__)
+    runs = tmp_path / "runs.jsonl"
+    monkeypatch.setattr(sys, "argv", ["overfitting_alarm.py", str(runs)])
+    overfitting_alarm.main()
+    overfitting_alarm.main()  # everything is done
+    rows = [json.loads(line) for line in runs.read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["fgsm", "rs@2", "n"]
+    assert all(len(row["quarters"]) == 8 for row in rows)
+    assert "**3 trainings so far" in overfitting_rule.page(rows)
 
 
 @pytest.mark.parametrize("script", ["gpu.py", "speedrun.py"])
