@@ -246,6 +246,19 @@ def test_roundings_of_many_coordinates_do_not_add_up(norm):
         assert np.linalg.norm((double(point) - double(x))[0], ORDER[norm]) <= threat.eps + 1e-6
 
 
+@pytest.mark.parametrize("grey", [0.3, 0.77])
+@pytest.mark.parametrize("norm", [L2, L1])
+def test_roundings_of_a_uniform_image_do_not_add_up(norm, grey):
+    """There all coordinates are rounded alike."""
+    x = torch.full((1, 3, 200, 250), grey)
+    up = torch.ones_like(x)
+    for eps in np.linspace(0.5, 5, 10) if norm is L2 else np.linspace(5, 600, 10):
+        threat = norm(float(eps))
+        for point in (threat.project(x + 0.3, x), threat.maximizer(up, x), threat.step(x, up, threat.eps, x)):
+            length = np.linalg.norm((double(point) - double(x))[0], ORDER[norm])
+            assert 0.999 * threat.eps <= length <= threat.eps
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_projection_of_points_far_beyond(norm):
     """Their squares overflow float32."""

@@ -201,7 +201,11 @@ class Threat(ABC):
         """The point, drawn towards x where the roundings of many coordinates add up to a norm beyond ε."""
         length = self.norm((point.double() - x.double()).flatten(1)).reshape(-1, *[1] * (x.ndim - 1))
         back = self.eps / length * (1 - 8 * torch.finfo(x.dtype).eps)
-        return torch.where(length > self.eps, x + (point - x) * back.to(x.dtype), point)
+        way = (point - x) * back.to(x.dtype)
+        nearer = x + way
+        # Each coordinate is rounded towards x: on a uniform image all would else be rounded away from it.
+        nearer = torch.where((nearer - x).abs() > way.abs(), torch.nextafter(nearer, x), nearer)
+        return torch.where(length > self.eps, nearer, point)
 
     @abstractmethod
     def norm(self, u: Flat) -> Float[Tensor, " b"]:
