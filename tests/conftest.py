@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import signal
 
 import hypothesis
@@ -14,6 +15,11 @@ hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=
 hypothesis.settings.load_profile("reproducible")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job would ignore it
+
+
+def pytest_configure():
+    """One thread, as `make unit` has it, unless it is told otherwise: here and in the processes that tests start."""
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import lightning_fabric  # noqa: F401  # before a clock runs that interrupts
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from scipy.stats import ttest_1samp
 import innermax as im
 from innermax.attacks.pgd import PGD
 from innermax.cli import main
-from innermax.reproduce import cache, comparison, figures
+from innermax.reproduce import cache, comparison, figures, unfinished
 from innermax.reproduce.answers import Answers
 from innermax.reproduce.cache import Cache, InUse, hash_name
 from innermax.reproduce.comparison import TableRow, build_attacks
@@ -397,7 +399,9 @@ def test_the_pages_of_the_repository_are_those_of_its_answers(scale, tmp_path):
     if not RESULTS.exists():
         pytest.skip("the pages are not tested: the source distribution has no results")
     (tmp_path / scale).mkdir()
-    shutil.copy2(RESULTS / scale / "answers.json.xz", tmp_path / scale)
+    for name in ("answers.json.xz", unfinished.FILE):
+        if (RESULTS / scale / name).exists():
+            shutil.copy2(RESULTS / scale / name, tmp_path / scale)
     options = {"scale": scale, "out": tmp_path, "cache": tmp_path / "models", "minutes": 0, "say": lambda line: None}
     for page in reproduce(list(ARTIFACTS), **options):
         kept = RESULTS / scale / page.name
@@ -505,6 +509,41 @@ def test_time_that_is_up_interrupts_and_the_next_call_goes_on(tmp_path, monkeypa
     first = reached()
     assert time.perf_counter() - began < 60
     assert (0, 0) < first < reached() < (400, 0)
+
+
+def test_a_page_tells_how_far_a_training_is(tmp_path, monkeypatch):
+    """Also from elsewhere, where its run folder is not, until it has finished."""
+    short = replace(SMOKE, mnist=replace(TINY, epochs=3), cifar=replace(TINY, epochs=3, eps=0.1))
+    monkeypatch.setitem(SCALES, "smoke", short)
+    (training,) = short.trainings("mnist", "dynamic")
+    store = make_cache(tmp_path)
+
+    def stop(name, done, of):
+        if name == "epoch 3/3":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        train = partial(im.train, progress=stop)
+        interrupted.setattr(im, "train", lambda *args, progress, **options: train(*args, **options))
+        with pytest.raises(KeyboardInterrupt):
+            store.train(training)
+    rows = (store.models / hash_name(training) / "metrics.jsonl").read_text().splitlines()
+
+    def table(models, minutes=0):
+        options = {"scale": "smoke", "out": tmp_path / "results", "cache": models, "minutes": minutes}
+        (page,) = reproduce(["table1"], data="digits", strategies=["dynamic"], say=lambda line: None, **options)
+        return page.read_text()
+
+    robust = 100 * json.loads(rows[1])["validation_robust"]
+    for models in (store.models, tmp_path / "elsewhere"):
+        told = table(models)
+        assert "| Dynamic | 2 of 3 epochs |  |" in told
+        assert "Dynamic has 2 of 3 epochs behind it (" in told
+        assert (
+            f"% clean and {robust:.1f} % under the training attack. At its pace so far it needs 1 more hours." in told
+        )
+    assert "of 3 epochs" not in table(store.models, minutes=5)
+    assert not (tmp_path / "results" / "smoke" / unfinished.FILE).exists()
 
 
 @dataclass(frozen=True)

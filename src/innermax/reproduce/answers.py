@@ -34,7 +34,7 @@ class Answers:
         for folder in self.folders:
             path = folder / f"{name}.json"
             if path.exists():
-                record = _read_object(path)
+                record = read_object(path)
                 _check_record(path, name, record)
                 return record
         return None
@@ -65,13 +65,13 @@ class Answers:
 
 def _read_pack(path: Path) -> dict[str, Record]:
     """The records of a pack by name, none where there is no pack. Raises ValueError where it is not readable."""
-    packed = _read_object(path) if path.exists() else {}
+    packed = read_object(path) if path.exists() else {}
     for name, record in packed.items():
         _check_record(path, name, record)
     return packed
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The JSON object of a file, which may be compressed. Raises ValueError where it is not readable."""
     content = path.read_bytes()
     try:

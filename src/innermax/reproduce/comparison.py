@@ -11,6 +11,7 @@ from innermax.reproduce.artifact import Find
 from innermax.reproduce.cache import Experiment, find_seed
 from innermax.reproduce.experiments import Attacks, Scored, Trained, unpack_correct
 from innermax.reproduce.scales import Scale, Training
+from innermax.reproduce.unfinished import Begun, describe_progress
 from innermax.threat import Linf
 from innermax.utils.intervals import paired_difference, student
 
@@ -77,7 +78,10 @@ class TableRow:
         return found
 
     def numbers(self, find: Find) -> dict[str, Any]:
-        """{"title", "paper", "seeds": {seed: {"gradients", "seconds", "accuracy": {attack: …}}}}, of what was run."""
+        """{"title", "paper", "seeds": {seed: {"gradients", "seconds", "accuracy": {attack: …}}}}, of what was run.
+
+        Where no seed was, but a training has begun, also "begun", as a sentence, and "epochs", as in "3 of 120 epochs".
+        """
         seeds = {}
         for training in self.trainings:
             trained = find(Trained(training))
@@ -98,7 +102,18 @@ class TableRow:
                 "environment": trained["environment"],
                 "accuracy": measured,
             }
-        return {"title": self.title, "paper": dict(self.paper), "seeds": seeds}
+        return {"title": self.title, "paper": dict(self.paper), "seeds": seeds} | ({} if seeds else self._begun(find))
+
+    def _begun(self, find: Find) -> dict[str, str]:
+        for training in self.trainings:
+            found = find(Begun(training))
+            if found is not None:
+                epochs = training.setting.epochs
+                return {
+                    "begun": describe_progress(self.title, epochs, found),
+                    "epochs": f"{found['epochs']} of {epochs} epochs",
+                }
+        return {}
 
 
 def mean_over_seeds(values: Sequence[float]) -> tuple[float, float, float] | None:
@@ -122,7 +137,10 @@ def mean_accuracy(row: Mapping[str, Any], attack: str) -> tuple[float, float, fl
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]], attacks: Sequence[str]) -> str:
-    """Markdown: a line per defence, with each attack's accuracy, its interval and, where there is one, the paper's."""
+    """Markdown: a line per defence, with each attack's accuracy, its interval and, where there is one, the paper's.
+
+    Below it stands how far trainings are that have begun.
+    """
     papers = [attack for attack in attacks if any(attack in row["paper"] for row in rows)]
     heads = []
     for attack in attacks:
@@ -138,9 +156,11 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], attacks: Sequence[str]) ->
             if attack in papers:
                 cells.append(f"*{row['paper'][attack]:.2f}*" if attack in row["paper"] else "")
         spent = [seed["gradients"] for seed in row["seeds"].values()]
-        seeds, cost = (f"{len(spent)}", f"{statistics.mean(spent):.0f}") if spent else ("not run", "")
+        seeds = f"{len(spent)}" if spent else row.get("epochs", "not run")
+        cost = f"{statistics.mean(spent):.0f}" if spent else ""
         lines.append(f"| {row['title']} | {seeds} | {cost} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    begun = [row["begun"] for row in rows if "begun" in row]
+    return "\n".join([*lines, *(["", " ".join(begun)] if begun else [])])
 
 
 @runtime_checkable

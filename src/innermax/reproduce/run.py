@@ -12,8 +12,10 @@ from innermax.reproduce import ablations, best, efficiency, figures, methods, ta
 from innermax.reproduce.answers import Answers
 from innermax.reproduce.artifact import Artifact
 from innermax.reproduce.cache import Cache, Experiment, InUse, Result, hash_name
+from innermax.reproduce.experiments import Trained
 from innermax.reproduce.scales import Scale, find_scale
 from innermax.reproduce.selection import select_experiments
+from innermax.reproduce.unfinished import Begun, record_progress
 from innermax.utils.files import write_json, write_text
 from innermax.utils.optional import extra
 from innermax.utils.validation import unknown
@@ -43,7 +45,8 @@ def reproduce(
         names: of ARTIFACTS.
         scale: "smoke", "cpu" or "full", the paper's.
         out: Folder of the pages. Beside them the results are packed into answers.json.xz, which is read first; at scale
-            "full" networks are copied into out/models. Results in out/answers, of version 0.1, are read as well.
+            "full" networks are copied into out/models. How far trainings are that have not finished stands in
+            unfinished.json. Results in out/answers, of version 0.1, are read as well.
         cache: Folder of the trained networks, and of new results in cache/answers until they are packed.
         data: Runs only what is trained on this data set, such as cifar10. None: on any.
         strategies: Runs only what is trained with these, such as [warm-start, dynamic], the first of them first. None:
@@ -73,7 +76,13 @@ def reproduce(
         if not _measure_all(missing, store, has_time):
             say("The time is up. The same command resumes from here.")
     store.answers.pack_up(map(hash_name, experiments))
-    return [_write_page(artifact, chosen, store.find, Path(out)) for artifact in artifacts]
+    trainings = [experiment.training for experiment in experiments if isinstance(experiment, Trained)]
+    begun = record_progress(Path(out) / chosen.name, store, trainings)
+
+    def find(experiment: Experiment) -> Result | None:
+        return begun.get(hash_name(experiment.training)) if isinstance(experiment, Begun) else store.find(experiment)
+
+    return [_write_page(artifact, chosen, find, Path(out)) for artifact in artifacts]
 
 
 def _require_matplotlib() -> None:
