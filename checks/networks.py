@@ -109,7 +109,8 @@ def foreign(library: str, name: str, size: int, count: int = 16) -> Case:
             if not layer.weight.any():  # as timm's networks begin, where no gradient passes
                 nn.init.normal_(layer.weight, std=0.02)
         images = torch.rand(count, 3, size, size)
-        model.train()(images)
+        if not isinstance(model.train()(images), torch.Tensor):  # auxiliary classifiers answer, too
+            model = im.LogitsOnly(model)
         for layer in linear[-1:]:  # else many answer one class, whatever they are given
             layer.bias -= logits_of(model, images).mean(0)
     return Case.of(model, (3, size, size), count)
