@@ -1,5 +1,6 @@
 """Several processes train as one does, and what one number of them began another goes on."""
 
+import json
 import warnings
 
 import pytest
@@ -36,7 +37,7 @@ def test_two_processes_train_and_evaluate_as_one_does(alone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["standard", "dynamic", "warm", "weighted", "free", "pgi", "frozen", "spoiled", "streamed"]
+    "name", ["standard", "dynamic", "warm", "weighted", "free", "pgi", "strengthened", "frozen", "spoiled", "streamed"]
 )
 def test_two_processes_train_in_every_way_as_one_does(alone, together, name):
     check_alike(alone(name), together / f"{name}.safetensors")
@@ -54,6 +55,20 @@ def test_what_was_compared_is_more_than_a_start(alone, name):
         assert any(row["gradients"] < 3 and row["gradients"] % 1 for row in run.history)
     if name == "spoiled":
         assert all(row["skipped_batches"] == 1 for row in run.history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_every_process_hears_the_same_alarm(alone, together, parallel):
+    one = alone("strengthened").history
+    if parallel == "ddp":
+        found = load_tensors(together / "strengthened.safetensors")[1]["history"]
+    else:
+        found = [json.loads(line) for line in (together / "strengthened-fsdp" / "metrics.jsonl").open()]
+    assert one[-1]["attack_steps"] > 1
+    for row, other in zip(found, one, strict=True):
+        for key in ("attack_steps", "overfit_batch", "overfit_relative_fosc"):
+            assert row.get(key) == pytest.approx(other.get(key), rel=1e-4), key
 
 
 @pytest.mark.slow

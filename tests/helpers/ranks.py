@@ -8,7 +8,9 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -18,6 +20,7 @@ from torch import nn
 import innermax as im
 from innermax.objectives import cross_entropy
 from innermax.oracle import oracle
+from innermax.training import alarm
 from innermax.utils.files import save_tensors
 
 PGD = im.PGD(im.Linf(0.1), steps=3)
@@ -80,6 +83,7 @@ def trained(name, **options):
         "free": (network(), im.Free(PGD, replays=2), {"epochs": 2 * EPOCHS}),
         "pgi": (network(), im.FGSMPGI(PGD), {"shift": 1}),
         "aligned": (network(), im.FGSMRS(PGD), {"objective": "grad_align"}),
+        "strengthened": (network(), im.Standard(im.FGSM(PGD.threat)), {"on_overfit": "strengthen"}),
         "frozen": (network(norm=True, frozen=True), im.Standard(PGD), {}),
         "norm": (network(norm=True), im.Standard(PGD), {}),
         "spoiled": (network(), im.Standard(PGD), {"objective": spoiled, "on_nan": "skip"}),
@@ -88,7 +92,9 @@ def trained(name, **options):
     }[name]
     data = stream() if name == "streamed" else examples()
     defaults = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 0.02, "precision": "float32", "progress": False}
-    return im.train(model, data, strategy, **defaults | more | options)
+    nervous = mock.patch.multiple(alarm, LEVEL=0.0, RISE=1.0) if name == "strengthened" else nullcontext()
+    with nervous:
+        return im.train(model, data, strategy, **defaults | more | options)
 
 
 def evaluated(**options):
@@ -118,7 +124,10 @@ def few(folder):
 
 def everything(folder):
     """Every training, and those that others began."""
-    for name in ("dynamic", "weighted", "trades", "free", "pgi", "aligned", "frozen", "norm", "spoiled", "streamed"):
+    for name in (
+        "dynamic", "weighted", "trades", "free", "pgi", "aligned", "strengthened", "frozen", "norm", "spoiled",
+        "streamed",
+    ):  # fmt: skip
         run = trained(name)
         keep(folder, name, run)
         if name == "norm":
@@ -129,6 +138,7 @@ def everything(folder):
         ("warm", "fsdp"),
         ("standard", "fsdp"),
         ("trades", "fsdp"),
+        ("strengthened", "fsdp"),
     ):
         run = trained(
             name, parallel=parallel, run_dir=folder / f"{name}-{parallel}", keep_checkpoints=99, checkpoint_every=2
