@@ -4,7 +4,7 @@
 
 Links between pages are written for whoever reads the repository; the site's places differ by the folder docs/. A link
 to a file that is no part of the site becomes its text; one to a file that does not exist stays, for the strict build to
-find.
+find. A picture is a link to itself, which shows it in full size; blocks with columns say so, and are not wrapped.
 """
 
 import posixpath
@@ -15,6 +15,9 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\[([^\[\]]*)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+PICTURE = re.compile(r"!\[[^\[\]]*\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?^```)$", re.DOTALL | re.MULTILINE)
+COLUMNS = re.compile(r"\S {3,}\S")
 SHOWN = {".md", ".css", ".png", ".svg"}
 
 
@@ -38,6 +41,16 @@ def linked(text: str, page: PurePosixPath, place: PurePosixPath) -> str:
     return LINK.sub(moved, text)
 
 
+def shown(text: str) -> str:
+    """A page's text with its pictures as links to themselves, and blocks of aligned text of the class columns."""
+
+    def aligned(match: re.Match[str]) -> str:
+        told = match[1] in ("", "text") and COLUMNS.search(match[2])
+        return f"```{{ .text .columns }}\n{match[2]}" if told else match[0]
+
+    return BLOCK.sub(aligned, PICTURE.sub(r"[\g<0>](\1)", text))
+
+
 def assemble(target: Path) -> None:
     """Writes the folder anew."""
     shutil.rmtree(target, ignore_errors=True)
@@ -48,7 +61,7 @@ def assemble(target: Path) -> None:
             continue
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".md":
-            (target / place).write_text(linked(path.read_text(), page, place))
+            (target / place).write_text(shown(linked(path.read_text(), page, place)))
         else:
             shutil.copyfile(path, target / place)
 

@@ -94,6 +94,15 @@ def test_what_is_promised_is_there():
     assert all(re.search(rf"^{public}\b", page, re.MULTILINE) for public in innermax.__all__)
 
 
+def test_columns_stay_aligned_on_the_site_and_its_pictures_open():
+    shown = runpy.run_path(str(DOCS / "assemble.py"))["shown"]
+    before = "```python\na = 1    # one\n```\n\nWords    apart.\n\n```text\none sentence\n```\n"
+    assert shown(before) == before
+    for language in ("", "text"):
+        assert shown(f"{before}```{language}\na    b\n```\n") == f"{before}```{{ .text .columns }}\na    b\n```\n"
+    assert shown("![a\nb](c.png)") == "[![a\nb](c.png)](c.png)"
+
+
 @pytest.fixture
 def site(tmp_path):
     """The folder of the built site; built apart from the repository, where others may be building it."""
