@@ -55,10 +55,10 @@ def load_data(
 ) -> Data:
     """A data set by name (digits, mnist, fashion-mnist, cifar10, cifar100, svhn) or from a folder.
 
-    A folder holds train*.parquet and test*.parquet (columns image or img, label or fine_label), or train/ and test/
-    with a folder of images per class, at any depth and in any format that Pillow decodes; val*.parquet, or validation/,
-    val/ or valid/, are used where present. Names other than digits are looked for in the folder root/name, then on the
-    Hugging Face Hub; NAME@REVISION, a branch, tag or commit, on the Hub alone.
+    A folder holds `train*.parquet` and `test*.parquet` (columns image or img, label or fine_label), or train/ and test/
+    with a folder of images per class, at any depth and in any format that Pillow decodes; `val*.parquet`, or
+    validation/, val/ or valid/, are used where present. Names other than digits are looked for in the folder root/name,
+    then on the Hugging Face Hub; NAME@REVISION, a branch, tag or commit, on the Hub alone.
 
     Images are upright, as their EXIF orientation says. They are decoded a few at a time; where a split has more than
     2 GiB of them, into a file (see ImageSet).

@@ -116,7 +116,7 @@ class Evaluation:
     def examples(self) -> "pandas.DataFrame":
         """One row per example: index, label, clean_prediction, clean_correct, seed, and for each attack its columns.
 
-        They are <attack>_success, the opposite of <attack>_correct, and <attack>_<column of AttackRows>.
+        They are `ATTACK_success`, the opposite of `ATTACK_correct`, and `ATTACK_COLUMN` for those of `AttackRows`.
         """
         with extra("data"):
             import pandas
@@ -197,9 +197,9 @@ class Evaluation:
     def save_images(self, folder: str | Path) -> None:
         """Writes the images of every attack into a new folder, whole or not at all.
 
-        <attack>.npz holds images (N, *features), labels, predictions and index, the examples' numbers: what
+        `ATTACK.npz` holds images (N, *features), labels, predictions and index, the examples' numbers: what
         `innermax verify --images` and `HandedImages.read` take. Images are float32, after quantisation to 8 bits uint8.
-        Where they are grey or RGB images (C, H, W) in [0, 1], the folder <attack> has a PNG of each that is
+        Where they are grey or RGB images (C, H, W) in [0, 1], the folder `ATTACK` has a PNG of each that is
         misclassified, such as 00042-label3-predicted5.png. PNGs have 8 bits per value: unless images were evaluated
         with quantize=8, rounding can undo what an attack achieved.
 
