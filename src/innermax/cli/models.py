@@ -13,7 +13,8 @@ def run(words: list[str]) -> None:
     print(format_models(), end="")
     print(
         "\nEach is a SOURCE of innermax evaluate, and loads with im.load_model(NAME). Clean accuracy is on all test "
-        "images; AutoAttack's\nis on as many random ones as it says. Gradients are per training image, over the whole training."
+        "images; AutoAttack's\nis on as many random ones as it says. Gradients are per training image, over the whole "
+        "training."
     )
 
 
