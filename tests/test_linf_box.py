@@ -206,7 +206,7 @@ def test_what_is_wrong_is_said_in_one_line(call, message):
 
 @pytest.mark.parametrize("make", [im.FAB, im.Square, im.AutoAttack, im.FMN, im.DDN])
 def test_attacks_with_a_geometry_of_their_own_refuse_it(make):
-    with pytest.raises(TypeError, match=r"PGD, GuidedPGD and APGD serve any threat model") as error:
+    with pytest.raises(TypeError, match=r"PGD, GuidedPGD and APGD support any threat model") as error:
         make(im.LinfBox(0.1, shares=torch.ones(SHAPE)))
     assert "\n" not in str(error.value)
 

@@ -565,7 +565,7 @@ class LinfBox(Threat):
     """|x'_i − x_i| ≤ ε · share_i: L∞ with an ε of its own for each coordinate, or for some alone, where share_i is a
     mask. Its norm is max |u_i| / share_i, so that a step of ε/4 moves each coordinate by a quarter of what it may.
 
-    PGD, FGSM, CW, GuidedPGD and APGD serve it; FAB, Square, AutoAttack, FMN and DDN refuse it.
+    PGD, FGSM, CW, GuidedPGD and APGD support it; FAB, Square, AutoAttack, FMN and DDN refuse it.
 
     Args:
         eps: ε ≥ 0; `LinfBox.of` takes the ε of each coordinate instead.

@@ -140,8 +140,8 @@ def test_a_threat_model_of_ones_own_from_training_to_report(tmp_path):
     assert {"more steps", "restarts", "margin", "targeted"} <= found.fallen.keys() or found.strongest == "guided"
     assert {"margin", "targeted"} <= found.fallen.keys()
     assert found.fallen["margin"] > 0
-    assert found.untried == {"score-based": "Square does not serve WeightedLinf"}
-    assert "Not tried: score-based (Square does not serve WeightedLinf)." in format_audit(evaluation.audit).plain
+    assert found.untried == {"score-based": "Square does not support WeightedLinf"}
+    assert "Not tried: score-based (Square does not support WeightedLinf)." in format_audit(evaluation.audit).plain
     assert Evaluation.from_json(evaluation.to_json()).audit.evidence.untried == found.untried
     shown = im.gallery(model, data.test[:60], attacks, evaluation, pictures=10)
     assert any(picture.loss for picture in shown.pictures if picture.attack == "pgd-1")

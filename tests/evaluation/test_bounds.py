@@ -1,4 +1,4 @@
-"""A model that refuses values outside the bounds is served like any other: nothing shows it such images."""
+"""A model that refuses values outside the bounds is evaluated like any other: nothing shows it such images."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ Version = Literal["standard", "rand"]
 class AutoAttack(VerdictAttack):
     """AutoAttack (Croce & Hein 2020a; for L1: Croce & Hein 2021). Survivors are returned at their highest margin.
 
-    The name stands for a fixed ensemble, so no member is left out: a threat model that FAB and Square do not serve is
+    The name stands for a fixed ensemble, so no member is left out: a threat model that FAB and Square do not support is
     refused.
 
     Args:

@@ -48,11 +48,11 @@ class BaseAttack(ABC):
     """An attack of this library. A class of attacks is `solve` and what it declares:
 
     Attributes:
-        norms: the threat models it serves; `Threat`: any, by the methods that all have.
+        norms: the threat models it supports; `Threat`: any, by the methods that all have.
         accepts: which of the optional arguments "target" and "start" it can follow.
 
     Raises:
-        TypeError: the threat is no threat model, or not one that the attack serves.
+        TypeError: the threat is no threat model, or not one that the attack supports.
     """
 
     threat: Threat
@@ -62,15 +62,15 @@ class BaseAttack(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat):
             raise TypeError(f"threat must be a threat model such as Linf(8 / 255), got {self.threat!r}")
-        if not self.serves(self.threat):
+        if not self.supports(self.threat):
             names = " or ".join(norm.__name__ for norm in self.norms)
             raise TypeError(
                 f"threat of {type(self).__name__} must be {names}, whose geometry it needs, got {self.threat!r}; "
-                "PGD, GuidedPGD and APGD serve any threat model"
+                "PGD, GuidedPGD and APGD support any threat model"
             )
 
     @classmethod
-    def serves(cls, threat: Threat) -> bool:
+    def supports(cls, threat: Threat) -> bool:
         """Whether attacks of this class can search a threat model."""
         return isinstance(threat, cls.norms)
 

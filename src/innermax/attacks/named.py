@@ -69,7 +69,7 @@ def build_attack(name: str, threat: Threat) -> BaseAttack:
 
     Raises:
         ValueError: the name is none of these, or K is not in 1…10,000.
-        TypeError: the attack does not serve the threat model.
+        TypeError: the attack does not support the threat model.
     """
     whole = ATTACKS.get(name)
     if whole is not None and (whole.number is None or whole.optional):

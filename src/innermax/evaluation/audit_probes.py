@@ -321,8 +321,8 @@ def _plan_searches(subject: Subject, sample: Sample, evidence: Evidence) -> Iter
         if evidence.foretold < 0.9:
             smooth = Oracle(_Smoothed(subject.model, threat))
             yield StrongerSearch("smoothed", APGD(threat, steps=15, loss="margin", eot=8), smooth, everyone)
-        if not Square.serves(threat):
-            yield Untried("score-based", f"Square does not serve {type(threat).__name__}")
+        if not Square.supports(threat):
+            yield Untried("score-based", f"Square does not support {type(threat).__name__}")
         else:
             yield StrongerSearch("score-based", Square(threat, queries=300), subject.oracle, everyone)
         yield from _search_surrogates(subject, threat, everyone)

@@ -131,7 +131,7 @@ def _open_logger(name: LoggerName, folder: Path, stack: ExitStack) -> Logger:
     try:
         match name:
             case "tensorboard":
-                with suppress(ModuleNotFoundError):  # tensorboardX serves, too
+                with suppress(ModuleNotFoundError):  # tensorboardX will do, too
                     import_library("tensorboard", "__version__")
                 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
