@@ -1,4 +1,4 @@
-"""Assembles what the site is built from: docs/ at its root, and results/ beside it, with links to match.
+"""Assembles what the site is built from: docs/ at its root, results/ and notebooks beside it, with links to match.
 
     python docs/assemble.py FOLDER
 
@@ -18,12 +18,13 @@ LINK = re.compile(r"\[([^\[\]]*)\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 PICTURE = re.compile(r"!\[[^\[\]]*\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?^```)$", re.DOTALL | re.MULTILINE)
 COLUMNS = re.compile(r"\S {3,}\S")
-SHOWN = {".md", ".css", ".png", ".svg"}
+FOLDERS = ("docs", "results", "examples")
+SHOWN = {".md", ".css", ".png", ".svg", ".ipynb"}
 
 
 def site_place(path: PurePosixPath) -> PurePosixPath | None:
     """Where the site has a file of the repository, if it has it."""
-    if path.suffix not in SHOWN or path.parts[0] not in ("docs", "results"):
+    if path.suffix not in SHOWN or path.parts[0] not in FOLDERS:
         return None
     return path.relative_to("docs") if path.parts[0] == "docs" else path
 
@@ -54,7 +55,7 @@ def shown(text: str) -> str:
 def assemble(target: Path) -> None:
     """Writes the folder anew."""
     shutil.rmtree(target, ignore_errors=True)
-    for path in [path for folder in ("docs", "results") for path in sorted((ROOT / folder).rglob("*"))]:
+    for path in [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))]:
         page = PurePosixPath(path.relative_to(ROOT))
         place = site_place(page)
         if place is None:
