@@ -32,12 +32,13 @@ def evaluate_each_eps(
     are. Each ε is searched afresh. For accuracy at every ε from one search there are FMN and `Evaluation.curve`.
 
     Args:
-        model, test_set: as for `im.evaluate`.
+        model: as for `im.evaluate`.
+        test_set: as for `im.evaluate`.
         attacks: attacks by name, at least one, whatever their ε; dataclasses with a field `threat`, as all attacks of
             innermax are.
         eps: at least one size; each only once.
         rows_dir: folder for the rows, in which each ε has a folder such as eps-0.1.
-        options: others of `im.evaluate`.
+        **options: others of `im.evaluate`.
 
     Returns:
         The evaluation at each ε, in their order.

@@ -191,7 +191,14 @@ def verify(
         images: adversarial images that came with it.
         attacks: by name; None: PGD-20 and the guided attack.
         limit: a random sample of so many test images; None: all.
-        batch_size, seed, quantize, precision, device, devices, rows_dir, progress: as for `im.evaluate`.
+        batch_size: as for `im.evaluate`, and so are those below.
+        seed: of all that is random.
+        quantize: bits per value that adversarial images are rounded to.
+        precision: of the attacks.
+        device: where to compute.
+        devices: processes that share the images.
+        rows_dir: folder for the rows.
+        progress: whether, or whom, to tell how far it is.
 
     Raises:
         ValueError, TypeError: an argument is none of these, or the images do not fit the test set.

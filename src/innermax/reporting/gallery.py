@@ -126,7 +126,9 @@ def gallery(
     where the page would exceed 5 MB.
 
     Args:
-        model, test_set, attacks: what was evaluated.
+        model: what was evaluated.
+        test_set: on what.
+        attacks: under which attacks.
         evaluation: its result.
         pictures: ≥ 1, the largest number of pictures: pairs of an image and an attack.
         class_names: one per class.

@@ -54,12 +54,14 @@ def push_to_hub(
     """Uploads what `save_pretrained` writes to a repository on the Hub, and creates that if need be; its address.
 
     Args:
+        model: whose files are uploaded.
         repo_id: "user/name".
-        evaluation, about: for the card, see `model_card`.
+        evaluation: for the card, see `model_card`.
         private: whether a new repository is private; None: the account's default.
         revision: branch, created if need be; None: the main one.
         commit_message: of the upload.
         token: for the Hub; None: that of `hf auth login` or HF_TOKEN.
+        **about: for the card, see `model_card`.
 
     Raises:
         ValueError: the evaluation measured other weights; the Hub refuses, or cannot be reached.

@@ -26,7 +26,10 @@ class MinMaxProblem:
     Args:
         centres: (n, p) clean inputs x_i.
         offsets: (n, p) the b_i.
-        eps, concavity, coupling, curvature: ε, μ, β, λ > 0.
+        eps: ε > 0.
+        concavity: μ > 0.
+        coupling: β > 0.
+        curvature: λ > 0.
     """
 
     centres: Float[Tensor, "n p"]
