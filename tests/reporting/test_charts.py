@@ -1,7 +1,11 @@
 """The report's figures."""
 
+import re
+
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import innermax as im
 from innermax.reporting import charts
@@ -15,6 +19,21 @@ def test_the_heat_maps_columns_are_shares_of_examples():
     assert charts._bin_percentiles([percentiles, None], edges) == pytest.approx([0.25] * 4 + [0] * 4)
     halves = charts._bin_percentiles([[0.5] * 101], edges)
     assert halves[1] + halves[2] == pytest.approx(1)
+
+
+def test_no_accuracy_goes_beyond_100():
+    """Models of equal accuracies, clean, robust and in each epoch."""
+    perfect = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    images = torch.zeros(6, 1, 2, 2)
+    labels = perfect(images).argmax(1)
+    evaluation = im.evaluate(perfect, (images, labels), {"fgsm": im.FGSM(im.Linf(0.0))}, audit=False)
+    history = [{"epoch": epoch, "validation_clean": 1.0, "validation_robust": 1.0} for epoch in range(2)]
+    entries = [Entry(name, evaluation, history=history) for name in ("one", "two")]
+    figures = {one.title: one.chart for one in (*charts.draw_comparison(entries), *charts.draw_training(entries))}
+    for title in ("Robust against clean accuracy", "Accuracy on the validation split"):
+        numbers = [float(text) for text in re.findall(r'class="tick"[^>]*>([\d.]+)<', figures[title])]
+        assert 100 in numbers
+        assert max(numbers) == 100
 
 
 def test_a_curve_is_drawn_for_each_norm():

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from innermax.reporting import svg
@@ -19,6 +19,18 @@ def test_a_linear_axis_holds_its_values(values):
     shares = [axis.share(value) for value in sorted(values)]
     assert shares == sorted(shares)
     assert all(0 <= share <= 1 for share in shares)
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=4))
+@example([100.0, 100.0])
+@example([0.0])
+@example([97.2])
+def test_an_axis_of_percentages_holds_its_values_and_no_more_than_there_are(values):
+    axis = svg.percent_axis("x", values)
+    assert 0 <= axis.low < axis.high <= 100 + 1e-9
+    assert axis.low <= min(values) + 1e-9
+    assert axis.high >= max(values) - 1e-9
+    assert 2 <= len(axis.ticks) <= 9
 
 
 def test_axes_by_hand():

@@ -1,8 +1,9 @@
 """The figures of a report: the numbers of its entries on charts."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from innermax.reporting.svg import (
     format_number,
     linear_axis,
     log_axis,
+    percent_axis,
 )
 from innermax.threat import NORMS, format_eps
 
@@ -51,15 +53,16 @@ def draw_comparison(entries: Sequence[Entry]) -> list[Figure]:
     scored = [(number, entry) for number, entry in enumerate(entries) if entry.evaluation is not None]
     figures = []
     if len(scored) > 1:
-        figures.append(_draw_against(scored, _clean_accuracy, "clean accuracy (%)", "Robust against clean accuracy"))
+        clean = partial(percent_axis, "clean accuracy (%)")
+        figures.append(_draw_against(scored, _clean_accuracy, clean, "Robust against clean accuracy"))
     swept = [(number, entry) for number, entry in scored if entry.gallery and entry.gallery.sweep]
     if swept:
         figures.append(_draw_by_eps(swept))
     figures += _draw_curves(scored)
     costly = [(number, entry) for number, entry in scored if any("gradients" in row for row in entry.history)]
     if len(costly) > 1:
-        label = "gradients per example, whole training"
-        figures.append(_draw_against(costly, sum_gradients, label, "Robustness against the cost of training", low=0.0))
+        spent = partial(linear_axis, "gradients per example, whole training", low=0.0)
+        figures.append(_draw_against(costly, sum_gradients, spent, "Robustness against the cost of training"))
     return figures
 
 
@@ -110,19 +113,18 @@ def _clean_accuracy(entry: Entry) -> float:
 def _draw_against(
     numbered: Sequence[tuple[int, Entry]],
     value: Callable[[Entry], float],
-    label: str,
+    axis: Callable[[Iterable[float]], Axis],
     title: str,
-    low: float | None = None,
 ) -> Figure:
-    """Worst-case accuracy with its interval against another value."""
+    """Worst-case accuracy with its interval against another value, whose axis is made for the values."""
     series = []
     for number, entry in numbered:
         if entry.evaluation is not None:
             worst = entry.evaluation.worst_case
             points = ([value(entry)], [100 * worst.value], number, [100 * worst.low], [100 * worst.high])
             series.append(Series(entry.name, *points, kind="marks"))
-    x = linear_axis(label, [one.x[0] for one in series], low=low)
-    y = linear_axis("worst-case accuracy (%)", [end for one in series for end in (*one.low, *one.high)])
+    x = axis([one.x[0] for one in series])
+    y = percent_axis("worst-case accuracy (%)", [end for one in series for end in (*one.low, *one.high)])
     text = "Higher is more robust. Bars are 95 % intervals."
     return Figure(title, text, draw_chart(series, x, y, f"{title}: {_points_text(series)}"), draw_legend(series))
 
@@ -203,7 +205,8 @@ def _draw_by_epoch(
         return None
     x = _epoch_axis(max(one.x[-1] for one in series))
     label = "accuracy (%)" if percent else next(iter(measures.values()))
-    y = linear_axis(label, [value for one in series for value in one.y], low=None if percent else 0.0)
+    values = [value for one in series for value in one.y]
+    y = percent_axis(label, values) if percent else linear_axis(label, values, low=0.0)
     last = "; ".join(f"{one.name} ends at {format_number(one.y[-1])}" for one in series)
     many = draw_legend(series) if len(series) > 1 else Markup("")
     return Figure(title, text, draw_chart(series, x, y, f"{title} by epoch: {last}"), many)

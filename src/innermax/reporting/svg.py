@@ -13,6 +13,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 40
 _STYLES = 7  # colours, dashes and marks
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "5 2", "1 2", "12 4")
 _LEVELS = 8  # shades of a heat map
+_ALIKE = 4.0  # points of accuracy that an axis spans at least
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ def linear_axis(label: str, values: Iterable[float], *, low: float | None = None
     last = math.floor(top / step + 1e-9) if high is not None else math.ceil(top / step - 1e-9)
     ticks = tuple((number * step, format_number(number * step)) for number in range(first, last + 1))
     return Axis(label, bottom if low is not None else first * step, top if high is not None else last * step, ticks)
+
+
+def percent_axis(label: str, values: Iterable[float]) -> Axis:
+    """A linear axis around percentages, within 0 and 100; it spans some points where they are alike."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 100.0]
+    low, high = min(finite), max(finite)
+    if high - low < _ALIKE:
+        low = min(max((low + high - _ALIKE) / 2, 0.0), 100.0 - _ALIKE)
+        high = low + _ALIKE
+    return linear_axis(label, [low, high])
 
 
 def log_axis(label: str, low: float, high: float, below: bool = False) -> Axis:
