@@ -1,8 +1,11 @@
 """The command line: one module per command, each with `run(words)`; `main` calls it and turns errors into one line."""
 
+import os
+import select
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 _HELP = """usage: innermax COMMAND …
@@ -29,13 +32,35 @@ _COMMANDS = ("train", "sweep", "evaluate", "transfer", "verify", "report", "expo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status: 0, 1 where a claim is refuted, 2 for bad input, 130 when interrupted."""
-    from innermax.utils.allocator import restart_keeping_memory
+    """Runs a command; its exit status.
+
+    It is 0, 1 where a claim is refuted, 2 for bad input, 130 when interrupted, and 141 where nobody reads the output
+    any more, as behind `| head`: 128 and the number of SIGPIPE, as shells tell it of other programs.
+    """
     from innermax.utils.encoding import accept_all_text
-    from innermax.utils.optional import MissingLibrary
 
     accept_all_text()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _run(words, alone=arguments is None)
+        _flush()  # here, where it can be told that it fails
+        return status
+    except OSError as error:  # of standard output or error: `_run` tells any other
+        _discard_unwritten()
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"innermax: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(words: Sequence[str], alone: bool) -> int:
+    """Runs a command and turns errors into one line; its exit status. alone: in a process of its own.
+
+    Raises OSError where standard output or error cannot be written to.
+    """
+    from innermax.utils.allocator import restart_keeping_memory
+    from innermax.utils.optional import MissingLibrary
+
     if not words or words[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0
@@ -49,12 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from innermax.utils.validation import unknown
 
             raise unknown("command", words[0], _COMMANDS)
-        if arguments is None and words[0] in _COMPUTING:  # a process of its own
+        if alone and words[0] in _COMPUTING:
             restart_keeping_memory()
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]  # it takes the rest, and does not look
             import_module(f"innermax.cli.{words[0]}").run(words[1:])  # that command's imports alone
     except (ValueError, TypeError, ArithmeticError, OSError, MissingLibrary) as error:
+        if isinstance(error, OSError):
+            _flush()  # fails again where it was about an output that keeps what it could not write
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            raise
         print(f"innermax: {_name_option(_one_line(error), words)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -64,6 +93,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # how the parser ends once it has printed a command's help
         return int(stop.code or 0)
     return 0
+
+
+def _flush() -> None:
+    """Writes what is left in standard output and error. Raises OSError where that cannot be."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as where it was closed from the start
+            stream.flush()
+
+
+def _is_unread() -> bool:
+    """Whether standard output or error is a pipe that nobody reads any more, as far as the system tells."""
+    if sys.platform == "win32":
+        return False
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError):  # there is no file behind it, as in a notebook
+                poll.register(stream.fileno(), 0)  # errors are told in any case
+    return bool(poll.poll(0))
+
+
+def _discard_unwritten() -> None:
+    """Lets outputs that cannot be written to lead nowhere: Python would try again at its end, and print a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _one_line(message: BaseException | str) -> str:

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 import innermax as im
@@ -28,6 +27,7 @@ from innermax.evaluation.saved_images import check_new_folder, write_images
 from innermax.evaluation.sizes import name_folder
 from innermax.reporting.tables import format_audit, format_curve, format_sizes, format_table
 from innermax.threat import format_eps
+from innermax.utils.console import PlainConsole
 from innermax.utils.files import write_text
 
 # By ε, None for the only one: the attacks and what came of them.
@@ -125,7 +125,7 @@ def _save_images(folder: Path, evaluations: Mapping[float | None, im.Evaluation]
 
 def _print_results(evaluations: Mapping[float | None, im.Evaluation]) -> None:
     """Prints a table, the curves of smallest perturbations and the audit; of several ε one table and each audit."""
-    console = Console(markup=False)
+    console = PlainConsole()
     if None not in evaluations:
         console.print(format_sizes({eps: found for eps, found in evaluations.items() if eps is not None}))
     for eps, evaluation in evaluations.items():

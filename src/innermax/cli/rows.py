@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 
 from innermax.evaluation.store import OtherRows
+from innermax.utils.console import PlainConsole
 from innermax.utils.files import hash_tensors
 from innermax.utils.serialization import describe
 from innermax.utils.version import __version__
@@ -55,4 +55,4 @@ def measure_into(named: str | None, own: Path | None, measure: Callable[[Path | 
 def print_place(folder: Path | None) -> None:
     """Prints where the table of all rows is."""
     if folder is not None:
-        Console(markup=False).print(f"Example by example: {folder / 'rows.parquet'}", highlight=False, soft_wrap=True)
+        PlainConsole().print(f"Example by example: {folder / 'rows.parquet'}", highlight=False, soft_wrap=True)

@@ -6,14 +6,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from innermax.cli.arguments import Parser, option_name, show_options, split_words
 from innermax.cli.settings import ADDED
 from innermax.cli.sweep_engine import SweepRun, SweepSettings, combinations, sweep
 from innermax.cli.sweep_table import format_sweep, sweep_rows, write_sweep
 from innermax.cli.train import read_recipe, train_parser
 from innermax.training.options import TrainingOptions, option_names
+from innermax.utils.console import PlainConsole
 
 _EXAMPLE = "innermax sweep digits --seed 0 1 2"
 _OF_THE_SWEEP = {"run_dir", *SweepSettings.__annotations__}  # options with one value, for all its runs
@@ -34,7 +33,7 @@ def run(words: list[str]) -> None:
     failed = sweep(folder, runs, settings, lambda line: print(line, file=sys.stderr, flush=True))
     rows = sweep_rows(folder)
     write_sweep(folder, rows, failed)
-    Console(markup=False).print(format_sweep(rows))
+    PlainConsole().print(format_sweep(rows))
     print(folder / "table.md")
     if failed:
         reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 import innermax as im
@@ -25,6 +24,7 @@ from innermax.reporting.tables import format_audit, format_curve, format_table
 from innermax.training.loggers import LoggerName
 from innermax.training.options import option_names
 from innermax.training.train import train
+from innermax.utils.console import PlainConsole
 from innermax.utils.files import write_text
 from innermax.utils.validation import unknown
 
@@ -149,7 +149,7 @@ def _train_and_attack(recipe: str, chosen: Any, stated: Mapping[str, Any], objec
     if is_first():
         _write_results(folder, run, model, data, attacks, evaluation, device)
         where = f"Model of {which}. Run folder: {folder}. Report: {folder / 'report.html'}"
-        Console(markup=False).print(where, highlight=False, soft_wrap=True)
+        PlainConsole().print(where, highlight=False, soft_wrap=True)
 
 
 def _write_results(
@@ -166,7 +166,7 @@ def _write_results(
     names = data.class_names
     shown = im.gallery(model, data.test, attacks, evaluation, class_names=names, device=device) if attacks else None
     im.report({folder.name: im.Exhibit(evaluation, run, shown)}, folder / "report.html")
-    console = Console(markup=False)
+    console = PlainConsole()
     console.print(format_table(evaluation))
     for name in list_minimal(evaluation.rows):
         console.print(format_curve(evaluation, name))

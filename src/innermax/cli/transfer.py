@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 import innermax as im
@@ -21,6 +20,7 @@ from innermax.cli.evaluation import (
 from innermax.cli.rows import measure_into, own_rows, print_place
 from innermax.distributed.launch import is_first
 from innermax.reporting.tables import format_transfer
+from innermax.utils.console import PlainConsole
 
 _OF_EVALUATE_ALONE: set[str | int] = {"best", "html", "normalize", "save_images", "surrogate", "targets"}
 
@@ -64,7 +64,7 @@ def _transfer(sources: Sequence[str], chosen: Any) -> None:
         return
     if chosen.json is not None:
         transfer.to_json(chosen.json)
-    Console(markup=False).print(format_transfer(transfer))
+    PlainConsole().print(format_transfer(transfer))
     print_place(rows_dir)
 
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from innermax.cli.arguments import SOURCES, split_words
 from innermax.cli.evaluation import (
     check_classes,
@@ -20,6 +18,7 @@ from innermax.cli.rows import measure_into, own_rows, print_place
 from innermax.distributed.launch import is_first
 from innermax.evaluation.verify import HandedImages, Verification, verify
 from innermax.reporting.tables import format_verification
+from innermax.utils.console import PlainConsole
 
 _OF_EVALUATE_ALONE: set[str | int] = {"html", "save_images", "surrogate", "targets"}
 _DEFAULTS = {"attacks": "pgd-20,guided", "limit": 1000}
@@ -66,6 +65,6 @@ def _verify(source: str, chosen: Any) -> Verification:
     if is_first():
         if chosen.json is not None:
             found.to_json(chosen.json)
-        Console(markup=False).print(format_verification(found), highlight=False)
+        PlainConsole().print(format_verification(found), highlight=False)
         print_place(rows_dir if found.evaluation is not None else None)
     return found

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from innermax.attacks.base import Attack
 from innermax.attacks.cost import FORWARD, SURVIVING, UNKNOWN, search_cost
-from innermax.utils.console import TimeLeft, clock_time, is_live
+from innermax.utils.console import PlainConsole, TimeLeft, clock_time, is_live
 from innermax.utils.validation import shorten
 
 ProgressCallback = Callable[[str, int, int], None]  # (name, examples done, examples in all)
@@ -139,7 +139,7 @@ def show_evaluation(
     if progress is None or progress is False or callable(progress):
         yield progress or None
         return
-    console = Console(stderr=True, markup=False)
+    console = PlainConsole(stderr=True)
     if not is_live(console):
         yield EvaluationDisplay(attacks, audit, console, None)
         return

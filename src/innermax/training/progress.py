@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from innermax.evaluation.progress import ProgressCallback
-from innermax.utils.console import TimeLeft, clock_time, is_live
+from innermax.utils.console import PlainConsole, TimeLeft, clock_time, is_live
 
 
 class TrainingDisplay:
@@ -97,7 +97,7 @@ def show_progress(epochs: int, progress: bool | ProgressCallback | None) -> Iter
     if callable(progress):
         yield TrainingDisplay(epochs, None, None, progress)
         return
-    console = Console(stderr=True, markup=False) if progress else None
+    console = PlainConsole(stderr=True) if progress else None
     if console is None or not is_live(console):
         yield TrainingDisplay(epochs, console, None)
         return

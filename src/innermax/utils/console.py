@@ -1,11 +1,25 @@
-"""What every display on a terminal needs: the time left, and whether lines can be redrawn."""
+"""What every display on a terminal needs: where it is printed, the time left, and whether lines can be redrawn."""
 
+import errno
+import os
 import time
 from datetime import timedelta
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
+
+
+class PlainConsole(Console):
+    """Standard output, or standard error, without markup: brackets are brackets."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Raises what `print` raises where nobody reads any more; rich would end the program, with status 1."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class TimeLeft(ProgressColumn):
