@@ -65,8 +65,7 @@ CASES = {
         im.APGD(im.L1(0.2), steps=STEPS),
         VERDICT
         | {"attacks/apgd.py: _climb", "attacks/apgd.py: _direction"}  # how many coordinates are sorted out
-        | {"attacks/apgd.py: _enlarge"}  # three balls, once each
-        | {"utils/validation.py: check_inputs", "threat.py: around"},
+        | {"threat.py: with_radius"},  # two larger balls, once each
     ),
     "fab": (
         im.FAB(im.Linf(0.02), steps=STEPS),

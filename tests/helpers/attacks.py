@@ -10,6 +10,8 @@ from torch import nn
 from innermax.attacks.apgd import APGD
 from innermax.attacks.autoattack import AutoAttack
 from innermax.attacks.fab import FAB
+from innermax.attacks.guided_pgd import GuidedPGD
+from innermax.attacks.pgd import CW, FGSM, PGD
 from innermax.attacks.square import Square
 from innermax.losses import cross_entropy
 from innermax.threat import L1, L2, Linf
@@ -120,6 +122,15 @@ SMALL = {
     "square": lambda threat: Square(threat, queries=12, restarts=2),
 }
 ALL = {**SMALL, "autoattack": AutoAttack}
+# Attacks that serve any threat model, of as many steps as they need on `Linear`.
+SERVING = {
+    "fgsm": FGSM,
+    "cw": lambda threat: CW(threat, steps=60, confidence=100.0),
+    "pgd": lambda threat: PGD(threat, 40, "annealed"),
+    "guided": lambda threat: GuidedPGD(threat, budget=120),
+    "apgd": lambda threat: APGD(threat, steps=60),
+    "apgd-t": lambda threat: APGD(threat, steps=60, loss="margin", targets=2),
+}
 RADII = {"linf": Linf(0.03), "l2": L2(0.15), "l1": L1(0.6)}  # with which some of `crowd` fall
 
 

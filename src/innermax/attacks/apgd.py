@@ -133,7 +133,7 @@ class APGD(VerdictAttack):
         noise = randomness.normal(key, feasible.floor.shape[1]).to(feasible.x)
         point, cost = feasible.x + noise.reshape(feasible.x.shape), torch.zeros_like(problem.y)
         for factor in (3, 2) if third > 0 else ():
-            ball = replace(problem, feasible=_enlarge(feasible, factor))
+            ball = replace(problem, feasible=feasible.with_radius(factor * self.threat.eps))
             found = _climb(ball, loss, ball.feasible.project(point), third, stop=False)
             point, cost = found.x_adv, cost + found.gradient_calls
         found = _climb(problem, loss, feasible.project(point), self.steps - 2 * third)
@@ -288,13 +288,6 @@ def _direction(feasible: FeasibleSet, gradient: Float[Tensor, "b d"], sparsity: 
     largest = size.amax(1, keepdim=True)  # divided out first: squares of tiny gradients would underflow
     scaled = gradient / largest.masked_fill(~(largest > 0), 1.0)
     return scaled / feasible.threat.norm(scaled)[:, None].clamp(min=1)
-
-
-def _enlarge(feasible: FeasibleSet, factor: int) -> FeasibleSet:
-    """The set with a ball `factor` times as large, at most as large as the bounds."""
-    threat, x = feasible.threat, feasible.x
-    low, high = threat.box(x)
-    return replace(threat, eps=min(factor * threat.eps, float(threat.norm(high - low).max()))).around(x)
 
 
 def _nonzeros(difference: Float[Tensor, "b ..."]) -> Int[Tensor, " b"]:
