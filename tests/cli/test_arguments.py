@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import innermax as im
+from innermax.cli.arguments import leave_out
 from innermax.cli.train import train_parser
 from tests.helpers.commands import refused, said
 from tests.helpers.recipes import FAST
@@ -121,6 +122,21 @@ def test_bad_input_is_one_line_and_nothing_is_written(folder, capsys, words, exp
         words = [*words, "--validation", "4"]
     assert expected in refused(capsys, *words)
     assert not Path("runs").exists()
+
+
+def test_options_are_left_out_with_their_values():
+    words = [
+        "--attacks",
+        "fgsm",
+        "--limit=5",
+        "--save-images",
+        "out",
+        "--best",
+        "--threat.eps",
+        "[0.1, 0.2]",
+        "--json=a",
+    ]
+    assert leave_out({"attacks", "json", "save_images"}, words) == ["--limit=5", "--best", "--threat.eps", "[0.1, 0.2]"]
 
 
 def test_broken_files(folder, capsys):

@@ -9,6 +9,8 @@ import pyarrow.parquet
 import torch
 
 import innermax as im
+from innermax.evaluation.audit import judge
+from tests.helpers.audits import evidence
 from tests.helpers.commands import refused, said
 from tests.helpers.recipes import FAST
 
@@ -63,6 +65,19 @@ def test_rows_are_kept_and_named(folder, capsys, monkeypatch):
     assert "kept in part" in err
 
 
+def test_advice_is_for_what_was_evaluated(tmp_path, monkeypatch, capsys):
+    """With the options that say how, and without those of this evaluation alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    failed = judge(evidence(total_gain=0.1, zero_margin_gradient=1.0))
+    monkeypatch.setattr("innermax.evaluation.evaluate._audit", lambda *_: failed)
+    words = ["innermax/digits-linf-0.15", "--limit", "8", "--threat.eps", "0.2"]
+    status, out, err = said(capsys, "evaluate", words[0], "--attacks", "fgsm", *words[1:], "--json", "s.json")
+    assert (status, err) == (0, "")
+    assert f"innermax evaluate {' '.join(words)} --attacks square-5000" in " ".join(out.split())
+    assert "innermax evaluate RUN --attacks" in im.Evaluation.from_json(Path("s.json").read_text()).audit.advice
+
+
 def test_images_are_saved_for_verify(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
@@ -83,7 +98,12 @@ def test_images_are_saved_for_verify(tmp_path, monkeypatch, capsys):
     assert "--save-images out exists and is no empty folder" in refused(capsys, *saving)
     nothing = ["evaluate", *words, "--attacks", "", "--save-images", "other"]
     assert "--save-images needs at least one attack" in refused(capsys, *nothing)
-    assert "unknown option '--save-images'" in refused(capsys, "verify", *words, "--save-images", "other")
+    told = refused(capsys, "verify", *words, "--save-images", "other")
+    assert told == "innermax: --save-images is an option of innermax evaluate, not of innermax verify\n"
+    assert "--claims is an option of innermax verify" in refused(capsys, "evaluate", *words, "--claims", "0.5")
+    assert "--targets is an option of innermax evaluate, not of innermax transfer" in refused(
+        capsys, "transfer", "mine", *words, "--targets=next"
+    )
 
 
 def test_several_sizes_make_one_table(tmp_path, monkeypatch, capsys):
@@ -109,7 +129,9 @@ def test_several_sizes_make_one_table(tmp_path, monkeypatch, capsys):
     assert out.count("Example by example: rows/eps-") == 3
     assert "ε = 8/255" in Path("s.html").read_text(encoding="utf-8")
     assert "--threat.eps must hold at least one number" in refused(capsys, *words, "--threat.eps", "[]")
-    assert "--threat.eps must be a number" in refused(capsys, "verify", *words[1:4], "--threat.eps", "[0.1,0.2]")
+    one = "--threat.eps must be one number here, got [0.1, 0.2]: run the command once for each, or innermax evaluate"
+    assert one in refused(capsys, "verify", *words[1:4], "--threat.eps", "[0.1,0.2]")
+    assert one in refused(capsys, "transfer", "mine", *words[1:4], "--threat.eps", "[0.1,0.2]")
     assert "at least one attack for several --threat.eps" in refused(
         capsys, *words[:-1], "", "--threat.eps", "[0.1,0.2]"
     )
@@ -129,5 +151,9 @@ def test_targets(tmp_path, monkeypatch, capsys):
     assert "PGD-5 to next" in out
     assert f"PGD-5 to next: {100 * share.value:.2f} % (" in " ".join(out.split())
     message = refused(capsys, *words, "next", "--attacks", "fgsm,square-5")
+    verified = said(capsys, "verify", *words[1:], "next", "--attacks", "pgd-5", "--claims", "1", "--json", "v.json")
+    assert verified.status == 1
+    attacked = json.loads(Path("v.json").read_text())["evaluation"]["settings"]["attacks"]
+    assert list(attacked) == ["pgd-5 to next"]
     assert "square-5 takes no targets: attack of Targeted must be PGD, FGSM, CW or APGD" in message
     assert "--targets must be one of random, next, least-likely, got most" in refused(capsys, *words, "most")

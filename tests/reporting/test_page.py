@@ -15,8 +15,10 @@ from torch import nn
 
 import innermax as im
 from innermax.cli import main
+from innermax.evaluation.audit import judge
 from innermax.reporting import contents
 from innermax.reporting.gallery import Gallery
+from tests.helpers.audits import evidence
 from tests.helpers.reporting import ATTACKS, HOSTILE, THREAT
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +94,14 @@ def test_what_is_foreign_shows_as_text(page):
     assert all(told.get("src", "").startswith("data:image/png;base64,") for tag, told in told.tags if tag == "img")
     assert not [name for _, attributes in told.tags for name in attributes if name.startswith("on")]
     assert len(told.scripts) == 2
+
+
+def test_advice_is_for_the_run_where_there_is_one(trained, tmp_path):
+    run, _, evaluation = trained
+    audited = replace(evaluation, audit=judge(evidence(total_gain=0.1, zero_margin_gradient=1.0)))
+    for exhibit, source in ((im.Exhibit(audited, run), run.run_dir), (audited, "RUN")):
+        text = im.report({"one": exhibit}, tmp_path / "report.html").read_text(encoding="utf-8")
+        assert f"innermax evaluate {source} --attacks square-5000</p>" in text
 
 
 def test_the_page_needs_nothing_else(page):

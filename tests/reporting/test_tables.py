@@ -76,6 +76,8 @@ def test_the_text_of_an_audit(width):
     flat = " ".join(text.split())
     for words in ("gradients masked", "at least 12.3 points", "(stopped by round)", "margin 7 of 25", "Advice: attack"):
         assert words in flat
+    assert "innermax evaluate RUN --attacks square-5000" in flat
+    assert "innermax evaluate 'my run' --best --attacks square" in format_audit(audit, "'my run' --best").plain
     console.print(format_audit(judge(evidence())))
     assert "no failure found" in " ".join(console.export_text().split())
 

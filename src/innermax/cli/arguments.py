@@ -3,10 +3,10 @@
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise, takewhile
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from innermax.utils.optional import extra
@@ -74,7 +74,12 @@ class Parser(ArgumentParser):
     """A parser whose options are shown as --run-dir. It takes --run_dir, too, and 8/255 where a number is expected.
 
     An error is a ValueError in one line that names the option.
+
+    Attributes:
+        elsewhere: options that other commands take, by name, with the command.
     """
+
+    elsewhere: Mapping[str, str] = MappingProxyType({})
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """The values of the options. Raises ValueError where one is unknown or does not fit."""
@@ -135,6 +140,8 @@ class Parser(ArgumentParser):
         if found := re.match(r"unrecognized arguments: ((--?[a-z][\w.]*).*|.*)", message, re.IGNORECASE | re.DOTALL):
             if found[2] is None:
                 return f"unexpected {found[1]!r}: an option such as --seed takes one value"
+            if (name := option_name(found[2])) in self.elsewhere:
+                return show_options(f"--{name} is an option of innermax {self.elsewhere[name]}, not of {self.prog}")
             close = difflib.get_close_matches(found[2], list(self._option_string_actions), n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]!r}?" if close else f"; {self.prog} --help lists them"
             return show_options(f"unknown option {found[2]!r}{hint}")
@@ -162,6 +169,16 @@ def option_name(word: str) -> str:
 def is_given(option: str, words: Sequence[str]) -> bool:
     """Whether an option, by its name in the parser, is among the words."""
     return any(option_name(word.partition("=")[0]) == option for word in words if word.startswith("--"))
+
+
+def leave_out(options: Set[str], words: Sequence[str]) -> list[str]:
+    """The words without some options, by their names in the parser, and the values of these."""
+    kept, keeps = [], True
+    for word in words:
+        if word.startswith("--"):
+            keeps = option_name(word.partition("=")[0]) not in options
+        kept += [word] * keeps
+    return kept
 
 
 def show_options(text: str) -> str:

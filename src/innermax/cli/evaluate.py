@@ -1,5 +1,6 @@
 """`innermax evaluate`: attacks a trained model with test images."""
 
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from torch import nn
 
 import innermax as im
-from innermax.cli.arguments import SOURCES, check_file, split_words
+from innermax.cli.arguments import SOURCES, check_file, leave_out, split_words
 from innermax.cli.evaluation import (
     TestImages,
     check_classes,
@@ -30,6 +31,7 @@ from innermax.threat import format_eps
 from innermax.utils.console import PlainConsole
 from innermax.utils.files import write_text
 
+_OF_ONE_EVALUATION = {"attacks", "targets", "rows_dir", "json", "html", "save_images"}
 # By ε, None for the only one: the attacks and what came of them.
 Results = Mapping[float | None, tuple[Mapping[str, Any], im.Evaluation]]
 
@@ -39,11 +41,14 @@ def run(words: list[str]) -> None:
     sources, options = split_words(words, "a run folder or a model", "innermax evaluate runs/digits")
     description = f"Attack a trained model with the test images and audit the result. SOURCE is {SOURCES}."
     chosen = evaluation_parser("innermax evaluate SOURCE", description, set(), sizes=True).parse_args(options)
-    _evaluate(sources[0], chosen)
+    _evaluate(sources[0], chosen, shlex.join([sources[0], *leave_out(_OF_ONE_EVALUATION, options)]))
 
 
-def _evaluate(source: str, chosen: Any) -> None:
-    """Evaluates a source as chosen, at one ε or at several, writes and prints what comes out."""
+def _evaluate(source: str, chosen: Any, again: str) -> None:
+    """Evaluates a source as chosen, at one ε or at several, writes and prints what comes out.
+
+    again: the source with the options of every further evaluation of it.
+    """
     data_name, sized = choose_data([source], chosen), choose_sized_attacks([source], chosen)
     options = choose_options(chosen)
     check_file("--html", chosen.html)
@@ -70,6 +75,7 @@ def _evaluate(source: str, chosen: Any) -> None:
         places.append(rows_dir)
     if is_first():
         _write_results(source, chosen, model, test, results)
+        _print_results({eps: evaluation for eps, (_, evaluation) in results.items()}, again)
         for place in places:
             print_place(place)
 
@@ -81,7 +87,7 @@ def _evaluate_into(
 
 
 def _write_results(source: str, chosen: Any, model: nn.Module, test: TestImages, results: Results) -> None:
-    """Writes the files that are asked for, and prints the table and the audit."""
+    """Writes the files that are asked for."""
     evaluations = {eps: evaluation for eps, (_, evaluation) in results.items()}
     if chosen.json is not None:
         _write_json(Path(chosen.json), evaluations)
@@ -98,7 +104,6 @@ def _write_results(source: str, chosen: Any, model: nn.Module, test: TestImages,
                 evaluation, source, shown
             )
         im.report(exhibits, chosen.html)
-    _print_results(evaluations)
 
 
 def _write_json(path: Path, evaluations: Mapping[float | None, im.Evaluation]) -> None:
@@ -123,7 +128,7 @@ def _save_images(folder: Path, evaluations: Mapping[float | None, im.Evaluation]
     write_images(folder, arrays)
 
 
-def _print_results(evaluations: Mapping[float | None, im.Evaluation]) -> None:
+def _print_results(evaluations: Mapping[float | None, im.Evaluation], again: str) -> None:
     """Prints a table, the curves of smallest perturbations and the audit; of several ε one table and each audit."""
     console = PlainConsole()
     if None not in evaluations:
@@ -134,4 +139,5 @@ def _print_results(evaluations: Mapping[float | None, im.Evaluation]) -> None:
             for name in list_minimal(evaluation.rows):
                 console.print(format_curve(evaluation, name))
         if evaluation.audit is not None:
-            console.print("" if eps is None else f"ε = {format_eps(eps)}. ", format_audit(evaluation.audit), sep="")
+            which = "" if eps is None else f"ε = {format_eps(eps)}. "
+            console.print(which, format_audit(evaluation.audit, again), sep="")

@@ -25,11 +25,16 @@ from innermax.threat import NORMS
 from innermax.training.run_folder import read_settings
 
 _PASSED_ON = ("batch_size", "seed", "quantize", "precision")
+_OF_VERIFY = {"claims": "verify", "images": "verify"}
 
 
 def evaluation_parser(usage: str, description: str, skip: set[str | int], *, sizes: bool = False) -> Parser:
-    """The parser of a command that attacks trained models, without the options to skip; sizes: ε may be several."""
+    """The parser of a command that attacks trained models, without the options to skip; sizes: ε may be several.
+
+    Where ε may not, `choose_attacks` says what to do instead.
+    """
     parser = build_parser(usage, description)
+    parser.elsewhere = _OF_VERIFY | {str(name): "evaluate" for name in skip}
     parser.add_class_arguments(EvaluateSettings, as_group=False, skip=skip | {"attacks"})
     parser.add_argument("--attacks", type=str, default=TABLE, help=f"Attacks, separated by commas: {list_names()}.")
     norm = f"Norm of the perturbations: {', '.join(NORMS)}. Without it, the run's own."
@@ -37,7 +42,7 @@ def evaluation_parser(usage: str, description: str, skip: set[str | int], *, siz
     eps = "Largest size of a perturbation, such as 8/255. Without it, the run's own."
     if sizes:
         eps += " Several, such as [0.1,0.2], are evaluated one after the other."
-    parser.add_argument("--threat.eps", type=float | list[float] | None if sizes else float | None, help=eps)
+    parser.add_argument("--threat.eps", type=float | list[float] | None, help=eps)
     return parser
 
 
@@ -145,6 +150,11 @@ def choose_attacks(sources: Sequence[str], chosen: Any, size: float | None = Non
     Raises ValueError where the size of perturbations is not known: an ε belongs to its norm.
     """
     norm, eps = chosen.threat.norm, chosen.threat.eps if size is None else size
+    if isinstance(eps, list):
+        raise ValueError(
+            f"--threat.eps must be one number here, got {eps}: run the command once for each, or innermax evaluate, "
+            "which takes several"
+        )
     if norm is None or eps is None:
         own = find_setting(sources, "threat", "--threat.norm and --threat.eps") or {}
         norm = norm or own.get("norm", "linf")

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -171,7 +172,8 @@ def _write_results(
     for name in list_minimal(evaluation.rows):
         console.print(format_curve(evaluation, name))
     if evaluation.audit is not None:
-        console.print(format_audit(evaluation.audit), "")
+        measured = [str(folder)] if run.best is None else [str(folder), "--best"]
+        console.print(format_audit(evaluation.audit, shlex.join(measured)), "")
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:

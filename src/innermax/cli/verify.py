@@ -20,7 +20,7 @@ from innermax.evaluation.verify import HandedImages, Verification, verify
 from innermax.reporting.tables import format_verification
 from innermax.utils.console import PlainConsole
 
-_OF_EVALUATE_ALONE: set[str | int] = {"html", "save_images", "surrogate", "targets"}
+_OF_EVALUATE_ALONE: set[str | int] = {"html", "save_images", "surrogate"}
 _DEFAULTS = {"attacks": "pgd-20,guided", "limit": 1000}
 
 

@@ -25,6 +25,7 @@ _NO_GRADIENT = 0.5  # share of examples
 _VANISHING = 0.25  # share of examples
 _FORETOLD = 0.5  # share of examples whose gradient predicts the effect of a small step, in sign and size
 _FEW = 10  # steps
+_RUN = "innermax evaluate RUN"  # how commands in advice begin
 _ACROSS = 2.0  # in ε: from one end of the ball to the other
 
 
@@ -162,6 +163,14 @@ class Audit:
         """The audit in a document that `to_dict` made, NaN as null. Raises ValueError for any other document."""
         read: Audit = convert(cls, document, "audit")
         return read
+
+
+def write_advice(audit: Audit, source: str | None = None) -> str:
+    """The advice of an audit, whose commands are for RUN unless told for which run or model.
+
+    source: as it is typed, with the options that it needs.
+    """
+    return audit.advice if source is None else audit.advice.replace(_RUN, f"innermax evaluate {source}")
 
 
 def _describe_untried(untried: Mapping[str, str]) -> str:

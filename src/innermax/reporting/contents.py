@@ -49,7 +49,7 @@ class Exhibit:
 class Entry:
     """An exhibit as it is read, with its run's measures per epoch, configuration and environment.
 
-    missing: sentences for the reader about what is not there.
+    missing: sentences for the reader about what is not there. folder: of its run.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Entry:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 def read_entries(exhibits: Any, pictures: int, device: torch.device | str | None) -> list[Entry]:
@@ -159,7 +160,7 @@ def _add_training(entry: Entry, run: Run | str | Path | None) -> Entry:
     metrics = folder / "metrics.jsonl"
     if not history and metrics.is_file():
         history = [_read_row(metrics, line) for line in _read_text(metrics).split("\n") if line]
-    return replace(entry, history=history, configuration=read_config(folder), environment=environment)
+    return replace(entry, history=history, configuration=read_config(folder), environment=environment, folder=folder)
 
 
 def _read_folder(name: str, folder: Path, pictures: int, device: torch.device | str | None) -> Entry:

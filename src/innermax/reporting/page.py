@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from innermax.attacks.named import display_name
-from innermax.evaluation.audit import Audit, Evidence
+from innermax.evaluation.audit import Audit, Evidence, write_advice
 from innermax.evaluation.result import Evaluation
 from innermax.reporting import charts
 from innermax.reporting.contents import Entry
@@ -78,6 +79,7 @@ def _describe_model(number: int, entry: Entry) -> dict[str, Any]:
         "evaluation": found,
         "audit": None if found is None else found.audit,
         "sentence": "" if found is None or found.audit is None else _audit_sentence(found.audit),
+        "advice": "" if found is None or found.audit is None else _write_advice(found.audit, entry.folder),
         "tone": "none" if found is None or found.audit is None else _TONES.get(found.audit.verdict, "bad"),
         "mark": _MARKS[found.audit.verdict] if found is not None and found.audit is not None else "–",
         "evidence": None if found is None or found.audit is None else _describe_evidence(found.audit),
@@ -243,6 +245,10 @@ def _audit_sentence(audit: Audit) -> str:
     """The audit's sentence without the verdict, which is shown beside it."""
     sentence = audit.sentence.removeprefix("Audit: ").removeprefix(f"{audit.verdict}. ")
     return sentence[:1].upper() + sentence[1:]
+
+
+def _write_advice(audit: Audit, folder: Path | None) -> str:
+    return write_advice(audit, None if folder is None else shlex.quote(str(folder)))
 
 
 def _percent(value: float | None, digits: int = 2) -> str:

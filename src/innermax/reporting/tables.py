@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from innermax.attacks.named import display_name
-from innermax.evaluation.audit import Audit
+from innermax.evaluation.audit import Audit, write_advice
 from innermax.evaluation.result import Convergence, Evaluation
 from innermax.evaluation.transfer import Transfer
 from innermax.evaluation.verify import Verification
@@ -85,8 +85,11 @@ def _sizes_table(evaluations: Mapping[float, Evaluation], attacks: Sequence[str]
     return table
 
 
-def format_audit(audit: Audit) -> Text:
-    """The audit's verdict and, where it found a failure, its causes, evidence and advice."""
+def format_audit(audit: Audit, source: str | None = None) -> Text:
+    """The audit's verdict and, where it found a failure, its causes, evidence and advice.
+
+    source: the run or model that was audited, for `write_advice`.
+    """
     if audit.verdict in ("no failure found", "nothing to audit"):
         return Text(audit.sentence)
     text = Text(audit.sentence, style="bold")
@@ -95,7 +98,7 @@ def format_audit(audit: Audit) -> Text:
     fallen = [f"{name} {count}" for name, count in found.fallen.items() if count]
     if fallen:
         lines.append(f"Fell to: {', '.join(fallen)} of {found.sampled} tried.")
-    lines.append(f"Advice: {audit.advice}")
+    lines.append(f"Advice: {write_advice(audit, source)}")
     return text.append("\n" + "\n".join(lines), style="not bold")
 
 
