@@ -853,3 +853,4 @@ def test_a_numpy_number_is_a_number(eps):
 
 def test_sizes_are_written_as_usual():
     assert (format_eps(8 / 255), format_eps(0.3), format_eps(0.5)) == ("8/255", "0.3", "0.5")
+    assert (format_eps(0.2), format_eps(1 / 255), format_eps(63 / 255)) == ("0.2", "1/255", "63/255")

@@ -656,9 +656,10 @@ def build_threat(norm: str, eps: float) -> Threat:
 
 
 def format_eps(eps: float) -> str:
-    """A size of perturbations as it is usually written: in 255ths where that is a whole number."""
+    """A size of perturbations as it is usually written: in 255ths where that is a whole number, but 0.2 as 0.2."""
     levels = eps * 255
-    return f"{levels:.0f}/255" if 1 <= round(levels) < 64 and abs(levels - round(levels)) < 1e-6 else f"{eps:g}"
+    whole = 1 <= round(levels) < 64 and abs(levels - round(levels)) < 1e-6
+    return f"{levels:.0f}/255" if whole and round(eps, 2) != eps else f"{eps:g}"
 
 
 def fill(worth: Flat, room: Flat, amount: float | Scalar) -> Flat:

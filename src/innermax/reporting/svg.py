@@ -9,7 +9,7 @@ from typing import Literal
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 380, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 40
 _STYLES = 7  # colours, dashes and marks
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "5 2", "1 2", "12 4")
 _LEVELS = 8  # shades of a heat map
