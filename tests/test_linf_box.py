@@ -14,7 +14,7 @@ import innermax as im
 from innermax.attacks.noisy_pgd import NoisyPGD
 from innermax.evaluation.store import OtherRows
 from innermax.utils.serialization import describe
-from tests.helpers.attacks import SERVING, Linear, crowd
+from tests.helpers.attacks import FOR_ANY_THREAT, Linear, crowd
 from tests.helpers.evaluation import examples, network
 
 SHAPE = (2, 3, 4)
@@ -95,11 +95,11 @@ def test_what_leaves_the_box_is_not_contained():
             assert bool(threat.contains(point, x).all())
 
 
-@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize("name", FOR_ANY_THREAT)
 def test_with_full_shares_it_is_linf(name):
     model, x, y = crowd()
     plain, box = im.Linf(0.03), im.LinfBox(0.03, shares=torch.ones(x.shape[1:]))
-    one, other = (SERVING[name](threat)(model, x, y, seed=3) for threat in (plain, box))
+    one, other = (FOR_ANY_THREAT[name](threat)(model, x, y, seed=3) for threat in (plain, box))
     assert 0 < one.misclassified.sum() < len(x)
     torch.testing.assert_close(one.x_adv, other.x_adv, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(one.fosc, other.fosc, rtol=1e-6, atol=1e-6)
@@ -107,7 +107,7 @@ def test_with_full_shares_it_is_linf(name):
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
-@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize("name", FOR_ANY_THREAT)
 def test_the_optimum_of_a_linear_model_is_found(name, bounds):
     problem = Linear(17, SHAPE, bounds)
     x, y = problem.inputs
@@ -119,7 +119,7 @@ def test_the_optimum_of_a_linear_model_is_found(name, bounds):
     with torch.no_grad():
         falls = problem.model(best).argmax(1) != y
     assert 0 < falls.sum() < 17
-    result = SERVING[name](threat)(problem.model, x, y)
+    result = FOR_ANY_THREAT[name](threat)(problem.model, x, y)
     assert threat.contains(result.x_adv, x).all()
     assert torch.equal(result.x_adv[:, 0, 0], x[:, 0, 0])
     assert torch.equal(result.misclassified, falls)

@@ -9,7 +9,7 @@ from torch import nn
 import innermax as im
 from innermax.threat import NORMS, Threat
 from innermax.utils import randomness
-from tests.helpers.attacks import SERVING, Linear, crowd, logits_of
+from tests.helpers.attacks import FOR_ANY_THREAT, Linear, crowd, logits_of
 from tests.helpers.threats import ScaledL2, WeightedLinf
 
 
@@ -24,7 +24,7 @@ def borrow(norm):
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
 @pytest.mark.parametrize("threat", [WeightedLinf(0.15), ScaledL2(0.5)])
-@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize("name", FOR_ANY_THREAT)
 def test_the_optimum_of_a_linear_model_is_found(name, threat, bounds):
     """FOSC is then how much higher the loss can be: none is left, and whoever can fall falls."""
     threat = type(threat)(threat.eps, bounds)
@@ -34,7 +34,7 @@ def test_the_optimum_of_a_linear_model_is_found(name, threat, bounds):
     best = threat.maximizer(slope.reshape(x.shape), x)
     falls = logits_of(problem.model, best).argmax(1) != y
     assert 0 < falls.sum() < 17
-    result = SERVING[name](threat)(problem.model, x, y)
+    result = FOR_ANY_THREAT[name](threat)(problem.model, x, y)
     assert threat.contains(result.x_adv, x).all()
     assert torch.equal(result.misclassified, falls)
     assert (result.relative_fosc[~falls] < 2e-2).all()
@@ -43,12 +43,14 @@ def test_the_optimum_of_a_linear_model_is_found(name, threat, bounds):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", SERVING)
+@pytest.mark.parametrize("name", FOR_ANY_THREAT)
 def test_a_norm_is_known_by_its_methods_alone(name, norm):
     """The same set under another name is searched in the same way, up to rounding."""
     known = {"linf": im.Linf(0.03), "l2": im.L2(0.15)}[norm]
     model, x, y = crowd()
-    one, other = (SERVING[name](threat)(model, x, y, seed=3) for threat in (known, borrow(NORMS[norm])(known.eps)))
+    one, other = (
+        FOR_ANY_THREAT[name](threat)(model, x, y, seed=3) for threat in (known, borrow(NORMS[norm])(known.eps))
+    )
     assert one.misclassified.sum() > 1
     assert torch.equal(one.misclassified, other.misclassified)
     torch.testing.assert_close(one.x_adv, other.x_adv, rtol=1e-6, atol=1e-6)
@@ -70,7 +72,7 @@ def test_weights_are_another_unit_of_length():
         def forward(self, x):
             return self.model(x / self.weights)
 
-    for name, make in SERVING.items():
+    for name, make in FOR_ANY_THREAT.items():
         one = make(threat)(model, x, y, seed=3)
         other = make(scaled)(Unscaled(), x * weights, y, seed=3)
         assert 0 < one.misclassified.sum() < 10, name

@@ -122,8 +122,8 @@ SMALL = {
     "square": lambda threat: Square(threat, queries=12, restarts=2),
 }
 ALL = {**SMALL, "autoattack": AutoAttack}
-# Attacks that serve any threat model, of as many steps as they need on `Linear`.
-SERVING = {
+# Attacks that support any threat model, of as many steps as they need on `Linear`.
+FOR_ANY_THREAT = {
     "fgsm": FGSM,
     "cw": lambda threat: CW(threat, steps=60, confidence=100.0),
     "pgd": lambda threat: PGD(threat, 40, "annealed"),
