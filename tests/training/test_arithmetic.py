@@ -149,6 +149,21 @@ def test_a_layer_that_fails_leaves_autocast_as_it_was():
     assert not model[1]._forward_pre_hooks
 
 
+@pytest.mark.parametrize(("channels", "suits"), [(1, False), (3, False), (7, False), (16, True)])
+def test_strided_pointwise_convolutions_of_few_channels_get_the_usual_order(channels, suits, caplog):
+    """In channels-last order oneDNN writes past a buffer as it computes their weights' gradient, and may crash."""
+    network = nn.Sequential(nn.Conv2d(channels, 48, 1, stride=2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    x = torch.rand(8, channels, 64, 64)
+    network(x)
+    found = choose_arithmetic(network, x, "float32", torch.device("cpu"))
+    assert found.channels_last == suits
+    assert (
+        "updates compute in channels-first order (RuntimeError: oneDNN corrupts memory in 0," in caplog.text
+    ) != suits
+    run = im.train(network, (x, torch.arange(8) % 4), im.Standard(im.FGSM(im.Linf(0.1))), epochs=2, progress=False)
+    assert run.history[-1]["loss"] < 10
+
+
 def test_a_network_in_parts_keeps_its_order():
     x, _ = batch(4)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(64, 4))

@@ -87,9 +87,10 @@ def _warn(plain: str, failure: Exception) -> None:
 def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> None:
     """A forward and a backward pass of a copy of the network, in evaluation mode; raises what the network raises."""
     network = copy_model(source).to(x.device).eval()
-    if arithmetic.channels_last:
-        put_channels_last(network)
     kind = x.device.type
+    if arithmetic.channels_last:
+        _check_strided(network, kind)
+        put_channels_last(network)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -100,6 +101,23 @@ def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> None:
         logits = network(x.to(floating_dtype(network) or x.dtype, copy=True))
     if isinstance(logits, Tensor) and logits.requires_grad:
         logits.float().sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _check_strided(network: nn.Module, device: str) -> None:
+    """Raises RuntimeError where, on a processor, the weight gradient would corrupt memory in channels-last order.
+
+    oneDNN writes past a buffer for strided 1×1 convolutions of fewer channels than a vector register holds (oneDNN
+    issue 6035): 8 with AVX2, 16 with AVX-512. It may crash, hang or give wrong weights, which no trial run shows.
+    """
+    for name, module in network.named_modules():
+        if (
+            device == "cpu"
+            and isinstance(module, nn.Conv2d)
+            and (module.kernel_size, module.groups) == ((1, 1), 1)
+            and module.in_channels < 16
+            and module.stride != (1, 1)
+        ):
+            raise RuntimeError(f"oneDNN corrupts memory in {name}, a strided 1×1 convolution of few channels")
 
 
 def _without_autocast(module: nn.Module, device: str) -> Iterator[Any]:
