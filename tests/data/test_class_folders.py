@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,9 @@ def both_splits(root):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_what_pillow_decodes_is_read(tmp_path, kind):
+    Image.init()
+    if Image.EXTENSION.get(f".{kind.lower()}") not in Image.SAVE:
+        pytest.skip(f"Pillow {PIL.__version__} writes no {kind}")
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "train" / "dog").mkdir()
     for name, value in (("cat/1.png", 200), (f"dog/1.{kind}", 40)):
