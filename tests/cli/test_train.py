@@ -40,6 +40,9 @@ def test_every_recipe_trains_with_every_strategy(folder, capsys, monkeypatch, na
     assert names <= {path.name for path in Path("run").iterdir()}
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == ([0] if strategy == "free" else [0, 1])  # eight updates with each batch
+    found = [row["validation_robust"] if "validation_robust" in row else row["validation_clean"] for row in rows]
+    best = int(re.search(r"Model of epoch (\d+), the best on the validation split", out)[1])
+    assert found[best - 1] == max(found)
     assert yaml.safe_load(Path("run/config.yaml").read_text())["settings"]["data"] in (*SHAPES, "digits")
 
 

@@ -54,6 +54,8 @@ def test_the_numbers_of_an_axis_stand_beside_it():
         assert 2 <= float(base) - float(height) <= 6, "half of a digit's height below the line"
     floor = max(float(height) for _, height in lines)
     assert all(float(low) > floor for low in re.findall(r'y="([\d.]+)" text-anchor="middle">', drawn))
+    left, right = map(float, re.search(r'class="axis" x1="([\d.]+)" x2="([\d.]+)"', drawn).groups())
+    assert float(re.search(r'class="label" x="([\d.]+)"', drawn)[1]) == (left + right) / 2
 
 
 def test_series_differ_without_colour():
