@@ -64,7 +64,8 @@ def test_every_process_hears_the_same_alarm(alone, together, parallel):
     if parallel == "ddp":
         found = load_tensors(together / "strengthened.safetensors")[1]["history"]
     else:
-        found = [json.loads(line) for line in (together / "strengthened-fsdp" / "metrics.jsonl").open()]
+        lines = (together / "strengthened-fsdp" / "metrics.jsonl").read_text().splitlines()
+        found = list(map(json.loads, lines))
     assert one[-1]["attack_steps"] > 1
     for row, other in zip(found, one, strict=True):
         for key in ("attack_steps", "overfit_batch", "overfit_relative_fosc"):
