@@ -540,7 +540,7 @@ def test_a_page_tells_how_far_a_training_is(tmp_path, monkeypatch):
         assert "| Dynamic | 2 of 3 epochs |  |" in told
         assert "Dynamic has 2 of 3 epochs behind it (" in told
         assert (
-            f"% clean and {robust:.1f} % under the training attack. At its pace so far it needs 1 more hours." in told
+            f"% clean and {robust:.1f} % under the training attack. At its pace so far it needs 0.0 more hours." in told
         )
     assert "of 3 epochs" not in table(store.models, minutes=5)
     assert not (tmp_path / "results" / "smoke" / unfinished.FILE).exists()

@@ -80,7 +80,7 @@ class TableRow:
     def numbers(self, find: Find) -> dict[str, Any]:
         """{"title", "paper", "seeds": {seed: {"gradients", "seconds", "accuracy": {attack: …}}}}, of what was run.
 
-        Where no seed was, but a training has begun, also "begun", as a sentence, and "epochs", as in "3 of 120 epochs".
+        Where no seed was, but a training has begun, also "begun": how far it is, of how many epochs.
         """
         seeds = {}
         for training in self.trainings:
@@ -104,15 +104,11 @@ class TableRow:
             }
         return {"title": self.title, "paper": dict(self.paper), "seeds": seeds} | ({} if seeds else self._begun(find))
 
-    def _begun(self, find: Find) -> dict[str, str]:
+    def _begun(self, find: Find) -> dict[str, Any]:
         for training in self.trainings:
             found = find(Begun(training))
             if found is not None:
-                epochs = training.setting.epochs
-                return {
-                    "begun": describe_progress(self.title, epochs, found),
-                    "epochs": f"{found['epochs']} of {epochs} epochs",
-                }
+                return {"begun": {**found, "of": training.setting.epochs}}
         return {}
 
 
@@ -156,11 +152,13 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], attacks: Sequence[str]) ->
             if attack in papers:
                 cells.append(f"*{row['paper'][attack]:.2f}*" if attack in row["paper"] else "")
         spent = [seed["gradients"] for seed in row["seeds"].values()]
-        seeds = f"{len(spent)}" if spent else row.get("epochs", "not run")
+        begun = row.get("begun")
+        so_far = f"{begun['epochs']} of {begun['of']} epochs" if begun else "not run"
+        seeds = f"{len(spent)}" if spent else so_far
         cost = f"{statistics.mean(spent):.0f}" if spent else ""
         lines.append(f"| {row['title']} | {seeds} | {cost} | {' | '.join(cells)} |")
-    begun = [row["begun"] for row in rows if "begun" in row]
-    return "\n".join([*lines, *(["", " ".join(begun)] if begun else [])])
+    told = [describe_progress(row["title"], row["begun"]) for row in rows if "begun" in row]
+    return "\n".join([*lines, *(["", " ".join(told)] if told else [])])
 
 
 @runtime_checkable

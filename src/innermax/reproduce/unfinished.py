@@ -64,13 +64,13 @@ def record_progress(folder: Path, cache: Cache, trainings: Iterable[Training]) -
     return known
 
 
-def describe_progress(title: str, epochs: int, found: Mapping[str, Any]) -> str:
-    """A sentence: the epochs that a training has behind it and what it measures there, and what it still needs."""
-    hours = found["seconds"] / found["epochs"] * (epochs - found["epochs"]) / 3600
+def describe_progress(title: str, found: Mapping[str, Any]) -> str:
+    """The epochs that a training has behind it, what it measures there, and the hours that it still needs."""
+    hours = found["seconds"] / found["epochs"] * (found["of"] - found["epochs"]) / 3600
     measured = {"clean": found["validation_clean"], "under the training attack": found["validation_robust"]}
     accuracies = " and ".join(f"{100 * value:.1f} % {name}" for name, value in measured.items() if value is not None)
     scored = f"; on the validation images it then has {accuracies}" if accuracies else ""
     return (
-        f"{title} has {found['epochs']} of {epochs} epochs behind it ({found['device']}, threads: {found['threads']})"
-        f"{scored}. At its pace so far it needs {max(1, round(hours)):,} more hours."
+        f"{title} has {found['epochs']} of {found['of']} epochs behind it ({found['device']}, threads: "
+        f"{found['threads']}){scored}. At its pace so far it needs {hours:,.1f} more hours."
     )
