@@ -81,9 +81,9 @@ def test_the_audits_words_are_in_it(model):
 
     found = im.evaluate(model, DATA.test[:20], {"fgsm": im.FGSM(THREAT)}, audit=False)
     evidence = Evidence(examples=20, survivors=10, sampled=5, searches={}, strongest="fgsm", averaged=False)
-    audit = Audit("not converged", ("too few *steps*",), "Take more.", evidence)
-    card = model_card(type(found)(**{**vars_of(found), "audit": audit}))
-    assert r"Cause: too few \*steps\*. Take more." in card
+    audit = Audit("not converged", ("too few *steps*",), "Take more: innermax evaluate RUN --attacks cw-100", evidence)
+    card = model_card(type(found)(**{**vars_of(found), "audit": audit}), repo_id="me/digits")
+    assert r"Cause: too few \*steps\*. Take more: innermax evaluate me/digits --attacks cw-100" in card
 
 
 def vars_of(evaluation):

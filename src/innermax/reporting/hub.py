@@ -9,6 +9,7 @@ import yaml
 from torch import nn
 
 from innermax.data.load import hub_id
+from innermax.evaluation.audit import write_advice
 from innermax.evaluation.result import Evaluation
 from innermax.models.files import find_description, save_model
 from innermax.models.files import load_saved_model as from_pretrained
@@ -120,7 +121,7 @@ def model_card(
         eval_results=results,
     )
     sections = [f"---\n{metadata.to_yaml()}\n---\n\n# {_escape(name)}\n", _write_usage(repo_id, described)]
-    sections += [] if evaluation is None else [_write_robustness(evaluation, data)]
+    sections += [] if evaluation is None else [_write_robustness(evaluation, data, repo_id)]
     sections += [] if training is None else [_write_training(training)]
     return str(ModelCard("\n".join(sections)))
 
@@ -157,7 +158,7 @@ model = {call}  # images in [0, 1] → logits
 """
 
 
-def _write_robustness(evaluation: Evaluation, data: str | None) -> str:
+def _write_robustness(evaluation: Evaluation, data: str | None, repo_id: str) -> str:
     """The section about the evaluation: its numbers, and whether they can be believed."""
     settings, audit = evaluation.settings, evaluation.audit
     where = "" if data is None else f" of {_escape(data)}"
@@ -179,10 +180,8 @@ def _write_robustness(evaluation: Evaluation, data: str | None) -> str:
     lines += ["FOSC is the distance of a search from a stationary point, 0 where it has converged.", ""]
     lines += [f"- {_escape(name)}: `{attack.replace('`', '')}`" for name, attack in settings.attacks.items()]
     if audit is not None:
-        lines += [
-            "",
-            _escape(" ".join([audit.sentence, *(f"Cause: {cause}." for cause in audit.causes), audit.advice])),
-        ]
+        causes = [f"Cause: {cause}." for cause in audit.causes]
+        lines += ["", _escape(" ".join([audit.sentence, *causes, write_advice(audit, repo_id)]))]
     whose = "which weights were measured is not known" if evaluation.weights is None else evaluation.weights
     lines += [
         "",
