@@ -7,7 +7,7 @@ in its second epoch, the same run as it ends without an interruption, and the ro
 import hashlib
 import json
 import shutil
-from dataclasses import fields, is_dataclass, make_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from innermax.reproduce.cache import hash_name
 from innermax.reproduce.run import ARTIFACTS
 from innermax.reproduce.scales import SCALES, Training
 from innermax.utils.files import load_tensors
-from innermax.utils.serialization import added_field, describe
+from innermax.utils.serialization import ADDED_FIELD, describe
 from innermax.utils.version import __version__
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -121,7 +121,8 @@ def test_a_field_that_was_added_is_marked(name):
 
 
 def test_an_added_field_is_told_where_it_is_not_at_its_default():
-    grown = make_dataclass("Grown", [("steps", int), ("momentum", float, added_field(0.0))], frozen=True)
+    added = field(default=0.0, metadata=ADDED_FIELD)
+    grown = make_dataclass("Grown", [("steps", int), ("momentum", float, added)], frozen=True)
     assert describe(grown(3)) == {"name": "Grown", "steps": 3}
     assert describe(grown(3, 0.5)) == {"name": "Grown", "steps": 3, "momentum": 0.5}
 

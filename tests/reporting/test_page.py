@@ -1,6 +1,7 @@
 """The report's page: its numbers are the evaluation's, and it holds nothing foreign."""
 
 import copy
+import html
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from torch import nn
 import innermax as im
 from innermax.cli import main
 from innermax.evaluation.audit import judge
+from innermax.models.files import hash_weights
 from innermax.reporting import contents
 from innermax.reporting.gallery import Gallery
 from tests.helpers.audits import evidence
@@ -96,12 +98,30 @@ def test_what_is_foreign_shows_as_text(page):
     assert len(told.scripts) == 2
 
 
-def test_advice_is_for_the_run_where_there_is_one(trained, tmp_path):
+def test_advice_names_the_model_that_was_measured(trained, tmp_path):
+    """A run folder, its best epoch or a model by its name; RUN where nobody said which."""
     run, _, evaluation = trained
+    folder = shutil.copytree(run.run_dir, tmp_path / "my run")
+    torch.manual_seed(7)
+    im.save_model(folder, im.build_model("digits-cnn", input_shape=(1, 8, 8)), "best.safetensors")
     audited = replace(evaluation, audit=judge(evidence(total_gain=0.1, zero_margin_gradient=1.0)))
-    for exhibit, source in ((im.Exhibit(audited, run), run.run_dir), (audited, "RUN")):
-        text = im.report({"one": exhibit}, tmp_path / "report.html").read_text(encoding="utf-8")
+    last, best = (
+        replace(audited, weights=hash_weights(im.load_model(path).state_dict()))
+        for path in (folder, folder / "best.safetensors")
+    )
+    for evaluated, named, source in (
+        (last, folder, f"'{folder}'"),
+        (best, folder, f"'{folder}' --best"),
+        (replace(best, weights=None), folder, f"'{folder}'"),
+        (audited, "innermax/digits-linf-0.15", "innermax/digits-linf-0.15"),
+        (audited, None, "RUN"),
+    ):
+        path = im.report({"one": im.Exhibit(evaluated, named)}, tmp_path / "report.html")
+        text = html.unescape(path.read_text(encoding="utf-8"))
         assert f"innermax evaluate {source} --attacks square-5000</p>" in text
+    best.to_json(folder / "evaluation.json")
+    text = im.report(folder, tmp_path / "report.html", pictures=0).read_text(encoding="utf-8")
+    assert f"innermax evaluate '{folder}' --best --attacks square-5000</p>" in html.unescape(text)
 
 
 def test_the_page_needs_nothing_else(page):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, cast, get_args
 
 import torch
@@ -24,7 +24,7 @@ from innermax.attacks.search import (
 from innermax.losses import CappedMargin, Loss, find_loss, is_stationary_at_clean, make_reaching, needs_clean
 from innermax.oracle.oracle import Oracle, Response
 from innermax.threat import FeasibleSet, Threat
-from innermax.utils.serialization import added_field
+from innermax.utils.serialization import ADDED_FIELD
 from innermax.utils.validation import check_count, check_integer, check_labels, check_number, unknown
 
 
@@ -65,8 +65,8 @@ class PGD(BaseAttack):
     stop_at: float | None = None
     gauge: Gauge = "exact"
     stop_on_success: bool = False
-    steps_after_success: int = added_field(0)
-    eot: int = added_field(1)
+    steps_after_success: int = field(default=0, metadata=ADDED_FIELD)
+    eot: int = field(default=1, metadata=ADDED_FIELD)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ from innermax.oracle.oracle import Precision
 from innermax.reproduce.comparison import TABLE_ATTACKS
 from innermax.strategies import STRATEGIES, Shape, Strategy
 from innermax.threat import NORMS, Threat, build_threat
-from innermax.utils.serialization import added_field
+from innermax.utils.serialization import ADDED_FIELD
 
 TABLE = ",".join(TABLE_ATTACKS)
 
@@ -97,9 +97,9 @@ class RecipeSettings:
     strategy: StrategyName = "dynamic"
     switch: float = 1 / 6
     objective: ObjectiveName = "cross_entropy"
-    beta: float | None = added_field(None)
-    label_smoothing: float | None = added_field(None)
-    awp: float | None = added_field(None)
+    beta: float | None = field(default=None, metadata=ADDED_FIELD)
+    label_smoothing: float | None = field(default=None, metadata=ADDED_FIELD)
+    awp: float | None = field(default=None, metadata=ADDED_FIELD)
     attacks: str = TABLE
 
 

@@ -346,28 +346,28 @@ class FastOracle(Oracle):
 
     def _take_fastest(self, example: Tensor) -> None:
         """Leaves bf16, channels-last order, or all that was compiled, where a gradient takes longer so."""
-        if times := self._times_as_long_as(self.precise, example):
+        if times := _times_as_long(self, self.precise, example):
             done = {step: note for step, note in self.steps.items() if step != "bf16"}
             self._compiled, self._precise, self.doubt = cast(FastOracle, self._precise)._compiled, None, 0.0
             self.steps = done | {"float32": f"in bf16 a gradient takes {times:.1f} times as long"}
             self._bf16 = False  # not tried again at every recheck
         plain = Oracle(self._source)
-        if times := self._times_as_long_as(plain, example):
-            reason = f"a gradient takes {times:.1f} times as long"
-            if _ORDERS[0] in self.steps:
-                first = FastOracle(self._source, *self._compiled_for, self.scheme.replace(*_ORDERS))
-                if not first._times_as_long_as(plain, example):
-                    vars(self).update(vars(first))
-                    self.steps = {**first.steps, _ORDERS[1]: f"in the other order {reason} as on the model itself"}
-                    return
-            self._keep_plain(_AS_IS, f"compiled, {reason}")
+        if _ORDERS[0] in self.steps and not _times_as_long(plain, self, example):
+            first = FastOracle(self._source, *self._compiled_for, self.scheme.replace(*_ORDERS))
+            if times := _times_as_long(self, first, example):
+                vars(self).update(vars(first))
+                told = f"in the other order a gradient takes {times:.1f} times as long"
+                self.steps = {**first.steps, _ORDERS[1]: told}
+        if times := _times_as_long(self, plain, example):
+            self._keep_plain(_AS_IS, f"compiled, a gradient takes {times:.1f} times as long")
             self._bf16 = False
 
-    def _times_as_long_as(self, other: Oracle, example: Tensor) -> float | None:
-        """How many times as long a gradient takes as on another oracle, where it clearly takes longer."""
-        if other is self:
-            return None
-        return times_as_long(partial(_gradient_together, self), partial(_gradient_together, other), break_ties(example))
+
+def _times_as_long(one: Oracle, other: Oracle, example: Tensor) -> float | None:
+    """How many times as long a gradient takes on one oracle as on another, where it clearly takes longer."""
+    if one is other:
+        return None
+    return times_as_long(partial(_gradient_together, one), partial(_gradient_together, other), break_ties(example))
 
 
 def _margin(logits: Tensor, _label: Tensor) -> Tensor:

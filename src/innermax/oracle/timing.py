@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 _FEWEST, _MOST = 5, 60  # turns
-_SPENT = 0.3  # seconds in which quick ones take more turns than the fewest
+_SPENT = 0.6  # seconds in which quick ones take more turns than the fewest
 _SLOWER = 1.05
 _SIGMAS = 2.0  # by which the turns that say so must exceed half of them: as many tosses of a coin hardly ever agree
-_ROWS = 128  # as many as a batch in use may have
-_LONG, _SHORT = 0.5, 0.05  # seconds
+_ROWS = 256  # as many as a batch in use may have: what is faster for few may be slower for many
+_LONG, _SHORT = 0.5, 0.05  # seconds of a turn
 
 
 def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], object], x: Tensor) -> float | None:
@@ -22,8 +22,9 @@ def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], obj
     """
     _seconds(one, x), _seconds(other, x)  # kernels are chosen, memory is fetched
     together = min(_seconds(one, x) + _seconds(other, x) for _ in range(2))
-    if together < _SHORT:
-        x = x.repeat(-(-_ROWS // len(x)), *[1] * (x.ndim - 1))
+    rows = min(_ROWS, int(len(x) * _SHORT / together))
+    if rows > len(x):
+        x = x.repeat(-(-rows // len(x)), *[1] * (x.ndim - 1))[:rows]
         together = _seconds(one, x) + _seconds(other, x)
     elif together > _LONG:
         x = x[: -(-len(x) // 2)]
@@ -42,4 +43,4 @@ def _seconds(compute: Callable[[Tensor], object], x: Tensor) -> float:
     compute(x)
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-    return clock() - began
+    return max(clock() - began, 1e-9)  # some clocks tick slowly

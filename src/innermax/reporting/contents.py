@@ -1,7 +1,9 @@
 """The entries of a report: evaluation, training and pictures of each model, from values or from run folders."""
 
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ class Exhibit:
 class Entry:
     """An exhibit as it is read, with its run's measures per epoch, configuration and environment.
 
-    missing: sentences for the reader about what is not there. folder: of its run.
+    missing: sentences for the reader about what is not there. source: what `innermax evaluate` takes for its model.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Entry:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
-    folder: Path | None = None
+    source: str | None = None
 
 
 def read_entries(exhibits: Any, pictures: int, device: torch.device | str | None) -> list[Entry]:
@@ -96,7 +98,8 @@ def _read_entry(name: str, value: Any, pictures: int, device: torch.device | str
             return Entry(name, value, missing=("Only the evaluation is given: no training, no images.",))
         case Exhibit():
             _check_belonging(name, value)
-            return replace(_add_training(Entry(name), value.run), evaluation=value.evaluation, gallery=value.gallery)
+            entry = replace(_add_training(Entry(name), value.run), evaluation=value.evaluation, gallery=value.gallery)
+            return replace(entry, source=_write_source(value.run, value.evaluation))
         case Run():
             return (
                 _add_training(Entry(name), value)
@@ -147,6 +150,18 @@ def _measured(weights: str, state: Mapping[str, Any]) -> bool:
     return weights in map(hash_weights, (tensors, single, behind))
 
 
+def _write_source(run: Run | str | Path | None, evaluation: Evaluation | None) -> str | None:
+    """The model that an evaluation measured, as it is typed on a command line, with --best where a run has several."""
+    run = run.run_dir if isinstance(run, Run) else run
+    if run is None:
+        return None
+    source, best = shlex.quote(str(run)), Path(run) / "best.safetensors"
+    if evaluation is not None and evaluation.weights is not None and best.is_file():
+        with suppress(ValueError):  # damaged: whoever loads it says so
+            return source + " --best" * _measured(evaluation.weights, load_tensors(best)[0])
+    return source
+
+
 def _add_training(entry: Entry, run: Run | str | Path | None) -> Entry:
     """The entry with the history, configuration and environment of its run."""
     if isinstance(run, Run):
@@ -160,7 +175,7 @@ def _add_training(entry: Entry, run: Run | str | Path | None) -> Entry:
     metrics = folder / "metrics.jsonl"
     if not history and metrics.is_file():
         history = [_read_row(metrics, line) for line in _read_text(metrics).split("\n") if line]
-    return replace(entry, history=history, configuration=read_config(folder), environment=environment, folder=folder)
+    return replace(entry, history=history, configuration=read_config(folder), environment=environment)
 
 
 def _read_folder(name: str, folder: Path, pictures: int, device: torch.device | str | None) -> Entry:
@@ -176,7 +191,7 @@ def _read_folder(name: str, folder: Path, pictures: int, device: torch.device | 
     except OtherWeights as error:
         warnings.warn(str(error), stacklevel=2)
         return replace(entry, missing=(f"{error}.",))
-    entry = replace(entry, evaluation=evaluation)
+    entry = replace(entry, evaluation=evaluation, source=_write_source(folder, evaluation))
     if evaluation.weights is None:
         entry = replace(entry, missing=("The evaluation does not say which weights it measured.",))
     if pictures < 1:

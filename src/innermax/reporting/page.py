@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,11 +74,11 @@ def _describe_model(number: int, entry: Entry) -> dict[str, Any]:
         "swatch": draw_legend([Series(entry.name, [], [], number, kind="marks")]),
         "missing": entry.missing,
         "threat": None if found is None else _describe_threat(found),
-        "rows": [] if found is None else _rows(found),
+        "rows": [] if found is None else _rows(found, number),
         "evaluation": found,
         "audit": None if found is None else found.audit,
         "sentence": "" if found is None or found.audit is None else _audit_sentence(found.audit),
-        "advice": "" if found is None or found.audit is None else _write_advice(found.audit, entry.folder),
+        "advice": "" if found is None or found.audit is None else write_advice(found.audit, entry.source),
         "tone": "none" if found is None or found.audit is None else _TONES.get(found.audit.verdict, "bad"),
         "mark": _MARKS[found.audit.verdict] if found is not None and found.audit is not None else "–",
         "evidence": None if found is None or found.audit is None else _describe_evidence(found.audit),
@@ -97,13 +96,13 @@ def _describe_model(number: int, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _rows(found: Evaluation) -> list[dict[str, Any]]:
-    """The table of accuracies: clean, each attack, the worst case."""
+def _rows(found: Evaluation, style: int) -> list[dict[str, Any]]:
+    """The table of accuracies: clean, each attack, the worst case; style: number of the model's colour."""
     rows = []
     for name in ("clean", *found.rows, "worst_case"):
         value = found.worst_case if name == "worst_case" else found.accuracy[name]
         title = {"clean": "Clean", "worst_case": "Worst case"}.get(name, display_name(name))
-        bar = draw_interval(value.value, value.low, value.high)
+        bar = draw_interval(value.value, value.low, value.high, style)
         rows.append({"key": name, "title": title, "accuracy": value, "bar": bar, "search": found.convergence.get(name)})
     return rows
 
@@ -245,10 +244,6 @@ def _audit_sentence(audit: Audit) -> str:
     """The audit's sentence without the verdict, which is shown beside it."""
     sentence = audit.sentence.removeprefix("Audit: ").removeprefix(f"{audit.verdict}. ")
     return sentence[:1].upper() + sentence[1:]
-
-
-def _write_advice(audit: Audit, folder: Path | None) -> str:
-    return write_advice(audit, None if folder is None else shlex.quote(str(folder)))
 
 
 def _percent(value: float | None, digits: int = 2) -> str:

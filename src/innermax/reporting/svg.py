@@ -170,15 +170,15 @@ def draw_vertical(x: Axis, value: float, label: str) -> Markup:
     return Markup(text).format(left, _TOP, HEIGHT - _BOTTOM, _n(_x(x, value) + 4), _TOP + 10, label)
 
 
-def draw_interval(value: float, low: float, high: float) -> Markup:
-    """A share with its interval on a bar from 0 to 1, for a cell of a table."""
+def draw_interval(value: float, low: float, high: float, style: int = 0) -> Markup:
+    """A share with its interval on a bar from 0 to 1, for a cell of a table; style: number of its colour."""
     text = (
-        '<svg class="interval" viewBox="0 0 200 16" aria-hidden="true"><path class="rail" d="M5 8H195"/>'
+        '<svg class="interval s{}" viewBox="0 0 200 16" aria-hidden="true"><path class="rail" d="M5 8H195"/>'
         '<path class="rail" d="M5 4v8M100 5v6M195 4v8"/><path class="spread" d="M{} 8H{}"/>'
         '<circle class="dot" cx="{}" cy="8" r="4"/></svg>'
     )
     low, high, value = (5 + 190 * share for share in (low, high, value))
-    return Markup(text).format(_n(low), _n(high), _n(value))
+    return Markup(text).format(style % _STYLES, _n(low), _n(high), _n(value))
 
 
 def draw_spark(values: Sequence[float], style: int, logarithmic: bool = False) -> Markup:
@@ -196,7 +196,7 @@ def draw_spark(values: Sequence[float], style: int, logarithmic: bool = False) -
     return Markup(
         '<svg class="spark" viewBox="0 0 100 28" preserveAspectRatio="none" aria-hidden="true">'
         '<path class="line s{}" d="{}"/></svg>'
-    ).format(style, _path([point for point in points if math.isfinite(point[1])]))
+    ).format(style % _STYLES, _path([point for point in points if math.isfinite(point[1])]))
 
 
 def draw_legend(series: Sequence[Series]) -> Markup:

@@ -24,7 +24,7 @@ from innermax.strategies import Strategy, search_for
 from innermax.training.alarm import OnOverfit, check_strengthening
 from innermax.training.checkpoints import due_every
 from innermax.training.loggers import Logger, LoggerName
-from innermax.utils.serialization import added_field, describe, described_fields
+from innermax.utils.serialization import ADDED_FIELD, describe, described_fields
 from innermax.utils.validation import check_choice, check_count, check_flag, check_integer, check_number, is_number
 
 Optimizer = Literal["sgd", "adamw"]
@@ -66,9 +66,9 @@ class TrainingOptions:
     devices: int | None = field(default=None, metadata=_PROCESS)
     nodes: int | None = field(default=None, metadata=_PROCESS)
     parallel: Parallel = field(default="ddp", metadata=_PROCESS)
-    sync_batch_norm: bool = added_field(False)
+    sync_batch_norm: bool = field(default=False, metadata=ADDED_FIELD)
     on_nan: OnNaN = "stop"
-    on_overfit: OnOverfit = added_field("ignore")  # noqa: RUF009  a string
+    on_overfit: OnOverfit = field(default="ignore", metadata=ADDED_FIELD)
     run_dir: str | Path | None = field(default=None, metadata=_PROCESS)
     overwrite: bool = field(default=False, metadata=_PROCESS)
     checkpoint_every: int | str | None = field(default=None, metadata=_PROCESS)

@@ -6,7 +6,7 @@ Nothing in a file is executed, and its size is bounded.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,6 +15,8 @@ import numpy as np
 import yaml
 from torch import Tensor
 
+# Metadata of a field added to a dataclass whose values already name files: `describe` leaves it out at its default.
+ADDED_FIELD = {"added": True}
 _DEEPEST = 64  # levels of nesting
 _LARGEST = 20_000  # values of a YAML document, each alias counted in full; they take some seconds to read
 _LONGEST = 2**20  # characters of a YAML document
@@ -150,13 +152,8 @@ def _is_measure(name: str, value: Any) -> bool:
     return value is None or is_finite_number(value)
 
 
-def added_field(default: Any) -> Any:
-    """A field added to a dataclass whose values already name files: `describe` leaves it out at its default."""
-    return field(default=default, metadata={"added": True})
-
-
 def described_fields(value: Any) -> list[Field[Any]]:
-    """The fields of a dataclass that its description holds: all but an `added_field` at its default."""
+    """The fields of a dataclass that its description holds: all but those `ADDED_FIELD` at their default."""
     return [f for f in fields(value) if not (f.metadata.get("added") and getattr(value, f.name) == f.default)]
 
 
@@ -165,7 +162,7 @@ def describe(value: object) -> Any:
     and numbers.
 
     Answers, run folders and folders of rows are recognised by it: it is the same in every process, and stays the same
-    when the value's class gains an `added_field`.
+    when the value's class gains a field that is `ADDED_FIELD`.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {"name": type(value).__name__} | {
