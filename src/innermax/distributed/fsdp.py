@@ -1,10 +1,12 @@
 """Networks of which each process holds a part of every layer (FSDP2), split and saved."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -56,6 +58,11 @@ class WholeState:
         self.sharded.load_state_dict({**state, "state": own})
 
 
+def is_sharded(value: object) -> "TypeGuard[DTensor]":
+    """Whether this process holds only a part of a tensor; the class is not asked for, as its import takes a second."""
+    return hasattr(value, "full_tensor")
+
+
 def gather_state(model: nn.Module) -> dict[str, Any]:
     """A network's state, a sharded one's gathered on the CPU; all processes call this together."""
     return WholeState(model, model).gather().state_dict()
@@ -63,16 +70,18 @@ def gather_state(model: nn.Module) -> dict[str, Any]:
 
 def as_whole(value: Tensor) -> Tensor:
     """A tensor, whole where it is sharded."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_sharded(value) else value
 
 
 def _gather(value: T) -> T | Tensor:
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    return value.full_tensor().cpu() if is_sharded(value) else value
 
 
 def _scatter(value: Tensor, like: Tensor | None) -> Tensor:
-    if not isinstance(like, DTensor) or value.shape != like.shape:
+    if not is_sharded(like) or value.shape != like.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 

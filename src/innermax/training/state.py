@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from innermax.data.streaming import TrainingSet
-from innermax.distributed.fsdp import WholeState
+from innermax.distributed.fsdp import WholeState, is_sharded
 from innermax.distributed.process_group import Ranks, set_up
 from innermax.models.files import write_model
 from innermax.models.wrappers import unwrap
@@ -177,7 +176,7 @@ def _agree(oracle: Oracle, ranks: Ranks) -> Oracle:
 def _build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     """SGD or AdamW on all parameters of a model."""
     # torch has no fused step of sharded or complex ones.
-    fused = not any(isinstance(p, DTensor) or p.is_complex() for p in model.parameters())
+    fused = not any(is_sharded(p) or p.is_complex() for p in model.parameters())
     lr, decay = options.lr, options.weight_decay
     if options.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=fused)

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
+
+from innermax.distributed.fsdp import is_sharded
 
 
 @contextmanager
@@ -34,9 +35,9 @@ def perturbed_weights(network: nn.Module, gamma: float) -> Iterator[None]:
 
 def _own_part(value: Tensor) -> Tensor:
     """What of a tensor is in this process, in the same memory."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_sharded(value) else value
 
 
 def _norm(value: Tensor) -> Tensor:
     size = vector_norm(value)
-    return size.full_tensor() if isinstance(size, DTensor) else size
+    return size.full_tensor() if is_sharded(size) else size
