@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import innermax as im
 from innermax.data.augmentation import augment
@@ -192,6 +193,32 @@ def test_changed_updates_are_those_of_a_script(name, network):
     assert distance(weights(run.model), weights(network())) > 0.01
     assert distance(weights(run.model), weights(plain)) < 1e-5
     assert [row["gradients"] for row in run.history] == ([0] * 2 if name == "free" else [1] * EPOCHS)
+
+
+class Root(nn.Module):
+    """√(1 − x), of which white pixels have no finite slope; it notes what it is given in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        if self.training:
+            self.seen.append(x.detach().clone())
+        return (1 - x).sqrt()
+
+
+def test_free_leaves_pixels_without_a_finite_slope_where_they_are():
+    images, labels = torch.full((16, 1, 6, 6), 128, dtype=torch.uint8), torch.arange(16) % 4
+    images[:, :, 0, 0] = 255
+    root = Root()
+    torch.manual_seed(0)
+    model = nn.Sequential(root, nn.Flatten(), nn.Linear(36, 4))
+    strategy = im.Free(PGD10, replays=3)
+    train(model, (images, labels), strategy, epochs=3, batch_size=8, lr=0.01)
+    seen = torch.cat(root.seen[-2:])  # in the last update with either batch
+    assert (seen[:, :, 0, 0] == 1).all()
+    assert (seen[:, :, 1:] != images[:, :, 1:] / 255).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("name", [*RIVALS, *UPDATES])
