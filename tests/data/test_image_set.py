@@ -48,6 +48,18 @@ def test_float_features_of_any_shape():
         (BYTES / 0, LABELS, ValueError, "NaN or infinite"),
         (BYTES + 1.5, LABELS, ValueError, r"lie in \[0, 1\], got values from 1.5 to 1.5"),
         (BYTES - 0.5, LABELS, ValueError, r"lie in \[0, 1\]"),
+        (
+            torch.rand(2, 3).to_sparse(),
+            LABELS,
+            TypeError,
+            "dense tensor that holds values, got torch.sparse_coo on cpu",
+        ),
+        (
+            torch.rand(2, 3, device="meta"),
+            LABELS,
+            TypeError,
+            "dense tensor that holds values, got torch.strided on meta",
+        ),
         (torch.rand(0, 3), LABELS[:0], ValueError, "images must have shape"),
     ],
 )

@@ -204,6 +204,16 @@ def test_labels_that_are_text():
 # --- arrays
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_labels_are_numbers_of_any_integer_type(dtype):
+    images = torch.rand(5, 1, 4, 4)
+    labels = as_image_set((images, torch.arange(5).to(dtype))).labels
+    assert (labels.dtype, labels.tolist()) == (torch.int64, [0, 1, 2, 3, 4])
+    for refused in (torch.bool, torch.float32):
+        with pytest.raises(TypeError, match="labels must be int64"):
+            as_image_set((images, torch.arange(5).to(refused)))
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

@@ -300,6 +300,59 @@ def test_auxiliary_answers_in_training_mode_are_refused_at_the_first_update(answ
     assert all(map(torch.equal, before, model.parameters()))
 
 
+class Cut(nn.Module):
+    """A network whose answers no gradient leaves, for one of the reasons that there are."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.network, self.how = mlp(), how
+
+    def forward(self, x):
+        match self.how:
+            case "detached":
+                return self.network(x).detach()
+            case "no_grad":
+                with torch.no_grad():
+                    return self.network(x)
+            case "inference mode":
+                with torch.inference_mode():
+                    return self.network(x)
+            case "NumPy":
+                return torch.from_numpy(self.network(x).detach().numpy() + 0)
+
+
+@pytest.mark.parametrize("how", ["detached", "no_grad", "inference mode", "NumPy"])
+@pytest.mark.parametrize("strategy", [im.Unsecured(), im.Standard(ATTACK)])
+def test_a_model_that_passes_no_gradients_back_is_refused(tmp_path, how, strategy):
+    with pytest.raises(ValueError, match="model must pass gradients back to its weights, got logits without a graph"):
+        train(Cut(how), strategy=strategy, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_learn_is_refused(tmp_path):
+    broken = mlp()
+    with torch.no_grad():
+        next(broken.parameters())[0] = float("nan")
+    exported = torch.export.export(mlp(), (DATA[0][:2] / 255,), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    for model, error, words in (
+        (mlp().requires_grad_(False), ValueError, "weights that learn, got none that takes a gradient"),
+        (broken, ValueError, "the model returns NaN logits for images of train_set"),
+        (exported, TypeError, "must change between training and evaluation"),
+    ):
+        with pytest.raises(error, match=words):
+            train(model, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_objective_without_a_gradient_is_refused(untyped):
+    def detached(model, x, y, x_adv, epoch):
+        loss, logits = cross_entropy(model, x, y, x_adv, epoch)
+        return loss.detach(), logits
+
+    with pytest.raises(ValueError, match="objective must return a loss that passes gradients back"):
+        train(objective=detached)
+
+
 def test_auxiliary_answers_are_left_out_by_a_wrapper():
     for answer, output in ((lambda z, aux: (z, aux), 0), (lambda z, aux: {"aux": aux, "logits": z}, "logits")):
         assert len(train(im.LogitsOnly(Auxiliary(answer), output), epochs=1).history) == 1

@@ -255,8 +255,15 @@ def test_a_model_that_was_made_in_inference_mode():
 )
 def test_a_model_without_weights_is_refused(build, words):
     copy_model(build())
-    with pytest.raises(ValueError, match=f"model must have its weights, {words}"):
-        im.evaluate(build(), (torch.rand(20, 1, 6, 6), torch.arange(20) % 3), {}, device="cpu")
+    data = torch.rand(20, 1, 6, 6), torch.arange(20) % 3
+    for use in (
+        lambda: im.evaluate(build(), data, {}),
+        lambda: im.evaluate(build(), data, {}, device="cpu"),
+        lambda: im.train(build(), data, im.Unsecured()),
+        lambda: im.PGD(im.Linf(0.1))(build(), *data),
+    ):
+        with pytest.raises(ValueError, match=f"model must have its weights, {words}"):
+            use()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch calls TorchScript deprecated

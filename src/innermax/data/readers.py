@@ -21,6 +21,7 @@ from innermax.utils.serialization import parse_json
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "fine_label")
 _HUGGING_FACE = "the Hugging Face data set"
+_INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.int8, torch.int16, torch.int32)
 _ROWS = 256  # rows of a table that are read at a time
 
 
@@ -277,4 +278,6 @@ def _from_pair(images: Tensor | Array, labels: Tensor | Array) -> ImageSet:
         if labels.dtype.kind not in "iu":
             raise TypeError(f"labels must be integers, got {labels.dtype}")
         labels = torch.from_numpy(labels.astype(np.int64))
+    elif labels.dtype in _INTEGERS:
+        labels = labels.long()
     return ImageSet(images.to(torch.float32) if images.is_floating_point() else images, labels)

@@ -97,13 +97,13 @@ def place_model(
 ) -> tuple[nn.Module, torch.device]:
     """The model on its device, or a copy on the given one; and that device."""
     model = unwrap(model)
+    check_weights(model)
     here = next((p.device for p in (*model.parameters(), *model.buffers())), None)
     if device is None:
         return model, here if here is not None else images.images.device
     device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
     if here in (None, device):
         return model, device
-    check_weights(model)
     return copy_model(model).to(device), device
 
 

@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from innermax.attacks.base import Attack
 from innermax.data.augmentation import augment
 from innermax.data.image_set import ImageSet
 from innermax.data.readers import as_image_set
 from innermax.data.streaming import TrainingSet, as_training_set
+from innermax.models.wrappers import unwrap
 from innermax.objectives import Objective, find_objective, within
+from innermax.oracle.compiled import floating_dtype
 from innermax.oracle.oracle import Oracle
 from innermax.training import run_folder
 from innermax.training.options import TrainingOptions, describe_training
+from innermax.utils.copying import copy_model
 from innermax.utils.files import LOCK, lock_file
 from innermax.utils.validation import check_labels
 
@@ -79,6 +82,11 @@ def _check_sets(
             f"strategy {type(options.strategy).__name__} keeps every example's perturbation, which neither a stream "
             "nor images that random transforms draw anew have a place for"
         )
+    if isinstance(model, nn.Module) and "train" in vars(model):
+        raise TypeError(
+            "model must change between training and evaluation, got one whose own train() keeps it from that, as an "
+            "exported program's does: build the network in Python and load the weights"
+        )
     oracle, classes = Oracle(model), 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for name, images in (("train_set", train_set.head), ("validation_set", validation_set)):
@@ -89,6 +97,26 @@ def _check_sets(
         if name == "train_set" and (options.shift or options.flip):
             augment(x, example, shift=options.shift, flip=options.flip)
         with oracle.private_randomness(0):
-            classes = oracle.logits(x.to(device)).shape[1]
+            logits = oracle.logits(x.to(device))
+        if logits.isnan().any():
+            raise ValueError(f"the model returns NaN logits for images of {name}")
+        classes = logits.shape[1]
         check_labels(images.labels, len(images), classes, f"{name} labels")
+        if name == "train_set":
+            with oracle.private_randomness(0):
+                _check_learning(model, x.to(device))
     return classes
+
+
+def _check_learning(model: nn.Module, x: Tensor) -> None:
+    """Raises ValueError where no gradient of the answer to x reaches a weight."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model must have weights that learn, got none that takes a gradient: model.requires_grad_()")
+    network = copy_model(unwrap(model)).eval()
+    with torch.inference_mode(False), torch.enable_grad():
+        logits = network(x.to(floating_dtype(network) or x.dtype, copy=True))
+    if not logits.requires_grad:
+        raise ValueError(
+            "model must pass gradients back to its weights, got logits without a graph: its forward pass must not "
+            "detach them, leave torch, or run in torch.no_grad or inference mode"
+        )

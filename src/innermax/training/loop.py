@@ -269,6 +269,8 @@ class Loop:
         with self.arithmetic.keep_images(self.state.network, x.device.type):
             told = None if prior is None else model(prior)
             loss, logits = self.objective(model, x, y, x_adv, self.state.epoch)
+        if not loss.requires_grad:
+            raise ValueError("objective must return a loss that passes gradients back to the weights, got one without")
         if told is not None:
             loss = loss + strategy.weight * mse_loss(logits.float(), told.float())  # type: ignore[attr-defined]
         weight = self.ranks.weight(len(y), count)

@@ -109,6 +109,8 @@ def check_input_shape(x: Tensor, name: str = "x") -> None:
     """Raises unless x is a non-empty float tensor (B, *features), whatever its values: no device is waited for."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_meta:
+        raise TypeError(f"{name} must be a dense tensor that holds values, got {x.layout} on {x.device}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a float tensor, got {x.dtype}; scale uint8 images to [0, 1] first")
     if x.ndim < 2 or x.numel() == 0:
