@@ -4,6 +4,7 @@ Every public name is here, and loads what it needs when it is first used.
 """
 
 import ast
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,9 @@ if not TYPE_CHECKING:  # with it, type checkers would take any name for public
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
-            raise AttributeError(f"module 'innermax' has no attribute {name!r}")
+            close = difflib.get_close_matches(name, __all__, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise AttributeError(f"module 'innermax' has no attribute {name!r}{hint}")
         return getattr(importlib.import_module(_HOMES[name]), name)
 
 

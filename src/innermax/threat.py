@@ -54,7 +54,7 @@ class Threat(ABC):
         if self.bounds is None:
             return
         object.__setattr__(self, "bounds", tuple(map(_to_python, self.bounds)))
-        low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in self.bounds)
+        low, high = (torch.as_tensor(bound, dtype=torch.float64, device="cpu") for bound in self.bounds)
         if not bool((low < high).all()) or not bool(torch.isfinite(high - low).all()):
             raise ValueError(f"bounds must be finite with low < high, got {self.bounds}")
 
@@ -333,7 +333,9 @@ class FeasibleSet:
             return point
         low, high = self.threat.bounds
         if isinstance(low, Tensor) or isinstance(high, Tensor):
-            return point.clamp(torch.as_tensor(low).to(point), torch.as_tensor(high).to(point))
+            return point.clamp(
+                *(torch.as_tensor(bound, dtype=point.dtype, device=point.device) for bound in (low, high))
+            )
         return point.clamp(low, high)
 
 
@@ -346,7 +348,7 @@ class Linf(Threat):
         super().__post_init__()
         if self.bounds is None:
             return
-        width = float(torch.as_tensor(self.bounds[1] - self.bounds[0], dtype=torch.float64).max())
+        width = float(torch.as_tensor(self.bounds[1] - self.bounds[0], dtype=torch.float64, device="cpu").max())
         if self.eps > width * _ROUNDING:
             raise ValueError(f"eps must be at most {width:g}, the width of the bounds, got {self.eps:g}")
 
@@ -528,7 +530,7 @@ class Shares:
     """
 
     def __init__(self, values: Any) -> None:
-        self.values = torch.as_tensor(values).detach().cpu().double()
+        self.values = torch.as_tensor(values, device="cpu").detach().double()
         self._placed: dict[tuple[torch.device, torch.dtype], Flat] = {}
         if not bool(((self.values >= 0) & (self.values <= 1)).all()) or not bool((self.values > 0).any()):
             raise ValueError("shares must be numbers in [0, 1], or true and false, of which one is above 0")
@@ -587,7 +589,7 @@ class LinfBox(Threat):
     @classmethod
     def of(cls, eps: Tensor, bounds: Bounds = (0.0, 1.0)) -> "LinfBox":
         """From the ε ≥ 0 of each coordinate, in the shape of one input, of which one is above 0."""
-        sizes = torch.as_tensor(eps).detach().double()
+        sizes = torch.as_tensor(eps, device="cpu").detach().double()
         largest = float(sizes.max())
         if not bool(torch.isfinite(sizes).all()) or not bool((sizes >= 0).all()) or not largest > 0:
             raise ValueError("eps must hold finite numbers of at least 0, of which one is above 0")

@@ -247,6 +247,12 @@ def test_labels_and_images_must_fit_before_the_first_attack():
         ({"quantize": 17}, ValueError, "quantize must be in 1…16 or None, got 17"),
         ({"seed": 1.5}, TypeError, None),
         ({"precision": "half"}, (ValueError, TypeError), None),
+        (
+            {"device": "cud"},
+            ValueError,
+            "device must be None, where the model is, or one that torch has here",
+        ),
+        ({"device": "cuda:99"}, ValueError, "or one that torch has here, got 'cuda:99'"),
         ({"test_set": 3}, TypeError, None),
         ({"model": print}, TypeError, None),
     ],

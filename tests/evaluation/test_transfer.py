@@ -405,6 +405,7 @@ IDLE = Scripted(im.Linf(0.1), never)
         ({"precision": "half"}, (ValueError, TypeError), None),
         ({"seed": 1.5}, TypeError, None),
         ({"test_set": 3}, TypeError, None),
+        ({"device": "cud"}, ValueError, "or one that torch has here, got 'cud'"),
         ({"devices": 0}, ValueError, "devices must be at least 1"),
         ({"devices": 1.5}, TypeError, None),
         ({"progress": "yes"}, TypeError, None),

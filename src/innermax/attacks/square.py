@@ -251,8 +251,10 @@ def _patterns(sparse: bool, side: int) -> Float[Tensor, "2 s s"]:
 
 def _peak(height: int, width: int, sparse: bool) -> Float[Tensor, "h w"]:
     """Square rings around the middle: the n-th of N is Σ 1/k² over k = n…N high, in L1 Σ 1/k⁴; of norm 1."""
-    away = (torch.arange(height) - height // 2).abs()[:, None].maximum((torch.arange(width) - width // 2).abs())
-    rings = torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64).pow(-4.0 if sparse else -2.0)
+    rows, columns = ((torch.arange(size, device="cpu") - size // 2).abs() for size in (height, width))
+    away = rows[:, None].maximum(columns)
+    numbers = torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64, device="cpu")
+    rings = numbers.pow(-4.0 if sparse else -2.0)
     peak = rings.flip(0).cumsum(0).flip(0)[away]
     length: Tensor = torch.linalg.vector_norm(peak, ord=1 if sparse else 2)
     return peak / length

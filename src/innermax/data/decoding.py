@@ -111,7 +111,7 @@ def stack(rows: Iterator[Row], count: int) -> tuple[Tensor, Tensor]:
     kind = _shape_and_type(first.image)
     labels: list[int] = []
     dtype = torch.float32 if first.image.is_floating_point() else first.image.dtype
-    sample = torch.empty(0, dtype=dtype).numpy()
+    sample = torch.empty(0, dtype=dtype, device="cpu").numpy()
 
     def parts() -> Iterator[Array]:
         reading = chain([first], rows)
@@ -123,7 +123,7 @@ def stack(rows: Iterator[Row], count: int) -> tuple[Tensor, Tensor]:
             yield torch.stack([row.image for row in part]).detach().to("cpu", dtype).numpy()
 
     images = gather(parts(), (count, *first.image.shape), sample.dtype)
-    return cast(Tensor, images), torch.tensor(labels)
+    return cast(Tensor, images), torch.tensor(labels, device="cpu")
 
 
 def select(images: Tensor, index: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def select(images: Tensor, index: Tensor) -> Tensor:
     size = images.shape[1:].numel() * images.element_size()
     if images.device.type != "cpu" or index.numel() * size <= IN_MEMORY:
         return images[index]
-    positions = torch.arange(len(images))[index.cpu()]
+    positions = torch.arange(len(images), device="cpu")[index.cpu()]
     parts = (images[part].numpy() for part in torch.split(positions, _images_per_part(size)))
     return cast(Tensor, gather(parts, (len(positions), *images.shape[1:]), images[:0].numpy().dtype))
 
@@ -210,7 +210,7 @@ def _decode(reading: Iterator[Row], count: int, size: tuple[int, int], mode: str
     with ThreadPoolExecutor(threads) as pool:
         parts = map(work, batches()) if threads == 1 else map_ahead(pool, work, batches(), 2 * threads)
         images = gather(parts, (count, len(mode), height, width), np.dtype(np.uint8))
-    return None if images is None else (images, torch.tensor(labels))
+    return None if images is None else (images, torch.tensor(labels, device="cpu"))
 
 
 def map_ahead(

@@ -45,7 +45,7 @@ class RedrawnItems:
 
     def __post_init__(self) -> None:
         with restore_randomness():
-            head = self._read(torch.arange(min(_HEAD, len(self))), 0, 0)
+            head = self._read(torch.arange(min(_HEAD, len(self)), device="cpu"), 0, 0)
         object.__setattr__(self, "head", head)
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class RedrawnItems:
         pixels = read_pixels(rows, (width, height), "L" if channels == 1 else "RGB")
         if pixels is None:
             raise ValueError("some images of the data set have colour, its first ones have none: make all alike")
-        return ImageSet(torch.from_numpy(pixels), torch.tensor([row.label for row in rows]))
+        return ImageSet(torch.from_numpy(pixels), torch.tensor([row.label for row in rows], device="cpu"))
 
     def _with(self, **changes: Any) -> "RedrawnItems":
         other = object.__new__(RedrawnItems)
@@ -115,7 +115,7 @@ def read_items(source: Any, count: int, columns: tuple[str, str] | None = None) 
 
 def draws_anew(source: Any, count: int, columns: tuple[str, str] | None = None) -> bool:
     """Whether an example comes out otherwise when it is read again; of count ≥ 1 a few are tried."""
-    chosen = torch.linspace(0, count - 1, min(_TRIED, count)).round().long().tolist()
+    chosen = torch.linspace(0, count - 1, min(_TRIED, count), device="cpu").round().long().tolist()
     with restore_randomness():
         for number in chosen:
             found = []

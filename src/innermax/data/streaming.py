@@ -129,7 +129,7 @@ class ImageStream:
             part = list(islice(rows, size))
             if len(part) < size:
                 raise ValueError(f"the stream ended after {place + len(part):,} of {self.examples:,} examples")
-            index = torch.arange(place, place + size)
+            index = torch.arange(place, place + size, device="cpu")
             mine = share(index)
             yield index, mine, [part[number] for number in (mine - place).tolist()]
             place += size
@@ -147,7 +147,12 @@ class ImageStream:
         wrong = [row for row in rows if self.classes is not None and row.label >= self.classes]
         if wrong:
             raise ValueError(f"{wrong[0].name}: label {wrong[0].label}, but the model has {self.classes} classes")
-        return index, mine, torch.from_numpy(images), torch.tensor([row.label for row in rows], dtype=torch.int64)
+        return (
+            index,
+            mine,
+            torch.from_numpy(images),
+            torch.tensor([row.label for row in rows], dtype=torch.int64, device="cpu"),
+        )
 
 
 TrainingSet = ImageSet | ImageStream | RedrawnItems

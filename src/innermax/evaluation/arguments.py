@@ -18,7 +18,7 @@ from innermax.oracle.frozen import check_weights
 from innermax.oracle.oracle import Precision
 from innermax.threat import Threat
 from innermax.utils.copying import copy_model
-from innermax.utils.validation import check_count, unknown
+from innermax.utils.validation import check_count, summarize_error, unknown
 
 TOLERANCE = 1e-6  # of a pixel: what `contains` allows
 _RESERVED = (CLEAN, "worst_case")
@@ -101,7 +101,13 @@ def place_model(
     here = next((p.device for p in (*model.parameters(), *model.buffers())), None)
     if device is None:
         return model, here if here is not None else images.images.device
-    device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
+    try:
+        device = torch.empty(0, device=device).device  # "cuda" is "cuda:0", or whichever is current
+    except (RuntimeError, AssertionError, TypeError) as error:
+        told = summarize_error(error).partition(": ")[2]
+        raise ValueError(
+            f"device must be None, where the model is, or one that torch has here, got {device!r}: {told}"
+        ) from error
     if here in (None, device):
         return model, device
     return copy_model(model).to(device), device

@@ -158,7 +158,7 @@ class _Scorer:
 
     def clean_rows(self, x: Tensor, y: Tensor) -> dict[str, Column]:
         logits = scoring_logits(self.exact, x, y)
-        probable = torch.full(y.shape, bool(looks_like_probabilities(logits)))
+        probable = torch.full(y.shape, bool(looks_like_probabilities(logits)), device="cpu")
         return vars(CleanRows(logits.argmax(1).cpu().numpy(), probable.numpy()))
 
     def searches(self) -> list[Search]:

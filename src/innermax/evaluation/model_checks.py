@@ -34,7 +34,7 @@ def find_mismatches(
 
     oracle: of the model. The images' labels must be among its classes.
     """
-    chosen = torch.linspace(0, len(images) - 1, min(_IMAGES, len(images))).round().long()
+    chosen = torch.linspace(0, len(images) - 1, min(_IMAGES, len(images)), device="cpu").round().long()
 
     def batches() -> Batches:
         for index in torch.split(chosen, batch_size):
@@ -53,7 +53,10 @@ def _judge(oracle: Oracle, batches: Batches, before: Statistics | None = None) -
     """The model's number of classes, and which answers are right; before: a normalisation in front of it."""
     classes, right = 0, []
     for x, y in batches:
-        logits = oracle.logits(x if before is None else Normalize(*before).to(x)(x))
+        if before is not None:
+            with x.device:
+                x = Normalize(*before).to(x)(x)
+        logits = oracle.logits(x)
         classes = logits.shape[1]
         right.append(logits.argmax(1) == y)
     return classes, torch.cat(right)
@@ -124,7 +127,7 @@ def _suggest_normalisation(oracle: Oracle, batches: Callable[[], Batches], right
 
 def _candidates(batches: Batches) -> Iterator[Statistics]:
     """Normalisations in common use: by the images' own statistics, and by fixed ones."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())  # per channel; exact enough in float64
+    count, (total, squares) = 0, torch.zeros(2, 1, device="cpu")  # per channel; exact enough in float64
     for x, _ in batches:
         pixels = x.double().transpose(0, 1).flatten(1).cpu()
         count, total = count + pixels.shape[1], total + pixels.sum(1)

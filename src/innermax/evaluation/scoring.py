@@ -242,7 +242,7 @@ def attack_rows(result: AttackResult, logits: Float[Tensor, "b classes"], y: Int
     """One batch's rows: the attack's own report, and the verdict on the scored image."""
     prediction = logits.argmax(1)
     correct = prediction == y
-    untold = torch.full(y.shape, math.nan)
+    untold = torch.full(y.shape, math.nan, device="cpu")
     told = torch.zeros_like(correct) if result.misclassified is None else result.misclassified.to(correct)
     columns = {
         "correct": correct,

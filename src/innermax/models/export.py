@@ -115,7 +115,7 @@ def _compare(network: nn.Module, predict: Predict, shape: Sequence[int], path: P
 
 def _draw_images(size: int, shape: Sequence[int]) -> Tensor:
     """(size, *shape) inputs in [0, 1]."""
-    return uniform(hash_keys(0, torch.arange(size)), math.prod(shape)).reshape(size, *shape)
+    return uniform(hash_keys(0, torch.arange(size, device="cpu")), math.prod(shape)).reshape(size, *shape)
 
 
 def _find_shape(model: nn.Module, told: Sequence[int] | None) -> tuple[int, ...]:

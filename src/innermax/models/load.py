@@ -201,7 +201,7 @@ def _draw_image(program: export.ExportedProgram, name: str) -> Tensor:
     """An image as the program takes it, values in [0, 1]."""
     value = _input_value(program, name)
     shape = [size if isinstance(size, int) else size.node.hint for size in value.shape[1:]]
-    return uniform(hash_keys(0, torch.arange(1)), math.prod(shape)).reshape(shape).to(value.dtype)
+    return uniform(hash_keys(0, torch.arange(1, device="cpu")), math.prod(shape)).reshape(shape).to(value.dtype)
 
 
 def _find_batch_sizes(program: export.ExportedProgram, name: str) -> tuple[int, int | None]:

@@ -78,7 +78,7 @@ def break_ties(x: Tensor) -> Tensor:
     """
     if not x.is_floating_point() or len(x) == 0:
         return x
-    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    noise = torch.rand(x.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(x)
     return x.lerp(x.amin() + noise * (x.amax() - x.amin()), _NOISE)
 
 

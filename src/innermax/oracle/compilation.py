@@ -185,11 +185,11 @@ def _simulate_update(model: nn.Module) -> nn.Module:
     network = copy_model(model).train()
     for parameter in network.parameters():
         if parameter.is_floating_point():
-            steps = torch.linspace(-0.2, 0.2, parameter.numel()).reshape(parameter.shape).to(parameter)
+            steps = torch.linspace(-0.2, 0.2, parameter.numel(), device="cpu").reshape(parameter.shape).to(parameter)
             parameter.mul_(1 + steps).add_((parameter == 0) * steps / 10)
     for module in network.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
-            spread = torch.linspace(0.6, 1.6, module.num_features).to(module.running_var)
+            spread = torch.linspace(0.6, 1.6, module.num_features, device="cpu").to(module.running_var)
             module.running_mean.sub_(spread)  # upwards, where ReLUs let a difference pass
             module.running_var.mul_(spread)
     return frozen_copy(network, share=False)

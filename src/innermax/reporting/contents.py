@@ -259,7 +259,7 @@ def _predicts_alike(
 ) -> bool:
     """Whether a model predicts what an evaluation recorded, on the first images."""
     model, place = place_model(model, test, device)
-    few = torch.arange(min(_PROBED, len(test)))
+    few = torch.arange(min(_PROBED, len(test)), device=test.labels.device)
     x, _ = test.batch(few)
     predicted = Oracle(model).logits(x.to(place)).argmax(1).cpu().numpy()
     return bool(np.mean(predicted == evaluation.clean_prediction[: len(few)]) >= _AGREEING)

@@ -112,7 +112,7 @@ def median_halfway_gauge(
             x, y = data.batch(index)
             gauges += halfway_gauge(strategy, oracle, x, y, seed=seed, index=index).tolist()
     oracle.settle()
-    return float(torch.tensor([value for own in ranks.gather(gauges) for value in own]).median())
+    return float(torch.tensor([value for own in ranks.gather(gauges) for value in own], device="cpu").median())
 
 
 def warn_of_fosc(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
@@ -128,6 +128,6 @@ def warn_of_fosc(row: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -
 
 def _percentiles(values: Sequence[float]) -> list[float]:
     """The 0th to the 100th percentile, to five digits."""
-    levels = torch.linspace(0, 1, 101, dtype=torch.float64)
-    quantiles = torch.tensor(values, dtype=torch.float64).quantile(levels)
+    levels = torch.linspace(0, 1, 101, dtype=torch.float64, device="cpu")
+    quantiles = torch.tensor(values, dtype=torch.float64, device="cpu").quantile(levels)
     return [float(f"{value:.5g}") for value in quantiles.tolist()]

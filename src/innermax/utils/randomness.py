@@ -30,7 +30,7 @@ def hash_keys(seed: int, index: Int[Tensor, " b"], *streams: int | Int[Tensor, "
 
 def derive_seed(seed: int, *streams: int) -> int:
     """A derived seed in [0, 2⁶³): the hash of a seed and stream numbers."""
-    return int(hash_keys(seed, torch.zeros(1, dtype=torch.int64), *streams)) & 0x7FFFFFFFFFFFFFFF
+    return int(hash_keys(seed, torch.zeros(1, dtype=torch.int64, device="cpu"), *streams)) & 0x7FFFFFFFFFFFFFFF
 
 
 def uniform(key: Int[Tensor, " b"], count: int) -> Float[Tensor, "b n"]:
@@ -48,8 +48,8 @@ def normal(key: Int[Tensor, " b"], count: int) -> Float[Tensor, "b n"]:
 
 def permutation(seed: int, count: int, *streams: int) -> Int[Tensor, " n"]:
     """A random order of 0…count − 1."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, *streams))
-    return torch.randperm(count, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(derive_seed(seed, *streams))
+    return torch.randperm(count, generator=generator, device="cpu")
 
 
 def _wrap(value: int) -> int:
