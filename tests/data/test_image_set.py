@@ -47,7 +47,13 @@ def test_float_features_of_any_shape():
         (BYTES.double(), LABELS, TypeError, "uint8 or float32, got torch.float64"),
         (BYTES / 0, LABELS, ValueError, "NaN or infinite"),
         (BYTES + 1.5, LABELS, ValueError, r"lie in \[0, 1\], got values from 1.5 to 1.5"),
-        (BYTES - 0.5, LABELS, ValueError, r"lie in \[0, 1\]"),
+        (
+            BYTES - 0.5,
+            LABELS,
+            ValueError,
+            r"in \[0, 1\], .* let the model do it: .*im.Normalize\(mean, std\), model\)$",
+        ),
+        (BYTES + 199.0, LABELS, ValueError, r"lie in \[0, 1\], got values from 199 to 199; divide them by 255$"),
         (
             torch.rand(2, 3).to_sparse(),
             LABELS,

@@ -36,7 +36,9 @@ class ImageSet:
             check_inputs(images, "images")
             low, high = (float(value) for value in images.aminmax())
             if low < 0 or high > 1:
-                raise ValueError(f"float images must lie in [0, 1], got values from {low:g} to {high:g}")
+                raise ValueError(
+                    f"float images must lie in [0, 1], got values from {low:g} to {high:g}; {_advise(low, high)}"
+                )
         else:
             raise TypeError(f"images must be uint8 or float32, got {images.dtype}")
         check_labels(self.labels, len(images), name="labels")
@@ -84,6 +86,13 @@ class ImageSet:
         """The same set on another device."""
         numbers = None if self.numbers is None else self.numbers.to(device)
         return ImageSet(self.images.to(device), self.labels.to(device), numbers)
+
+
+def _advise(low: float, high: float) -> str:
+    """What to do with images of these values."""
+    if low >= 0 and 2 < high <= 255:
+        return "divide them by 255"
+    return "where they are normalised, let the model do it: torch.nn.Sequential(im.Normalize(mean, std), model)"
 
 
 @dataclass(frozen=True, eq=False)
