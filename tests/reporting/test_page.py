@@ -124,6 +124,19 @@ def test_advice_names_the_model_that_was_measured(trained, tmp_path):
     assert f"innermax evaluate '{folder}' --best --attacks square-5000</p>" in html.unescape(text)
 
 
+def test_only_an_audit_that_found_nothing_is_green(trained, tmp_path):
+    _, _, evaluation = trained
+    for audit, tone in (
+        (judge(evidence()), "good"),
+        (judge(evidence(total_gain=0.1, zero_margin_gradient=1.0)), "bad"),
+        (None, "none"),
+    ):
+        path = im.report({"one": replace(evaluation, audit=audit)}, tmp_path / "report.html")
+        classes = [told["class"] for _, told in Page(path.read_text(encoding="utf-8")).tags if "class" in told]
+        assert f"panel statement {tone}" in classes
+        assert {name for name in classes if name.startswith("verdict ")} == {f"verdict {tone}"}
+
+
 def test_the_page_needs_nothing_else(page):
     text = page.read_text()
     assert all(address.startswith(("data:", "#")) for address in Page(text).addresses)
