@@ -127,6 +127,19 @@ def test_flat_inputs_two_threats_and_nobody_left():
     assert nobody.sentence == "Audit: nothing to audit. None of the 30 images survived the attacks."
 
 
+def test_what_a_search_on_a_linear_model_is_seen_to_do():
+    """Twenty steps of ε/40, each of which gains as much as any other: two of them are a tenth, and reach half of ε."""
+    linear = nn.Linear(12, 2, bias=False)
+    with torch.no_grad():
+        linear.weight[0], linear.weight[1] = 3.0, 2.0
+    attack = im.PGD(im.Linf(0.1), steps=20, step_size=0.1 / 40, random_start=False, loss="margin")
+    images = 0.4 + 0.2 * torch.rand(40, 12), (torch.arange(40) == 0).long()  # all but the first are right
+    found = im.evaluate(linear, images, {"pgd": attack}).audit.evidence.searches["pgd"]
+    assert found.steps == 20
+    assert found.late_gain == pytest.approx(0.1, rel=1e-3)
+    assert (found.reach, found.travelled) == (pytest.approx(0.5), pytest.approx(0.5, rel=1e-3))
+
+
 def test_a_threat_model_of_ones_own_from_training_to_report(tmp_path):
     data = im.load_data("digits", validation=0)
     threat = WeightedLinf(0.1, weights=(1.0, 1.5))
