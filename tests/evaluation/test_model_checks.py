@@ -76,6 +76,23 @@ def test_normalisation_outside_is_noticed_and_the_advice_works(digits, mean, std
     assert right > 0.7 > 0.3 > raw.accuracy["clean"].value
 
 
+class Negatives(nn.Module):
+    """Class 0 where there are negative values, else class 1."""
+
+    def forward(self, x):
+        negative = (x < -0.1).flatten(1).any(1).float()
+        return torch.stack([negative, 1 - negative], 1) + 0 * x.mean()
+
+
+@pytest.mark.parametrize(("count", "noticed"), [(15, False), (16, True)])
+def test_a_gain_must_exceed_four_standard_deviations_of_chance(count, noticed):
+    """With a normalisation right on all of n images instead of none: n ≥ 4·√n."""
+    images = im.ImageSet(torch.rand(count, 1, 4, 4), torch.zeros(count, dtype=torch.int64))
+    model = Negatives().eval()
+    told = [words for words in find_mismatches(model, im.Oracle(model), images, CPU) if "normalised images" in words]
+    assert (len(told) == 1) == noticed
+
+
 def test_images_without_contrast_suggest_no_normalisation_of_their_own():
     """Their standard deviation would be a division by next to nothing."""
     for contrast, own in ((0.0, 0), (1e-4, 0), (0.01, 1)):
