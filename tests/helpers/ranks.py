@@ -152,5 +152,5 @@ def everything(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    oracle.times_as_long = lambda *_: None  # as in the process that they are compared with
+    oracle.times_as_long = lambda *_: 0.5  # as in the process that they are compared with
     (few if sys.argv[2:] == ["few"] else everything)(Path(sys.argv[1]))

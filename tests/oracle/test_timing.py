@@ -52,20 +52,21 @@ def told(clock, one, other, rows=8):
 def test_what_is_clearly_longer(clock, scale):
     assert told(clock, 2 * scale, scale) == pytest.approx(2)
     assert told(clock, 1.06 * scale, scale) == pytest.approx(1.06)
-    assert told(clock, 1.04 * scale, scale) is None
-    assert told(clock, scale, scale) is None
-    assert told(clock, scale, 2 * scale) is None
+    assert told(clock, 1.04 * scale, scale) == 1
+    assert told(clock, scale, scale) == 1
+    assert told(clock, scale, 2 * scale) == pytest.approx(0.5)
+    assert told(clock, scale, 1.04 * scale) == 1
 
 
 def test_what_takes_longer_in_about_half_of_the_turns_is_not_told_apart(clock):
     """One turn's lucky measurement says nothing, in either direction."""
     lucky = [0.002] * 9 + [0.0005] + [0.002] * 100
-    assert told(clock, 0.002, lucky) is None
-    assert told(clock, lucky, 0.002) is None
+    assert told(clock, 0.002, lucky) == 1
+    assert told(clock, lucky, 0.002) == 1
     # Of 60 turns 38 must say so: half of them, and two standard deviations of as many tosses of a coin.
     for turns, clear in ((37, False), (38, True)):
         other = [0.002] * 4 + [0.001] * turns + [0.003] * 100
-        assert (told(clock, 0.002, other) is not None) == clear
+        assert (told(clock, 0.002, other) > 1) == clear
 
 
 def test_quick_ones_are_asked_for_more_rows_and_slow_ones_for_fewer(clock):
@@ -87,7 +88,7 @@ def test_what_other_programs_take_counts_only_where_threads_share_the_work(clock
     found = times_as_long(
         lambda x: clock.spend(1e-3) or clock.wait(0.01), lambda x: clock.spend(1e-3), torch.rand(8, 3)
     )
-    assert (found is None) == (threads == 1)
+    assert (found == 1) == (threads == 1)
 
 
 class Sluggish(nn.Conv2d):
@@ -137,6 +138,13 @@ def test_the_model_itself_is_taken_where_it_is_faster(clock, monkeypatch):
     assert close(oracle.logits(x), plain(model, x), 1e-6)
     assert oracle.recheck() is oracle
     assert oracle.recompile("as the model is") is oracle
+
+
+def test_what_is_clearly_faster_than_the_model_is_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr("innermax.oracle.oracle.times_as_long", lambda *_: timed.append(1) or 0.5)
+    assert "channels last" in Oracle.fast(small_vgg(), batch()[0], "float32").plan
+    assert len(timed) == 1
 
 
 def test_a_scheme_is_compiled_again():

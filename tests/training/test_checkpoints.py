@@ -81,7 +81,7 @@ def ends_alike(folder, whole):
 
 def _child(folder, precision):
     torch.set_num_threads(1)
-    oracle.times_as_long = lambda *_: None  # as in this process
+    oracle.times_as_long = lambda *_: 0.5  # as in this process
     trained(folder, precision=precision, epochs=16)
 
 

@@ -346,27 +346,31 @@ class FastOracle(Oracle):
 
     def _take_fastest(self, example: Tensor) -> None:
         """Leaves bf16, channels-last order, or all that was compiled, where a gradient takes longer so."""
-        if times := _times_as_long(self, self.precise, example):
+        times = _times_as_long(self, self.precise, example)
+        if times > 1:
             done = {step: note for step, note in self.steps.items() if step != "bf16"}
             self._compiled, self._precise, self.doubt = cast(FastOracle, self._precise)._compiled, None, 0.0
             self.steps = done | {"float32": f"in bf16 a gradient takes {times:.1f} times as long"}
             self._bf16 = False  # not tried again at every recheck
         plain = Oracle(self._source)
-        if _ORDERS[0] in self.steps and not _times_as_long(plain, self, example):
+        over_plain = _times_as_long(self, plain, example)
+        if _ORDERS[0] in self.steps and over_plain >= 1:
             first = FastOracle(self._source, *self._compiled_for, self.scheme.replace(*_ORDERS))
-            if times := _times_as_long(self, first, example):
+            times = _times_as_long(self, first, example)
+            if times > 1:
                 vars(self).update(vars(first))
                 told = f"in the other order a gradient takes {times:.1f} times as long"
                 self.steps = {**first.steps, _ORDERS[1]: told}
-        if times := _times_as_long(self, plain, example):
-            self._keep_plain(_AS_IS, f"compiled, a gradient takes {times:.1f} times as long")
+                over_plain = _times_as_long(self, plain, example)
+        if over_plain > 1:
+            self._keep_plain(_AS_IS, f"compiled, a gradient takes {over_plain:.1f} times as long")
             self._bf16 = False
 
 
-def _times_as_long(one: Oracle, other: Oracle, example: Tensor) -> float | None:
-    """How many times as long a gradient takes on one oracle as on another, where it clearly takes longer."""
+def _times_as_long(one: Oracle, other: Oracle, example: Tensor) -> float:
+    """How many times as long a gradient takes on one oracle as on another; 1 where that is not clear."""
     if one is other:
-        return None
+        return 1.0
     return times_as_long(partial(_gradient_together, one), partial(_gradient_together, other), break_ties(example))
 
 

@@ -15,8 +15,8 @@ _ROWS = 256  # as many as a batch in use may have: what is faster for few may be
 _LONG, _SHORT = 0.5, 0.05  # seconds of a turn
 
 
-def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], object], x: Tensor) -> float | None:
-    """How many times as long `one` takes as `other` for a batch; None where it is not clearly longer.
+def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], object], x: Tensor) -> float:
+    """How many times as long `one` takes as `other` for a batch, below 1 where it is faster; 1 where that is not clear.
 
     x: (B, *features) inputs that a batch is made of: more of them where both are quick, fewer where they are slow.
     """
@@ -31,9 +31,10 @@ def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], obj
     count = max(_FEWEST, min(_MOST, int(_SPENT / together)))
     turns = [(_seconds(one, x), _seconds(other, x)) for _ in range(count)]
     # In most turns: which of two about equal ones is taken must not change from run to run.
-    slower = sum(mine > theirs for mine, theirs in turns) >= min(count, (count + _SIGMAS * math.sqrt(count)) / 2)
+    most = min(count, (count + _SIGMAS * math.sqrt(count)) / 2)
     ratio = min(mine for mine, _ in turns) / min(theirs for _, theirs in turns)  # what else runs only adds to a time
-    return ratio if slower and ratio > _SLOWER else None
+    slower, faster = (sum(sign * (mine - theirs) > 0 for mine, theirs in turns) >= most for sign in (1, -1))
+    return ratio if (slower and ratio > _SLOWER) or (faster and ratio < 1 / _SLOWER) else 1.0
 
 
 def _seconds(compute: Callable[[Tensor], object], x: Tensor) -> float:

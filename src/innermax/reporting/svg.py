@@ -170,7 +170,7 @@ def draw_vertical(x: Axis, value: float, label: str) -> Markup:
     return Markup(text).format(left, _TOP, HEIGHT - _BOTTOM, _n(_x(x, value) + 4), _TOP + 10, label)
 
 
-def draw_interval(value: float, low: float, high: float, style: int = 0) -> Markup:
+def draw_interval(value: float, low: float, high: float, style: int) -> Markup:
     """A share with its interval on a bar from 0 to 1, for a cell of a table; style: number of its colour."""
     text = (
         '<svg class="interval s{}" viewBox="0 0 200 16" aria-hidden="true"><path class="rail" d="M5 8H195"/>'

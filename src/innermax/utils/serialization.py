@@ -153,7 +153,7 @@ def _is_measure(name: str, value: Any) -> bool:
 
 
 def described_fields(value: Any) -> list[Field[Any]]:
-    """The fields of a dataclass that its description holds: all but those `ADDED_FIELD` at their default."""
+    """The fields of a dataclass that its description holds: all but those with `ADDED_FIELD` at their default."""
     return [f for f in fields(value) if not (f.metadata.get("added") and getattr(value, f.name) == f.default)]
 
 
@@ -162,7 +162,7 @@ def describe(value: object) -> Any:
     and numbers.
 
     Answers, run folders and folders of rows are recognised by it: it is the same in every process, and stays the same
-    when the value's class gains a field that is `ADDED_FIELD`.
+    when the value's class gains a field with `ADDED_FIELD`.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {"name": type(value).__name__} | {
