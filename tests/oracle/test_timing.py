@@ -42,10 +42,10 @@ def clock(monkeypatch):
     return clock
 
 
-def told(clock, one, other, rows=8):
+def told(clock, one, other, rows=8, **options):
     """times_as_long of two ways that take these seconds, each one number or one for each turn."""
     seconds = [iter(way) if isinstance(way, list) else itertools.repeat(way) for way in (one, other)]
-    return times_as_long(*(lambda x, way=way: clock.spend(next(way)) for way in seconds), torch.rand(rows, 3))
+    return times_as_long(*(lambda x, way=way: clock.spend(next(way)) for way in seconds), torch.rand(rows, 3), **options)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.02, 0.2])
@@ -56,6 +56,8 @@ def test_what_is_clearly_longer(clock, scale):
     assert told(clock, scale, scale) == 1
     assert told(clock, scale, 2 * scale) == pytest.approx(0.5)
     assert told(clock, scale, 1.04 * scale) == 1
+    assert told(clock, 1.04 * scale, scale, clear=1.03) == pytest.approx(1.04)
+    assert told(clock, scale, 1.04 * scale, clear=1.03) == pytest.approx(1 / 1.04)
 
 
 def test_what_takes_longer_in_about_half_of_the_turns_is_not_told_apart(clock):
@@ -94,17 +96,20 @@ def test_what_other_programs_take_counts_only_where_threads_share_the_work(clock
 class Sluggish(nn.Conv2d):
     """A convolution that takes its time in channels-last order."""
 
-    clock = None
+    clock, longer = None, 1.0
 
     def forward(self, x):
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        self.clock.spend(0.3 if last else 0.02)
+        self.clock.spend(0.02 * (self.longer if last else 1))
         return super().forward(x)
 
 
 @pytest.mark.timing
-def test_the_faster_order_is_taken(clock, monkeypatch):
+@pytest.mark.parametrize("longer", [1.03, 15])
+def test_the_faster_order_is_taken(clock, monkeypatch, longer):
+    """By less, too, than what would leave the compiled network: an order changes nothing else."""
     monkeypatch.setattr(Sluggish, "clock", clock)
+    monkeypatch.setattr(Sluggish, "longer", longer)
     torch.manual_seed(0)
     x, y = batch()
     model = nn.Sequential(Sluggish(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(24, 4))

@@ -3,22 +3,26 @@
 import math
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from torch import Tensor
 
 _FEWEST, _MOST = 5, 60  # turns
 _SPENT = 0.6  # seconds in which quick ones take more turns than the fewest
-_SLOWER = 1.05
+CLEAR = 1.05
 _SIGMAS = 2.0  # by which the turns that say so must exceed half of them: as many tosses of a coin hardly ever agree
 _ROWS = 256  # as many as a batch in use may have: what is faster for few may be slower for many
 _LONG, _SHORT = 0.5, 0.05  # seconds of a turn
 
 
-def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], object], x: Tensor) -> float:
+def times_as_long(
+    one: Callable[[Tensor], object], other: Callable[[Tensor], object], x: Tensor, clear: float = CLEAR
+) -> float:
     """How many times as long `one` takes as `other` for a batch, below 1 where it is faster; 1 where that is not clear.
 
     x: (B, *features) inputs that a batch is made of: more of them where both are quick, fewer where they are slow.
+    clear: the least ratio, above 1, that counts.
     """
     _seconds(one, x), _seconds(other, x)  # kernels are chosen, memory is fetched
     together = min(_seconds(one, x) + _seconds(other, x) for _ in range(2))
@@ -32,9 +36,9 @@ def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], obj
     turns = [(_seconds(one, x), _seconds(other, x)) for _ in range(count)]
     # In most turns: which of two about equal ones is taken must not change from run to run.
     most = min(count, (count + _SIGMAS * math.sqrt(count)) / 2)
-    ratio = min(mine for mine, _ in turns) / min(theirs for _, theirs in turns)  # what else runs only adds to a time
+    ratio = median(mine / theirs for mine, theirs in turns)
     slower, faster = (sum(sign * (mine - theirs) > 0 for mine, theirs in turns) >= most for sign in (1, -1))
-    return ratio if (slower and ratio > _SLOWER) or (faster and ratio < 1 / _SLOWER) else 1.0
+    return ratio if (slower and ratio > clear) or (faster and ratio < 1 / clear) else 1.0
 
 
 def _seconds(compute: Callable[[Tensor], object], x: Tensor) -> float:
