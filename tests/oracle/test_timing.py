@@ -42,22 +42,20 @@ def clock(monkeypatch):
     return clock
 
 
-def told(clock, one, other, rows=8, **options):
+def told(clock, one, other, rows=8):
     """times_as_long of two ways that take these seconds, each one number or one for each turn."""
     seconds = [iter(way) if isinstance(way, list) else itertools.repeat(way) for way in (one, other)]
-    return times_as_long(*(lambda x, way=way: clock.spend(next(way)) for way in seconds), torch.rand(rows, 3), **options)
+    return times_as_long(*(lambda x, way=way: clock.spend(next(way)) for way in seconds), torch.rand(rows, 3))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.02, 0.2])
 def test_what_is_clearly_longer(clock, scale):
     assert told(clock, 2 * scale, scale) == pytest.approx(2)
-    assert told(clock, 1.06 * scale, scale) == pytest.approx(1.06)
-    assert told(clock, 1.04 * scale, scale) == 1
+    assert told(clock, 1.03 * scale, scale) == pytest.approx(1.03)
+    assert told(clock, 1.01 * scale, scale) == 1
     assert told(clock, scale, scale) == 1
     assert told(clock, scale, 2 * scale) == pytest.approx(0.5)
-    assert told(clock, scale, 1.04 * scale) == 1
-    assert told(clock, 1.04 * scale, scale, clear=1.03) == pytest.approx(1.04)
-    assert told(clock, scale, 1.04 * scale, clear=1.03) == pytest.approx(1 / 1.04)
+    assert told(clock, scale, 1.01 * scale) == 1
 
 
 def test_what_takes_longer_in_about_half_of_the_turns_is_not_told_apart(clock):
@@ -107,7 +105,6 @@ class Sluggish(nn.Conv2d):
 @pytest.mark.timing
 @pytest.mark.parametrize("longer", [1.03, 15])
 def test_the_faster_order_is_taken(clock, monkeypatch, longer):
-    """By less, too, than what would leave the compiled network: an order changes nothing else."""
     monkeypatch.setattr(Sluggish, "clock", clock)
     monkeypatch.setattr(Sluggish, "longer", longer)
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ from innermax.oracle.draws import draws
 from innermax.oracle.frozen import find_unkept_statistics, frozen_copy
 from innermax.oracle.recurrent import NOTE
 from innermax.oracle.threads import Workers
-from innermax.oracle.timing import CLEAR, times_as_long
+from innermax.oracle.timing import times_as_long
 from innermax.utils.generators import cuda_devices, private_randomness, restore_randomness
 from innermax.utils.validation import check_logits, summarize_error, unknown
 
@@ -35,7 +35,6 @@ Precision = Literal["auto", "float32", "bf16"]
 T = TypeVar("T")
 _AS_IS = "as the model is"
 _ORDERS = "channels last", "channels first"
-_CLEAR_OF_ORDERS = 1.02  # less than of compiled and plain: an order changes nothing else
 _WORTH_A_THREAD = 4  # examples
 _CLOSE, _CLOSE_LOWERED = 1e-2, 0.1  # rounding differs with the size of a part, and may switch a ReLU
 _log = logging.getLogger(__name__)
@@ -351,29 +350,29 @@ class FastOracle(Oracle):
         if times > 1:
             done = {step: note for step, note in self.steps.items() if step != "bf16"}
             self._compiled, self._precise, self.doubt = cast(FastOracle, self._precise)._compiled, None, 0.0
-            self.steps = done | {"float32": f"in bf16 a gradient takes {times:.1f} times as long"}
+            self.steps = done | {"float32": f"in bf16 a gradient takes {times:.2f} times as long"}
             self._bf16 = False  # not tried again at every recheck
         plain = Oracle(self._source)
         over_plain = _times_as_long(self, plain, example)
         if _ORDERS[0] in self.steps and over_plain >= 1:
             first = FastOracle(self._source, *self._compiled_for, self.scheme.replace(*_ORDERS))
-            times = _times_as_long(self, first, example, _CLEAR_OF_ORDERS)
+            times = _times_as_long(self, first, example)
             if times > 1:
                 vars(self).update(vars(first))
                 told = f"in the other order a gradient takes {times:.2f} times as long"
                 self.steps = {**first.steps, _ORDERS[1]: told}
                 over_plain = _times_as_long(self, plain, example)
         if over_plain > 1:
-            self._keep_plain(_AS_IS, f"compiled, a gradient takes {over_plain:.1f} times as long")
+            self._keep_plain(_AS_IS, f"compiled, a gradient takes {over_plain:.2f} times as long")
             self._bf16 = False
 
 
-def _times_as_long(one: Oracle, other: Oracle, example: Tensor, clear: float = CLEAR) -> float:
+def _times_as_long(one: Oracle, other: Oracle, example: Tensor) -> float:
     """How many times as long a gradient takes on one oracle as on another; 1 where that is not clear."""
     if one is other:
         return 1.0
     ask = (partial(_gradient_together, oracle) for oracle in (one, other))
-    return times_as_long(*ask, break_ties(example), clear)
+    return times_as_long(*ask, break_ties(example))
 
 
 def _margin(logits: Tensor, _label: Tensor) -> Tensor:

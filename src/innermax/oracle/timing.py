@@ -10,19 +10,16 @@ from torch import Tensor
 
 _FEWEST, _MOST = 5, 60  # turns
 _SPENT = 0.6  # seconds in which quick ones take more turns than the fewest
-CLEAR = 1.05
+_CLEAR = 1.02
 _SIGMAS = 2.0  # by which the turns that say so must exceed half of them: as many tosses of a coin hardly ever agree
 _ROWS = 256  # as many as a batch in use may have: what is faster for few may be slower for many
 _LONG, _SHORT = 0.5, 0.05  # seconds of a turn
 
 
-def times_as_long(
-    one: Callable[[Tensor], object], other: Callable[[Tensor], object], x: Tensor, clear: float = CLEAR
-) -> float:
+def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], object], x: Tensor) -> float:
     """How many times as long `one` takes as `other` for a batch, below 1 where it is faster; 1 where that is not clear.
 
     x: (B, *features) inputs that a batch is made of: more of them where both are quick, fewer where they are slow.
-    clear: the least ratio, above 1, that counts.
     """
     _seconds(one, x), _seconds(other, x)  # kernels are chosen, memory is fetched
     together = min(_seconds(one, x) + _seconds(other, x) for _ in range(2))
@@ -38,7 +35,7 @@ def times_as_long(
     most = min(count, (count + _SIGMAS * math.sqrt(count)) / 2)
     ratio = median(mine / theirs for mine, theirs in turns)
     slower, faster = (sum(sign * (mine - theirs) > 0 for mine, theirs in turns) >= most for sign in (1, -1))
-    return ratio if (slower and ratio > clear) or (faster and ratio < 1 / clear) else 1.0
+    return ratio if (slower and ratio > _CLEAR) or (faster and ratio < 1 / _CLEAR) else 1.0
 
 
 def _seconds(compute: Callable[[Tensor], object], x: Tensor) -> float:
