@@ -274,6 +274,16 @@ def conv_norm(before, after):
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
 
 
+def test_a_failure_is_told_once(capfd):
+    """fx prints the errors of traced networks to stderr as well."""
+    layers = {"conv": nn.Conv2d(2, 4, 3), "norm": nn.BatchNorm2d(4)}
+    network = fold(Net(lambda net, x: net.norm(net.conv(x)).view(2, 64), **layers).eval()).network
+    for traced in (network, copy.deepcopy(network), copy.deepcopy(copy.deepcopy(network))):
+        with pytest.raises(RuntimeError, match="invalid for input"):
+            traced(torch.rand(3, 2, 6, 6))
+    assert capfd.readouterr().err == ""
+
+
 def test_modules_within_modules_are_folded():
     torch.manual_seed(0)
     x, y = batch()

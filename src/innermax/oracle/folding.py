@@ -75,6 +75,7 @@ def _rewrite(network: nn.Module) -> tuple[fx.GraphModule, tuple[tuple[str, str],
     _few_channels(traced)
     traced.graph.lint()
     traced.recompile()
+    _fail_quietly(traced)
     return traced, pairs
 
 
@@ -84,7 +85,13 @@ class _Rewritten(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied: fx.GraphModule = super().__deepcopy__(memo)
         _keep_plain_values(self, copied)
+        _fail_quietly(copied)
         return copied
+
+
+def _fail_quietly(traced: fx.GraphModule) -> None:
+    """Lets a traced network, whose class is its own, raise its errors alone: fx prints each to stderr, too."""
+    type(traced).__call__ = nn.Module.__call__  # type: ignore[method-assign]
 
 
 def _keep_plain_values(module: nn.Module, rewritten: nn.Module) -> None:

@@ -371,8 +371,7 @@ def _times_as_long(one: Oracle, other: Oracle, example: Tensor) -> float:
     """How many times as long a gradient takes on one oracle as on another; 1 where that is not clear."""
     if one is other:
         return 1.0
-    ask = (partial(_gradient_together, oracle) for oracle in (one, other))
-    return times_as_long(*ask, break_ties(example))
+    return times_as_long(partial(_gradient_together, one), partial(_gradient_together, other), break_ties(example))
 
 
 def _margin(logits: Tensor, _label: Tensor) -> Tensor:
