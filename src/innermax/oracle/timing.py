@@ -13,7 +13,7 @@ _SPENT = 0.6  # seconds in which quick ones take more turns than the fewest
 _CLEAR = 1.02
 _SIGMAS = 2.0  # by which the turns that say so must exceed half of them: as many tosses of a coin hardly ever agree
 _ROWS = 256  # as many as a batch in use may have: what is faster for few may be slower for many
-_LONG, _SHORT = 0.5, 0.05  # seconds of a turn
+_LONG, _SHORT = 0.5, 0.2  # seconds of a turn
 
 
 def times_as_long(one: Callable[[Tensor], object], other: Callable[[Tensor], object], x: Tensor) -> float:
