@@ -574,10 +574,10 @@ def test_where_an_end_is_scored_the_last_quarter_of_the_steps_is_asked_in_float3
 
 
 def misled():
-    """A model whose clean answers seem wrong in bf16: logits so large that it tells the classes of few images apart."""
+    """A model whose clean answers seem wrong in bf16: logits so large that it tells two classes of few images apart."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 2))
-    model[1].bias.data[:] = 100
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 3))
+    model[1].bias.data[:] = torch.tensor([100.0, 100.0, -200.0])
     x = 0.3 + 0.4 * torch.rand(16, 2, 5, 5)
     y = model(x).argmax(1)
     oracle = Oracle.fast(model, x, "bf16")
@@ -621,6 +621,18 @@ def test_who_stops_on_its_gauge_has_not_fallen_on_the_word_of_bf16(final):
     assert not result.misclassified.any()
     assert result.steps.tolist() == [1] * 16
     assert result.gradient_calls.tolist() == [4] * 16
+
+
+@pytest.mark.parametrize("final", ["gradient", "loss"])
+def test_who_stops_on_its_gauge_is_scored_by_float32(final):
+    model, oracle, x, y = misled()
+    result = PGD(Linf(1e-4), steps=8, stop_at=1e9)(oracle, x, y, final=final)
+    truth = model(result.x_adv)
+    assert result.steps.tolist() == [1] * 16
+    assert result.forward_calls.tolist() == [1] * 16
+    assert torch.equal(result.misclassified, truth.argmax(1) != y)
+    torch.testing.assert_close(result.logits, truth)
+    torch.testing.assert_close(result.loss, F.cross_entropy(truth, y, reduction="none"))
 
 
 def test_in_float32_nobody_is_asked_twice():

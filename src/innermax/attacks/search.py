@@ -90,8 +90,8 @@ def search(
     Finished examples leave the batch that is sent through the network. The gradient that measures an iterate's FOSC
     also gives its next step, so an example that stops at its k-th iterate has cost k + 1 gradients. Where the end is to
     be scored, an oracle that computes in bf16 is asked in float32 for the last quarter of the steps and for the end,
-    which makes up for rounding in the steps before. An example counts as fallen only where float32 confirms it, for one
-    forward pass.
+    which makes up for rounding in the steps before. An example that stops before is scored by float32 for one forward
+    pass, so that it counts as fallen only where float32 confirms it.
 
     In the result `misclassified` says where the adversary has what it wants.
 
@@ -123,7 +123,7 @@ def search(
         gradient = answer.gradient
         if observe is not None:
             observe(feasible, x_adv, answer)
-        stopping = torch.zeros_like(label, dtype=torch.bool)
+        stopping, seeming = torch.zeros_like(label, dtype=torch.bool), torch.zeros_like(label, dtype=torch.bool)
         if stop_at is not None and (step > 0 or warm):
             stopping |= _has_converged(feasible, gradient, x_adv, gauge, stop_at)
         if stop_on_success:
@@ -135,6 +135,9 @@ def search(
             stopping |= won & (fallen > steps_after_success)
         if (stop_at is not None or stop_on_success) and (leaving := int(stopping.sum())):
             going, done = split_rows(stopping, leaving)
+            if asked.lowered and final != "none" and len(unsure := done[~seeming[done]]) > 0:
+                answer = _confirm(asked.precise, x_adv, answer, label, loss, given, unsure)
+                confirmations[rows[unsure]] += 1
             pieces.append(
                 (rows[done], _end_gauged(feasible[done], x_adv[done], answer[done], label[done], reach, step))
             )

@@ -19,8 +19,9 @@ class Difference:
     """Between two networks' answers to the same inputs.
 
     Attributes:
-        logits: the largest difference of two logits.
-        scale: 1 + the model's largest logit.
+        logits: the largest difference of two logits, each less the mean of its example's: what they have in common,
+            softmax ignores.
+        scale: 1 + the largest that the model gives so.
         gradient: the largest difference of two entries of an example's gradient, over the gradient's largest entry.
         cosine: of the gradients, the mean over the examples.
     """
@@ -65,8 +66,8 @@ class Reference:
         cosine = torch.nn.functional.cosine_similarity(found, truth, eps=1e-300)
         cosine = cosine.where((largest > 0) | (found != 0).any(1), 1)  # two zeros point the same way
         return Difference(
-            logits=_largest(logits.to(self.logits.dtype) - self.logits),
-            scale=1 + _largest(self.logits),
+            logits=_largest(_center(logits.to(self.logits.dtype)) - _center(self.logits)),
+            scale=1 + _largest(_center(self.logits)),
             gradient=float(off.max()),
             cosine=float(cosine.mean()),
         )
@@ -94,6 +95,10 @@ def _answers(network: Network, x: Tensor, choose: Tensor | None) -> tuple[Tensor
         gradient = torch.autograd.grad(margin, point, allow_unused=True)[0] if margin.requires_grad else None
     gradient = torch.zeros_like(x) if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
     return logits.detach(), gradient
+
+
+def _center(logits: Tensor) -> Tensor:
+    return logits - logits.mean(1, keepdim=True)
 
 
 def _largest(value: Tensor) -> float:
