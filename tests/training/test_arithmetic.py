@@ -13,24 +13,46 @@ from tests.helpers.oracles import Net, batch
 CPU = torch.device("cpu")
 
 
-class Spied(nn.Module):
-    """Shows what its first layer puts out in an update."""
+class Scaled(nn.Module):
+    """A normalisation whose numbers are parameters that do not learn."""
 
-    def __init__(self, seen):
+    def __init__(self):
         super().__init__()
-        self.first, self.head, self.seen = nn.Conv2d(2, 4, 3), nn.Linear(64, 4), seen
+        self.mean = nn.Parameter(torch.full((1, 2, 1, 1), 0.4), requires_grad=False)
 
     def forward(self, x):
-        z = self.first(x)
+        return (x - self.mean) / 0.25
+
+
+NORMALIZATIONS = {
+    "none": nn.Identity,
+    "parameters": Scaled,
+    "keywords": lambda: Net(lambda net, x: net.inner(x=x), inner=Scaled()),
+    "batch": lambda: nn.BatchNorm2d(2, momentum=0.0),
+    "group": lambda: nn.GroupNorm(2, 2),
+}
+
+
+class Spied(nn.Module):
+    """Shows what its first layer is given, and puts out, in an update."""
+
+    def __init__(self, seen, normalize):
+        super().__init__()
+        self.normalize, self.first, self.head, self.seen = normalize, nn.Conv2d(2, 4, 3), nn.Linear(64, 4), seen
+
+    def forward(self, x):
+        x = self.normalize(x)
+        z = self.first(input=x)
         if self.training:
             self.seen.append((x.detach().clone(), z.detach().clone()))
         return self.head(z.flatten(1))
 
 
-def test_small_perturbations_arrive_in_an_update():
+@pytest.mark.parametrize("normalize", NORMALIZATIONS.values(), ids=NORMALIZATIONS)
+def test_small_perturbations_arrive_in_an_update(normalize):
     torch.manual_seed(0)
     seen, (x, y) = [], batch(16)
-    model = Spied(seen)
+    model = Spied(seen, normalize())
     before = copy.deepcopy(model.first)
     attack = im.PGD(im.Linf(0.2 / 255), steps=2)
     im.train(model, (x, y), im.Standard(attack), epochs=1, batch_size=16, precision="bf16", progress=False)
@@ -71,6 +93,55 @@ def test_what_needs_the_usual_order_gets_it(caplog):
     assert choose_arithmetic(model, x, "float32", CPU) == Arithmetic()
     assert "updates compute in channels-first order (RuntimeError: view size" in caplog.text
     im.train(model, (x, y), im.Standard(im.PGD(im.Linf(0.1), steps=2)), epochs=1, progress=False)
+
+
+def _view(net, z):
+    return net.aux(z.view(len(z), -1))
+
+
+def _keep_mean(net, z):
+    net.mean.lerp_(z.detach().mean((0, 2, 3)), 0.1)
+    return 0
+
+
+def _keep_statistics(net, z):
+    net.log.append(z.detach().numpy().mean())
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("learn", "precision", "told"),
+    [
+        (_view, "float32", "channels-first order (RuntimeError: view size"),
+        (_keep_mean, "bf16", "float32 (RuntimeError: expected dtype float"),
+        (_keep_statistics, "bf16", "float32 (TypeError: Got unsupported ScalarType"),
+    ],
+)
+def test_what_a_network_does_in_training_alone_is_tried(learn, precision, told, caplog):
+    def forward(net, x):
+        z = net.first(x)
+        logits = net.head(z.mean((2, 3)))
+        return logits + learn(net, z) if net.training else logits
+
+    torch.manual_seed(0)
+    x, y = batch(16)
+    model = Net(forward, first=nn.Conv2d(2, 4, 3), head=nn.Linear(4, 4), aux=nn.Linear(64, 4))
+    model.register_buffer("mean", torch.zeros(4))
+    model.log = []
+    standard = im.Standard(im.PGD(im.Linf(0.1), steps=2))
+    im.train(model.eval(), (x, y), standard, epochs=1, precision=precision, progress=False)
+    assert f"updates compute in {told}" in caplog.text
+    assert len(model.log) == (learn is _keep_statistics), "the trial works on a copy"
+
+
+@pytest.mark.parametrize("common", [0, 1000])
+def test_logits_that_bf16_takes_for_equal_are_computed_in_float32(common, caplog):
+    """What they have in common, softmax ignores, and bf16 has no digits left for the rest."""
+    torch.manual_seed(0)
+    x, _ = batch(16)
+    model = Net(lambda net, x: net.body(x) + common, body=nn.Sequential(nn.Flatten(), nn.Linear(72, 4)))
+    assert choose_arithmetic(model, x, "bf16", CPU).bf16 == (common == 0)
+    assert ("bf16 changes the differences of logits by 1" in caplog.text) == (common == 1000)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

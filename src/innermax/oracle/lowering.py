@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from innermax.utils.copying import copy_model
 
 
-def image_layers(network: nn.Module, x: Tensor) -> tuple[str, ...]:
-    """The names of the layers that are given images, as they are or transformed without parameters.
+def image_layers(network: nn.Module, x: Tensor) -> dict[str, bool]:
+    """The names of the layers that are given images, each with whether it gives images on: as they are, or normalised.
 
     x: (B, *features) a few inputs.
 
@@ -20,21 +21,45 @@ def image_layers(network: nn.Module, x: Tensor) -> tuple[str, ...]:
     probe = copy_model(network)
     for parameter in probe.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-    seen: list[nn.Module] = []
-
-    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        given = [value for value in inputs if isinstance(value, Tensor) and value.is_floating_point()]
-        if given and not any(value.requires_grad for value in given):  # it depends on no parameter
-            seen.append(module)
-
     names = {module: name for name, module in probe.named_modules() if not list(module.children())}
+    seen: dict[str, bool] = {}
+
+    def look(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        given = [one for one in (*args, *named.values()) if isinstance(one, Tensor) and one.is_floating_point()]
+        if not given or any(one.requires_grad for one in given):  # it depends on a parameter
+            return output
+        seen[names[module]] = gives = not list(module.parameters()) or _gives_images(module, given[0])
+        return output.detach() if gives and isinstance(output, Tensor) else output
+
     for leaf in names:
-        leaf.register_forward_pre_hook(look)
+        leaf.register_forward_hook(look, with_kwargs=True)
     with torch.inference_mode(False), torch.enable_grad():
         probe(x.clone())
-    if not any(list(module.parameters()) for module in seen):
+    if all(seen.values()):
         raise ValueError("no layer with parameters is given the images")
-    return tuple(names[module] for module in dict.fromkeys(seen))
+    return seen
+
+
+def _gives_images(module: nn.Module, x: Tensor) -> bool:
+    """Whether a layer normalises images: each entry of what it returns depends on the same entry of x alone.
+
+    Layers that normalise an image by its own mean do not, and are known by their class.
+    """
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm | _InstanceNorm):
+        return True
+    point = x.detach().clone().requires_grad_()
+    try:
+        output = module.forward(point)
+        if output.shape != point.shape:
+            return False
+        some = (torch.arange(output.numel(), device=x.device).reshape(output.shape) % 2).to(output)
+        every, half = (
+            torch.autograd.grad(output, point, weights, retain_graph=True)[0]
+            for weights in (torch.ones_like(output), some)
+        )
+    except Exception:  # noqa: BLE001  other people's code, asked in another way than they ask it
+        return False
+    return bool(torch.equal(half, every * some))
 
 
 def lower(network: nn.Module, x: Tensor) -> nn.Module:
@@ -42,11 +67,11 @@ def lower(network: nn.Module, x: Tensor) -> nn.Module:
 
     x: as for `image_layers`, which says what is raised.
     """
-    names = image_layers(network, x)
+    layers = image_layers(network, x)
     network.bfloat16()
-    for module in map(network.get_submodule, names):
-        module.float()
-        if list(module.parameters()):
+    for name, gives_images in layers.items():
+        module = network.get_submodule(name).float()
+        if not gives_images:
             module.register_forward_hook(answer_in_bf16)
     return network
 

@@ -16,9 +16,10 @@ from innermax.oracle.lowering import answer_in_bf16, image_layers
 from innermax.oracle.oracle import Precision, has_fast_bf16, is_out_of_memory
 from innermax.oracle.recurrent import pass_gradients, uses_cudnn
 from innermax.utils.copying import copy_model
-from innermax.utils.generators import restore_randomness
+from innermax.utils.generators import cuda_devices, private_randomness, restore_randomness
 from innermax.utils.validation import summarize_error
 
+_LOST = 0.5  # of the largest logit: a difference above which bf16 has rounded away what tells the classes apart
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +30,7 @@ class Arithmetic:
     Attributes:
         bf16: whether operations that can are done in bf16 (torch.autocast).
         channels_last: whether parameters and images (B, C, H, W) are in channels-last order.
-        image_layers: names of the layers that see the images, which compute in float32 in any case.
+        image_layers: names of the layers with parameters that see the images, which compute in float32 in any case.
     """
 
     bf16: bool = False
@@ -40,8 +41,7 @@ class Arithmetic:
     def keep_images(self, network: nn.Module, device: str) -> Iterator[None]:
         """Context manager: autocast leaves the layers that see the images alone, so that nothing rounds the images."""
         with ExitStack() as stack:
-            seeing = map(network.get_submodule, self.image_layers)
-            for module in [layer for layer in seeing if list(layer.parameters())]:
+            for module in map(network.get_submodule, self.image_layers):
                 for handle in _without_autocast(module, device):
                     stack.callback(handle.remove)
             yield
@@ -62,10 +62,9 @@ def choose_arithmetic(
     with restore_randomness(range(torch.cuda.device_count())):
         if lower and floating_dtype(source) == torch.float32:
             try:
-                lowered = Arithmetic(
-                    bf16=True, image_layers=image_layers(frozen_copy(source, share=False).to(device), x)
-                )
-                _pass_back(source, x, lowered)
+                layers = image_layers(frozen_copy(source, share=False).to(device), x)
+                lowered = Arithmetic(bf16=True, image_layers=tuple(name for name in layers if not layers[name]))
+                _check_logits(_pass_back(source, x, lowered), _pass_back(source, x, found))
                 found = lowered
             except Exception as failure:  # noqa: BLE001  anything: it may be other people's code
                 _warn("float32", failure)
@@ -84,16 +83,26 @@ def _warn(plain: str, failure: Exception) -> None:
     _log.warning("updates compute in %s (%s)", plain, summarize_error(failure))
 
 
-def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> None:
-    """A forward and a backward pass of a copy of the network, in evaluation mode; raises what the network raises."""
-    network = copy_model(source).to(x.device).eval()
+def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> Any:
+    """What a copy of the network answers in evaluation mode; raises what it raises in passes forward and back.
+
+    It passes in training mode as well, where a network may do what it does nowhere else.
+    """
+    network = copy_model(source).to(x.device)
     kind = x.device.type
     if arithmetic.channels_last:
         _check_strided(network, kind)
         put_channels_last(network)
+    learning = network if network.training else network.train()
+    with torch.inference_mode(False), torch.enable_grad(), private_randomness(0, cuda_devices(network)):
+        _answer(learning, x, arithmetic)
+        return _answer(network.eval(), x, arithmetic)
+
+
+def _answer(network: nn.Module, x: Tensor, arithmetic: Arithmetic) -> Any:
+    """What a network answers, and has passed back."""
+    kind = x.device.type
     with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
         arithmetic.keep_images(network, kind),
         pass_gradients(uses_cudnn(network)),
         torch.autocast(kind, torch.bfloat16, enabled=arithmetic.bf16),
@@ -101,6 +110,19 @@ def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> None:
         logits = network(x.to(floating_dtype(network) or x.dtype, copy=True))
     if isinstance(logits, Tensor) and logits.requires_grad:
         logits.float().sum().backward()  # type: ignore[no-untyped-call]
+    return logits
+
+
+def _check_logits(lowered: Any, exact: Any) -> None:
+    """Raises ValueError where bf16 does not tell the classes apart as float32 does, as where logits are all large."""
+    if not isinstance(exact, Tensor) or exact.ndim != 2:
+        return
+    found, truth = (
+        logits.detach().float() - logits.detach().float().mean(1, keepdim=True) for logits in (lowered, exact)
+    )
+    off, largest = float((found - truth).abs().max()), float(truth.abs().max())
+    if off > _LOST * largest:
+        raise ValueError(f"bf16 changes the differences of logits by {off / largest:.0%}")
 
 
 def _check_strided(network: nn.Module, device: str) -> None:
