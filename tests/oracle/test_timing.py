@@ -142,6 +142,28 @@ def test_the_model_itself_is_taken_where_it_is_faster(clock, monkeypatch):
     assert oracle.recompile("as the model is") is oracle
 
 
+@pytest.mark.parametrize("slow", ["bf16", "compiled"])
+def test_what_the_clock_has_decided_stays(monkeypatch, slow):
+    """In a resumed run, too, whatever the clock says then."""
+
+    def times(one, _other, _x):
+        return 2.0 if slow == "compiled" or one.args[0].lowered else 0.5
+
+    torch.manual_seed(0)
+    x, y = batch()
+    model = small_vgg()
+    monkeypatch.setattr("innermax.oracle.oracle.times_as_long", times)
+    oracle = Oracle.fast(model, x, "bf16")
+    assert not oracle.lowered
+    monkeypatch.setattr("innermax.oracle.oracle.times_as_long", lambda *_: 0.5)
+    resumed = Oracle.fast(model, x, "bf16").recompile(oracle.scheme)
+    assert resumed.scheme == oracle.scheme
+    learn(model, x, y)
+    for one in (oracle, resumed):
+        one.refresh()
+        assert one.recheck() is one
+
+
 def test_what_is_clearly_faster_than_the_model_is_timed_once(monkeypatch):
     timed = []
     monkeypatch.setattr("innermax.oracle.oracle.times_as_long", lambda *_: timed.append(1) or 0.5)

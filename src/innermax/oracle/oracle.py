@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,7 @@ from innermax.utils.validation import check_logits, summarize_error, unknown
 Precision = Literal["auto", "float32", "bf16"]
 T = TypeVar("T")
 _AS_IS = "as the model is"
+_FOR_SPEED = "float32 for speed"  # the clock has decided: bf16 is not tried again at every recheck
 _ORDERS = "channels last", "channels first"
 _WORTH_A_THREAD = 4  # examples
 _CLOSE, _CLOSE_LOWERED = 1e-2, 0.1  # rounding differs with the size of a part, and may switch a ReLU
@@ -259,6 +260,9 @@ class FastOracle(Oracle):
                 self._share_work(example)
                 if scheme is None:
                     self._take_fastest(example)
+                elif _FOR_SPEED in told:
+                    self._leave_bf16("")
+                self._bf16 &= COPIED not in self.steps
         _log.info("attack network: %s", self.plan)
 
     def recheck(self) -> Oracle:
@@ -311,8 +315,13 @@ class FastOracle(Oracle):
     def _keep_plain(self, scheme: str, reason: str) -> None:
         own = frozen_copy(self._source, share=False)
         self._compiled = Compiled(own, floating_dtype(self._source), kept=scheme != COPIED)
-        self._precise, self._replayed, self._threads, self.doubt = None, None, 1, 0.0
+        self._precise, self._replayed, self._threads, self.doubt, self._bf16 = None, None, 1, 0.0, False
         self.steps = {scheme: reason}
+
+    def _leave_bf16(self, reason: str) -> None:
+        left = {step: note for step, note in self.steps.items() if step not in ("bf16", "float32")}
+        self._compiled, self._precise, self.doubt = self.precise._compiled, None, 0.0
+        self.steps, self._bf16 = left | {_FOR_SPEED: reason}, False
 
     def _compile(self, example: Tensor, bf16: bool, channels_last: bool) -> None:
         done = compile_network(self._source, example, bf16, channels_last)
@@ -348,10 +357,7 @@ class FastOracle(Oracle):
         """Leaves bf16, channels-last order, or all that was compiled, where a gradient takes longer so."""
         times = _times_as_long(self, self.precise, example)
         if times > 1:
-            done = {step: note for step, note in self.steps.items() if step != "bf16"}
-            self._compiled, self._precise, self.doubt = cast(FastOracle, self._precise)._compiled, None, 0.0
-            self.steps = done | {"float32": f"in bf16 a gradient takes {times:.2f} times as long"}
-            self._bf16 = False  # not tried again at every recheck
+            self._leave_bf16(f"in bf16 a gradient takes {times:.2f} times as long")
         plain = Oracle(self._source)
         over_plain = _times_as_long(self, plain, example)
         if _ORDERS[0] in self.steps and over_plain >= 1:
@@ -364,7 +370,6 @@ class FastOracle(Oracle):
                 over_plain = _times_as_long(self, plain, example)
         if over_plain > 1:
             self._keep_plain(_AS_IS, f"compiled, a gradient takes {over_plain:.2f} times as long")
-            self._bf16 = False
 
 
 def _times_as_long(one: Oracle, other: Oracle, example: Tensor) -> float:
