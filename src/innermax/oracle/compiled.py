@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from innermax.oracle.attributes import take_over_attributes
 from innermax.oracle.folding import Folded
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.recurrent import pass_gradients, uses_cudnn
@@ -63,7 +64,7 @@ class Compiled:
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> "Compiled":
-        """The network with the parameters and buffers that the model has now."""
+        """The network with what the model has now: parameters, buffers and, if not folded, numbers in attributes."""
         if not self.kept:
             return self.of(frozen_copy(model, share=False))
         if self.folded is not None:
@@ -72,6 +73,7 @@ class Compiled:
             for mine, theirs in zip(_state(self.network), _state(model), strict=True):
                 if mine.data_ptr() != theirs.data_ptr():  # else they are shared
                     mine.copy_(theirs)
+            take_over_attributes(self.network, model)
         forget_kept_values(self.network)
         self._replicas.refresh(self.network)
         return self
@@ -128,10 +130,11 @@ class _Replicas:
             return replica
 
     def refresh(self, network: nn.Module) -> None:
-        """Takes over the network's buffers."""
+        """Takes over the network's buffers and plain attributes."""
         for replica in self._networks.values():
             for mine, theirs in zip(replica.buffers(), network.buffers(), strict=True):
                 mine.copy_(theirs)
+            take_over_attributes(replica, network)
             forget_kept_values(replica)
 
 

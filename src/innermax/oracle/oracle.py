@@ -20,6 +20,7 @@ from innermax.losses import Given, Loss, select
 from innermax.models.neighbors import depends_on_neighbors
 from innermax.models.wrappers import unwrap
 from innermax.oracle.comparison import break_ties
+from innermax.oracle.attributes import Snapshot
 from innermax.oracle.compilation import COPIED, compile_network, difference_between, difference_in_use, is_close
 from innermax.oracle.compiled import Compiled, floating_dtype, share
 from innermax.oracle.cuda_graphs import Replayed
@@ -248,6 +249,7 @@ class FastOracle(Oracle):
             self._threads = 1  # that may share a batch
             self._workers: Workers | None = None
             self._compiled_for = example, precision
+            self._snapshot, self._unfelt = Snapshot.of(self._source), set[tuple[str, str]]()
             self.logits(example)  # raises where the model does not suit
             finer = self.dtype == torch.float64  # which the model has on purpose
             auto = precision == "auto" and not finer and has_fast_bf16(example.device)
@@ -294,9 +296,21 @@ class FastOracle(Oracle):
 
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
+        if self._compiled.folded is not None and self._has_new_attributes():
+            self._keep_plain(COPIED, "a number that is neither parameter nor buffer has changed")
+            _log.warning("attack network: %s", self.plan)
+            return
         if self._precise is not None:
-            self._precise.refresh()
+            Oracle.refresh(self._precise)
         super().refresh()
+
+    def _has_new_attributes(self) -> bool:
+        """Whether the model now answers by plain attributes that it did not have when it was compiled."""
+        changed = self._snapshot.changed(self._source) - self._unfelt
+        if changed and self._snapshot.is_felt(self._source, changed, self._compiled_for[0]):
+            return True
+        self._unfelt |= changed
+        return False
 
     def side_by_side(self, work: Callable[[Tensor], T], rows: Int[Tensor, " k"]) -> list[T]:
         """`work` of the rows of a batch: of all at once, or of a part for each core."""
