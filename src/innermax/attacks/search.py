@@ -123,21 +123,19 @@ def search(
         gradient = answer.gradient
         if observe is not None:
             observe(feasible, x_adv, answer)
-        stopping, seeming = torch.zeros_like(label, dtype=torch.bool), torch.zeros_like(label, dtype=torch.bool)
+        stopping = torch.zeros_like(label, dtype=torch.bool)
         if stop_at is not None and (step > 0 or warm):
             stopping |= _has_converged(feasible, gradient, x_adv, gauge, stop_at)
+        if asked.lowered and (stop_at is not None or stop_on_success):
+            unsure = (stopping & (final != "none")) | (has_won(answer.logits, label, reach) & stop_on_success)
+            seen = unsure.nonzero()[:, 0]
+            answer = _confirm(asked.precise, x_adv, answer, label, loss, given, seen)
+            confirmations[rows[seen]] += 1
         if stop_on_success:
-            seeming = has_won(answer.logits, label, reach)
-            if asked.lowered and len(seen := seeming.nonzero()[:, 0]) > 0:
-                answer = _confirm(asked.precise, x_adv, answer, label, loss, given, seen)
-                confirmations[rows[seen]] += 1
             fallen = fallen + (won := has_won(answer.logits, label, reach))
             stopping |= won & (fallen > steps_after_success)
         if (stop_at is not None or stop_on_success) and (leaving := int(stopping.sum())):
             going, done = split_rows(stopping, leaving)
-            if asked.lowered and final != "none" and len(unsure := done[~seeming[done]]) > 0:
-                answer = _confirm(asked.precise, x_adv, answer, label, loss, given, unsure)
-                confirmations[rows[unsure]] += 1
             pieces.append(
                 (rows[done], _end_gauged(feasible[done], x_adv[done], answer[done], label[done], reach, step))
             )
@@ -240,6 +238,8 @@ def _confirm(
     rows: Int[Tensor, " k"],
 ) -> Response:
     """An answer in bf16 whose logits and loss are float32's in some rows."""
+    if len(rows) == 0:
+        return answer
     logits = precise.logits(x_adv[rows])
     return replace(
         answer,

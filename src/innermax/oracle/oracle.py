@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from innermax.losses import Given, Loss, select
 from innermax.models.neighbors import depends_on_neighbors
 from innermax.models.wrappers import unwrap
-from innermax.oracle.comparison import break_ties
 from innermax.oracle.attributes import Snapshot
+from innermax.oracle.comparison import break_ties
 from innermax.oracle.compilation import COPIED, compile_network, difference_between, difference_in_use, is_close
 from innermax.oracle.compiled import Compiled, floating_dtype, share
 from innermax.oracle.cuda_graphs import Replayed
