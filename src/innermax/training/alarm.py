@@ -16,7 +16,7 @@ from innermax.strategies import Strategy
 from innermax.utils.serialization import is_finite_number
 
 OnOverfit = Literal["ignore", "warn", "stop", "strengthen"]
-LEVEL, RISE = 0.3, 1.5  # set by eye on a few trainings, and not yet tested on others: results/alarm.md
+LEVEL, RISE = 0.3, 1.5  # set by eye on a few trainings, tested on others: results/alarm.md
 PARTS = 4  # of an epoch, at whose ends the alarm looks
 _REST = 2  # parts for which a strengthened attack is given time
 
