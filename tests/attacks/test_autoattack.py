@@ -114,8 +114,8 @@ def test_autoattack_in_an_evaluation(short):
 def test_no_example_falls_on_the_word_of_bf16(short, norm):
     """Logits so large that bf16 tells no class from the other: some clean images seem to have fallen in it."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 2))
-    model[1].bias.data[:] = 100
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 3))
+    model[1].bias.data[:] = torch.tensor([100.0, 100.0, -200.0])
     x = 0.3 + 0.4 * torch.rand(16, 2, 5, 5)
     y = model(x).argmax(1)
     oracle = im.Oracle.fast(model, x, "bf16")

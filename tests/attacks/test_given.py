@@ -141,8 +141,8 @@ def test_threads_keep_rows_together(loss, options):
 def test_confirmations_keep_rows_together(loss):
     """In bf16 some rows seem to have fallen, and float32 is asked about these alone."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 2))
-    model[1].bias.data[:] = 100
+    model = nn.Sequential(nn.Flatten(), nn.Linear(50, 3))
+    model[1].bias.data[:] = torch.tensor([100.0, 100.0, -200.0])
     x = 0.3 + 0.4 * torch.rand(16, 2, 5, 5)
     y = model(x).argmax(1)
     oracle = Oracle.fast(model, x, "bf16")
