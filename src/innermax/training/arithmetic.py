@@ -86,23 +86,17 @@ def _warn(plain: str, failure: Exception) -> None:
 def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> Any:
     """What a copy of the network answers in evaluation mode; raises what it raises in passes forward and back.
 
-    It passes in training mode as well, where a network may do what it does nowhere else.
+    Not in training mode: what a network counts or collects there is about the batches that it learns from.
     """
-    network = copy_model(source).to(x.device)
+    network = copy_model(source).to(x.device).eval()
     kind = x.device.type
     if arithmetic.channels_last:
         _check_strided(network, kind)
         put_channels_last(network)
-    learning = network if network.training else network.train()
-    with torch.inference_mode(False), torch.enable_grad(), private_randomness(0, cuda_devices(network)):
-        _answer(learning, x, arithmetic)
-        return _answer(network.eval(), x, arithmetic)
-
-
-def _answer(network: nn.Module, x: Tensor, arithmetic: Arithmetic) -> Any:
-    """What a network answers, and has passed back."""
-    kind = x.device.type
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        private_randomness(0, cuda_devices(network)),
         arithmetic.keep_images(network, kind),
         pass_gradients(uses_cudnn(network)),
         torch.autocast(kind, torch.bfloat16, enabled=arithmetic.bf16),
