@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from scipy.stats import beta
@@ -207,7 +208,7 @@ def course(runs: Sequence[Run]) -> Iterator[str]:
     """A row per signal: where it lies in trainings that stay healthy, and its values around each collapse."""
     heads = (
         "healthy, from the second epoch on: median, 5 % to 95 %",
-        "an epoch before a collapse",
+        "an epoch before a collapse: median, least to most",
         "half an epoch before",
     )
     yield f"| {' | '.join(['signal', *heads, 'at it', 'an epoch after'])} |"
@@ -220,7 +221,8 @@ def course(runs: Sequence[Run]) -> Iterator[str]:
         told = [f"{spread[0]:.3g}, {spread[1]:.3g} to {spread[2]:.3g}" if calm else "–"]
         for away in (-NEAR, -NEAR // 2, 0, NEAR):
             there = [(run["quarters"], at + away) for run, at in collapsed]
-            told.append(", ".join(f"{signal(q[k]):.3g}" for q, k in there if 0 <= k < len(q)) or "–")
+            found = sorted(signal(q[k]) for q, k in there if 0 <= k < len(q))
+            told.append(f"{median(found):.3g}, {found[0]:.3g} to {found[-1]:.3g}" if found else "–")
         yield f"| {' | '.join([name, *told])} |"
 
 

@@ -86,6 +86,28 @@ def test_in_bf16_too():
     assert oracle.plan.startswith("copied anew after each update (a number that is neither parameter nor buffer")
 
 
+def test_tensors_are_changed_in_their_place():
+    """From which recorded CUDA graphs read them."""
+    keep, zero = KINDS["tensor"]
+    model, (x, y) = keeping(keep, zero(), trace=False), batch()
+    oracle = Oracle(model)
+    before = oracle._compiled.network.kept
+    learn(model, x, y)
+    oracle.refresh()
+    assert oracle._compiled.network.kept is before
+    assert float(before) == float(model.kept) != 0
+
+
+def test_a_recording_that_keeps_a_number_is_left():
+    model, (x, y) = keeping(lambda net, z: setattr(net, "kept", net.kept + 0.01), trace=False), batch()
+    oracle = Oracle.fast(model, x, "float32")
+    oracle._replayed = lambda *asked: Oracle._gradient(oracle, *asked)
+    learn(model, x, y)
+    oracle.refresh()
+    assert oracle._replayed is None
+    assert oracle.plan.startswith("copied anew after each update")
+
+
 def test_what_changes_no_answer_costs_nothing():
     """A counter, or the last pass's activations."""
     model, (x, y) = keeping(_count), batch()

@@ -126,7 +126,7 @@ def search(
         stopping = torch.zeros_like(label, dtype=torch.bool)
         if stop_at is not None and (step > 0 or warm):
             stopping |= _has_converged(feasible, gradient, x_adv, gauge, stop_at)
-        if asked.lowered and (stop_at is not None or stop_on_success):
+        if asked.lowered and (stop_on_success or (stop_at is not None and final != "none")):
             unsure = (stopping & (final != "none")) | (has_won(answer.logits, label, reach) & stop_on_success)
             seen = unsure.nonzero()[:, 0]
             answer = _confirm(asked.precise, x_adv, answer, label, loss, given, seen)

@@ -35,16 +35,23 @@ def take_over_attributes(network: nn.Module, model: nn.Module) -> None:
 def _set_attributes(network: nn.Module, values: Mapping[Key, Any]) -> None:
     modules = dict(network.named_modules())
     for (name, attribute), value in values.items():
-        if name in modules:
-            mine = vars(modules[name]).get(attribute)
-            modules[name].__dict__[attribute] = _own(value, mine.dtype if isinstance(mine, Tensor) else None)
+        mine = vars(modules[name]).get(attribute) if name in modules else None
+        if isinstance(mine, Tensor) and isinstance(value, Tensor) and _fits(mine, value):
+            mine.copy_(value)  # in its place, from which recorded CUDA graphs read it
+        elif name in modules:
+            modules[name].__dict__[attribute] = _own(value)
 
 
-def _own(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """A value that does not change with the model's; dtype: of a tensor of real numbers."""
+def _fits(mine: Tensor, value: Tensor) -> bool:
+    """Whether a tensor can take over another's values, in its own precision, and in nothing but that."""
+    kinds = [(one.shape, one.device, one.is_floating_point(), one.is_complex()) for one in (mine, value)]
+    return kinds[0] == kinds[1] and mine.is_contiguous() and not mine.is_inference()
+
+
+def _own(value: Any) -> Any:
+    """A value that does not change with the model's."""
     if isinstance(value, Tensor):
-        own = value.detach().clone()
-        return own.to(dtype) if dtype is not None and own.is_floating_point() and dtype.is_floating_point else own
+        return value.detach().clone()
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
@@ -69,7 +76,7 @@ class Snapshot:
         now, before = frozen_copy(model, share=True), frozen_copy(model, share=True)
         modules = dict(before.named_modules())
         for name, attribute in changed:
-            del modules[name].__dict__[attribute]
+            modules[name].__dict__.pop(attribute, None)  # a copy may lack what its class does not copy
         _set_attributes(before, {key: self.known[key][2] for key in changed if key in self.known})
         answers = []
         for network in (now, before):

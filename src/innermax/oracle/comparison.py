@@ -19,9 +19,8 @@ class Difference:
     """Between two networks' answers to the same inputs.
 
     Attributes:
-        logits: the largest difference of two logits, each less the mean of its example's: what they have in common,
-            softmax ignores.
-        scale: 1 + the largest that the model gives so.
+        logits: the largest difference of two logits, centered.
+        scale: 1 + the model's largest logit, centered.
         gradient: the largest difference of two entries of an example's gradient, over the gradient's largest entry.
         cosine: of the gradients, the mean over the examples.
     """
@@ -66,11 +65,16 @@ class Reference:
         cosine = torch.nn.functional.cosine_similarity(found, truth, eps=1e-300)
         cosine = cosine.where((largest > 0) | (found != 0).any(1), 1)  # two zeros point the same way
         return Difference(
-            logits=_largest(_center(logits.to(self.logits.dtype)) - _center(self.logits)),
-            scale=1 + _largest(_center(self.logits)),
+            logits=_largest(center(logits.to(self.logits.dtype)) - center(self.logits)),
+            scale=1 + _largest(center(self.logits)),
             gradient=float(off.max()),
             cosine=float(cosine.mean()),
         )
+
+
+def center(logits: Tensor) -> Tensor:
+    """(B, classes) logits less each example's mean: what they have in common, softmax ignores."""
+    return logits - logits.mean(1, keepdim=True)
 
 
 def break_ties(x: Tensor) -> Tensor:
@@ -95,10 +99,6 @@ def _answers(network: Network, x: Tensor, choose: Tensor | None) -> tuple[Tensor
         gradient = torch.autograd.grad(margin, point, allow_unused=True)[0] if margin.requires_grad else None
     gradient = torch.zeros_like(x) if gradient is None else gradient.nan_to_num(0.0, 0.0, 0.0)
     return logits.detach(), gradient
-
-
-def _center(logits: Tensor) -> Tensor:
-    return logits - logits.mean(1, keepdim=True)
 
 
 def _largest(value: Tensor) -> float:

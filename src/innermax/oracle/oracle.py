@@ -296,7 +296,8 @@ class FastOracle(Oracle):
 
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
-        if self._compiled.folded is not None and self._has_new_attributes():
+        fixed = self._compiled.folded is not None or self._replayed is not None  # a trace and a recording keep numbers
+        if fixed and self._has_new_attributes():
             self._keep_plain(COPIED, "a number that is neither parameter nor buffer has changed")
             _log.warning("attack network: %s", self.plan)
             return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _FEWEST, _MOST = 5, 60  # turns
 _SPENT = 0.6  # seconds in which quick ones take more turns than the fewest
-_CLEAR = 1.02
+_CLEAR = 1.02  # ratio of two times from which on one is longer
 _SIGMAS = 2.0  # by which the turns that say so must exceed half of them: as many tosses of a coin hardly ever agree
 _ROWS = 256  # as many as a batch in use may have: what is faster for few may be slower for many
 _LONG, _SHORT = 0.5, 0.2  # seconds of a turn

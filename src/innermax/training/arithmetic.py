@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from innermax.models.wrappers import unwrap
+from innermax.oracle.comparison import center
 from innermax.oracle.compiled import floating_dtype, put_channels_last
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.lowering import answer_in_bf16, image_layers
@@ -111,12 +112,10 @@ def _check_logits(lowered: Any, exact: Any) -> None:
     """Raises ValueError where bf16 does not tell the classes apart as float32 does, as where logits are all large."""
     if not isinstance(exact, Tensor) or exact.ndim != 2:
         return
-    found, truth = (
-        logits.detach().float() - logits.detach().float().mean(1, keepdim=True) for logits in (lowered, exact)
-    )
+    found, truth = (center(logits.detach().float()) for logits in (lowered, exact))
     off, largest = float((found - truth).abs().max()), float(truth.abs().max())
     if off > _LOST * largest:
-        raise ValueError(f"bf16 changes the differences of logits by {off / largest:.0%}")
+        raise ValueError(f"bf16 changes logits, less what they have in common, by {off:.2g} of {largest:.2g}")
 
 
 def _check_strided(network: nn.Module, device: str) -> None:
