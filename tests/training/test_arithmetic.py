@@ -1,5 +1,6 @@
 """What an update computes in, and what it leaves as it is: the images."""
 
+import contextlib
 import copy
 
 import pytest
@@ -188,11 +189,122 @@ def test_a_backward_pass_that_bf16_lacks(caplog):
 def test_a_layer_that_fails_leaves_autocast_as_it_was():
     model = nn.Sequential(nn.Flatten(), nn.Linear(71, 4))
     arithmetic = Arithmetic(bf16=True, image_layers=("0", "1"))
-    with torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(RuntimeError), arithmetic.keep_images(model, "cpu"):
-            model(batch(4)[0])
-        assert torch.is_autocast_enabled("cpu")
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            with pytest.raises(RuntimeError), arithmetic.used_in(model, "cpu"):
+                model(batch(4)[0])
+            assert torch.is_autocast_enabled("cpu") == enabled
+    assert not model._forward_hooks
     assert not model[1]._forward_pre_hooks
+
+
+def test_a_network_of_one_layer_leaves_autocast_as_it_was():
+    model, seen = nn.Linear(6, 4), []
+    model.register_forward_hook(lambda _model, _inputs, output: seen.append(output.dtype))
+    with Arithmetic(bf16=True, image_layers=("",)).used_in(model, "cpu"):
+        assert model(torch.rand(2, 6)).dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+    assert len(model._forward_hooks) == 1
+
+
+def test_all_that_a_network_returns_is_in_float32():
+    model = Net(lambda net, x: {"logits": net.head(x), "all": [net.head(x), x.double()]}, head=nn.Linear(6, 4))
+    with Arithmetic(bf16=True).used_in(model, "cpu"):
+        found = model(torch.rand(2, 6))
+    assert found["logits"].dtype == found["all"][0].dtype == torch.float32
+    assert found["all"][1].dtype == torch.float64
+
+
+class TrainingOnly(nn.Module):
+    """Runs code in training mode alone, from some update on."""
+
+    def __init__(self, extra, first=0):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, padding=1), nn.Dropout(0.2))
+        self.head, self.aux = nn.Linear(128, 4), nn.Linear(128, 4)
+        self.extra, self.first = extra, first
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x):
+        z = self.body(x)
+        logits = self.head(z.flatten(1))
+        if not self.training:
+            return logits
+        self.count += 1
+        return self.extra(self, z, logits) if self.count > self.first else logits
+
+
+def _view(net, z, logits):
+    return logits + 0.3 * net.aux(z.view(len(z), -1))
+
+
+def _average(net, z, logits):
+    with torch.no_grad():
+        net.average = net.average.lerp(z.mean((2, 3)).mean(0), 0.1)
+    return logits
+
+
+def _both(net, z, logits):
+    return _view(net, z, _average(net, z, logits))
+
+
+NEEDS = {
+    "order": (_view, Arithmetic(bf16=True, image_layers=("body.0",))),
+    "precision": (_average, Arithmetic(channels_last=True)),
+    "both": (_both, Arithmetic()),
+}
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", im.AWP("cross_entropy", 0.01)], ids=["plain", "awp"])
+@pytest.mark.parametrize(("extra", "suits"), NEEDS.values(), ids=NEEDS)
+def test_code_of_training_mode_alone_is_computed_plainer(extra, suits, objective, caplog, monkeypatch):
+    """The same weights, buffers and random numbers as where that arithmetic was chosen at once."""
+    (x, y), attack, found = batch(24), im.PGD(im.Linf(0.1), steps=2), []
+    options = {"epochs": 2, "batch_size": 8, "precision": "bf16", "objective": objective, "progress": False}
+    for at_once in (False, True):
+        torch.manual_seed(0)
+        model = TrainingOnly(extra)
+        if at_once:
+            caplog.clear()
+            monkeypatch.setattr("innermax.training.train.choose_arithmetic", lambda *_: suits)
+        im.train(model, (x, y), im.Standard(attack), **options)
+        assert (f"updates compute in {suits} (" in caplog.text) != at_once
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("extra", [_view, _average], ids=["order", "precision"])
+def test_a_run_that_went_on_plainer_is_resumed_bit_for_bit(extra, optimizer, tmp_path):
+    (x, y), attack, found = batch(32), im.PGD(im.Linf(0.1), steps=2), []
+    options = {"epochs": 2, "batch_size": 8, "precision": "bf16", "optimizer": optimizer, "checkpoint_every": 1}
+    for stops in ((), (2, 2, 3)):  # the third of eight updates is the first to fail
+        torch.manual_seed(0)
+        folder = tmp_path / str(len(stops))
+        for stop in (*stops, None):
+            model, done = TrainingOnly(extra, first=2), []
+
+            def interrupt(_name, _now, _count, stop=stop, done=done):
+                done.append(1)
+                if len(done) == stop:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt) if stop else contextlib.nullcontext():
+                im.train(model, (x, y), im.Standard(attack), run_dir=folder, progress=interrupt, **options)
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_what_fails_in_any_arithmetic_ends_the_training_in_its_own_words(caplog):
+    def fail(_net, z, _logits):
+        raise RuntimeError(f"no {z.dtype}")
+
+    model = TrainingOnly(fail)
+    with pytest.raises(RuntimeError, match=r"^no torch\.float32\n") as caught:
+        im.train(model, batch(8), im.Standard(im.FGSM(im.Linf(0.1))), epochs=1, precision="bf16", progress=False)
+    assert caught.value.__notes__ == ["It failed in faster arithmetic, too: RuntimeError: no torch.bfloat16"]
+    assert "updates compute" not in caplog.text
 
 
 @pytest.mark.parametrize(("channels", "suits"), [(1, False), (3, False), (7, False), (16, True)])

@@ -18,6 +18,7 @@ from innermax.training import batch_attack
 from innermax.training.options import TrainingOptions
 from innermax.utils import randomness
 from tests.helpers.networks import same
+from tests.helpers.oracles import batch
 from tests.helpers.training import (
     ATTACK,
     DATA,
@@ -423,3 +424,35 @@ def test_augmentation_belongs_to_the_example_and_the_epoch():
     kept = [{str(x.tolist()) for x in plain[epoch][stays[epoch]]} for epoch in (slice(24), slice(24, 48))]
     assert all(5 < len(images) < 19 for images in kept)
     assert kept[0] != kept[1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weights_whose_first_gradient_comes_later_than_others(optimizer):
+    """As torch's plain optimisers; its fused SGD fails on them."""
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.late, self.count = nn.Linear(72, 4), nn.Linear(72, 4), 0
+
+        def forward(self, x):
+            self.count += self.training
+            x = x.flatten(1)
+            return self.head(x) + self.late(x) if self.count > 2 else self.head(x)
+
+    x, y = batch(8)
+    torch.manual_seed(0)
+    model = Late()
+    twin = copy.deepcopy(model)
+    options = {"epochs": 5, "batch_size": 8, "lr": 0.1, "lr_schedule": "constant", "weight_decay": 0.0}
+    im.train(model, (x, y), im.Unsecured(), optimizer=optimizer, progress=False, precision="float32", **options)
+    plain = {
+        "sgd": lambda: torch.optim.SGD(twin.parameters(), 0.1, 0.9),
+        "adamw": lambda: torch.optim.AdamW(twin.parameters(), 0.1, weight_decay=0.0),
+    }[optimizer]()
+    for _ in range(5):
+        plain.zero_grad()
+        nn.functional.cross_entropy(twin(x), y).backward()
+        plain.step()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

@@ -156,13 +156,12 @@ class Ranks:
 def connect(
     launch: Launch,
     device: torch.device,
-    bf16: bool = False,
     parallel: Parallel = "ddp",
     timeout: timedelta | None = None,
 ) -> Ranks:
     """Connects this process with the others of the launch, which all call this, each on its own device.
 
-    bf16: of forward passes; timeout: how long one process waits for another, None: torch's default.
+    timeout: how long one process waits for another, None: torch's default.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
@@ -172,7 +171,7 @@ def connect(
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would print the precision
     if launch.count == 1:
         devices: Any = [device.index or 0] if device.type == "cuda" else 1
-        fabric = Fabric(accelerator=device.type, devices=devices, plugins=[*_precision(bf16, device)])
+        fabric = Fabric(accelerator=device.type, devices=devices)
         return Ranks(0, 1, fabric.device, fabric)
     strategy = ModelParallelStrategy(shard, launch.count, 1) if parallel == "fsdp" else None
     # Buffers are broadcast after each update. DDP would do so in each forward pass, and an objective's second forward
@@ -189,23 +188,12 @@ def connect(
         devices=launch.devices,
         num_nodes=launch.nodes,
         strategy=strategy or DDPStrategy(**options),
-        plugins=[*_precision(bf16, device), *([LightningEnvironment()] if launch.launcher is None else [])],
+        plugins=[LightningEnvironment()] if launch.launcher is None else [],
     )
     fabric.launch()
     if launch.launcher is None:  # the parent has divided the cores already, and Fabric has just set another number
         torch.set_num_threads(threads)
     return Ranks(fabric.global_rank, fabric.world_size, fabric.device, fabric, parallel == "fsdp")
-
-
-def _precision(bf16: bool, device: torch.device) -> list[Any]:
-    """Fabric's plugin for bf16: its own would round images before the network sees them."""
-    from lightning_fabric.plugins.precision.amp import MixedPrecision
-
-    class ImagesAsGiven(MixedPrecision):
-        def convert_input(self, data: Any) -> Any:
-            return data
-
-    return [ImagesAsGiven("bf16-mixed", device.type)] if bf16 else []
 
 
 def find_members(processes: int, device: torch.device) -> Ranks:

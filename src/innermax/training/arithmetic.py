@@ -39,13 +39,33 @@ class Arithmetic:
     image_layers: tuple[str, ...] = ()
 
     @contextmanager
-    def keep_images(self, network: nn.Module, device: str) -> Iterator[None]:
-        """Context manager: autocast leaves the layers that see the images alone, so that nothing rounds the images."""
+    def used_in(self, network: nn.Module, device: str) -> Iterator[None]:
+        """Context manager: the network's forward passes compute so, and return float32 where they compute in bf16."""
         with ExitStack() as stack:
-            for module in map(network.get_submodule, self.image_layers):
-                for handle in _without_autocast(module, device):
+            if self.bf16:
+                for handle in _in_autocast(network, device):
                     stack.callback(handle.remove)
+                for module in map(network.get_submodule, self.image_layers):
+                    for handle in _without_autocast(module, device):
+                        stack.callback(handle.remove)
             yield
+
+    def plainer(self) -> list["Arithmetic"]:
+        """Those without channels-last order, without bf16, and without both."""
+        without_bf16 = replace(self, bf16=False, image_layers=())
+        found = replace(self, channels_last=False), without_bf16, replace(without_bf16, channels_last=False)
+        return [one for one in dict.fromkeys(found) if one != self]
+
+    def put_in_order(self, network: nn.Module) -> None:
+        """Changes the order in memory of what has four dimensions; each tensor stays the same object."""
+        order = torch.channels_last if self.channels_last else torch.contiguous_format
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.ndim == 4:
+                tensor.data = tensor.data.contiguous(memory_format=order)
+
+    def __str__(self) -> str:
+        order = "channels-last order" if self.channels_last else "channels-first order"
+        return f"{'bf16' if self.bf16 else 'float32'} and {order}"
 
 
 def choose_arithmetic(
@@ -98,9 +118,8 @@ def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> Any:
         torch.inference_mode(False),
         torch.enable_grad(),
         private_randomness(0, cuda_devices(network)),
-        arithmetic.keep_images(network, kind),
+        arithmetic.used_in(network, kind),
         pass_gradients(uses_cudnn(network)),
-        torch.autocast(kind, torch.bfloat16, enabled=arithmetic.bf16),
     ):
         logits = network(x.to(floating_dtype(network) or x.dtype, copy=True))
     if isinstance(logits, Tensor) and logits.requires_grad:
@@ -135,6 +154,23 @@ def _check_strided(network: nn.Module, device: str) -> None:
             raise RuntimeError(f"oneDNN corrupts memory in {name}, a strided 1×1 convolution of few channels")
 
 
+def _in_autocast(network: nn.Module, device: str) -> Iterator[Any]:
+    """Hooks for torch.autocast in the network's forward pass, of which nothing rounds the images beforehand."""
+    from lightning_utilities import apply_to_collection
+
+    stack = ExitStack()
+
+    def enter(_network: nn.Module, _inputs: Any) -> None:
+        stack.enter_context(torch.autocast(device, torch.bfloat16))
+
+    def leave(_network: nn.Module, _inputs: Any, output: Any) -> Any:
+        stack.close()
+        return apply_to_collection(output, Tensor, lambda one: one.float() if one.dtype == torch.bfloat16 else one)
+
+    yield network.register_forward_pre_hook(enter)
+    yield network.register_forward_hook(leave, always_call=True)
+
+
 def _without_autocast(module: nn.Module, device: str) -> Iterator[Any]:
     stack = ExitStack()
 
@@ -143,8 +179,9 @@ def _without_autocast(module: nn.Module, device: str) -> Iterator[Any]:
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> Any:
         stack.close()
-        # An objective may ask the network itself, in its own precision.
+        # An objective may ask a layer itself, in its own precision.
         return answer_in_bf16(module, inputs, output) if torch.is_autocast_enabled(device) else output
 
     yield module.register_forward_pre_hook(enter)
-    yield module.register_forward_hook(leave, always_call=True)
+    # First of the hooks: where the network is one layer, autocast is left in the reverse order.
+    yield module.register_forward_hook(leave, always_call=True, prepend=True)

@@ -160,7 +160,7 @@ def _is_valid(name: str, value: Any) -> bool:
             return all(map(is_row, value))
         case "alarm", dict():
             return is_alarm(value)
-        case "attack_network", str():
+        case (("attack_network" | "updates"), str()):
             return True
         case "seconds", _:
             return is_finite_number(value)
@@ -190,7 +190,7 @@ def _fill(
                 network.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if not isinstance(optimizer, WholeState):
-            _match_layout(whole)
+            match_layout(whole)
         for name, value in kept.items():
             _check_like(name, tensors[name], value)
             value.copy_(tensors[name])
@@ -226,7 +226,7 @@ def _check_like(name: str, value: Tensor, other: Tensor) -> None:
         raise ValueError(f"{name} is {found} instead of {wanted}")
 
 
-def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
     """Gives each entry of the optimiser's state its parameter's memory layout.
 
     Files hold tensors contiguously, but fused optimisers combine a parameter and its state in the order of memory.

@@ -5,7 +5,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from innermax.attacks.pgd import PGD
 from innermax.data.streaming import Batch, TrainingSet, batch_count, batches
 from innermax.distributed.fsdp import as_whole
 from innermax.distributed.process_group import Ranks
+from innermax.models.wrappers import unwrap
 from innermax.objectives import Objective, search_loss, weight_perturbation
 from innermax.oracle.compiled import floating_dtype
 from innermax.strategies import awaits_halfway_gauge, search_for
@@ -25,6 +26,7 @@ from innermax.training.alarm import PARTS, Overfitting, strengthen
 from innermax.training.arithmetic import Arithmetic
 from innermax.training.batch_attack import Attacked, attack_batch
 from innermax.training.checkpoints import due_every
+from innermax.training.fallback import copy_buffers, restore_buffers, try_plainer
 from innermax.training.loggers import Picture, draw_picture
 from innermax.training.metrics import measure_gauges, median_halfway_gauge, warn_of_fosc
 from innermax.training.options import TrainingOptions
@@ -51,7 +53,6 @@ class Loop:
         data: the training set, on this process's device.
         ranks: this process in its group.
         state: what changes.
-        arithmetic: what an update computes in.
         clock: estimates the time left.
         due: whether the next checkpoint within an epoch is due; asked once per update.
         began: when this process began the epoch, as `time.perf_counter` says it.
@@ -64,7 +65,6 @@ class Loop:
     data: TrainingSet
     ranks: Ranks
     state: State
-    arithmetic: Arithmetic
     clock: TrainingClock
     due: Callable[[], bool]
     began: float = 0.0
@@ -81,12 +81,12 @@ class Loop:
         ranks: Ranks,
         arithmetic: Arithmetic,
     ) -> "Loop":
-        """The loop before its first update; the ranks' Fabric has the arithmetic's precision."""
+        """The loop before its first update."""
         data = data.to(ranks.device)
         options = replace(options, strategy=search_for(options.strategy, search_loss(objective)))
-        state = State.start(model, data, options, ranks, arithmetic.channels_last)
+        state = State.start(model, data, options, ranks, arithmetic)
         clock = TrainingClock(options.strategy, options.epochs, len(data))
-        return cls(options, objective, data, ranks, state, arithmetic, clock, due_every(options.checkpoint_every))
+        return cls(options, objective, data, ranks, state, clock, due_every(options.checkpoint_every))
 
     def resume(self) -> None:
         """Goes to the run folder's newest checkpoint; where there is none yet, writes the one to start from."""
@@ -231,19 +231,23 @@ class Loop:
         dtype = floating_dtype(state.network) or x.dtype
         x_adv, calls, prior = attacked
         inputs = x.to(dtype), y, x_adv.to(dtype), None if prior is None else prior.to(dtype)
-        gamma = weight_perturbation(self.objective)
-        # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
-        own = (self.ranks.rank, replay) if replay > 0 else (self.ranks.rank,) if self.ranks.rank > 0 else ()
-        seed_randomness(randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own))
         for group in state.optimizer.param_groups:
             group["lr"] = options.lr_at(moment)
-        # A forward pass changes BatchNorm's buffers.
-        buffers = list(state.wrapped.buffers()) if options.on_nan == "skip" or gamma is not None else []
-        before = [value.clone() for value in buffers]
+        gamma = weight_perturbation(self.objective)
+        repeats = options.on_nan == "skip" or gamma is not None or state.arithmetic.plainer()
+        before = copy_buffers(state.wrapped) if repeats else {}
+        # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
+        own = (self.ranks.rank, replay) if replay > 0 else (self.ranks.rank,) if self.ranks.rank > 0 else ()
+        seed = randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own)
+
+        def attempt() -> dict[str, Tensor]:
+            seed_randomness(seed)
+            return self._pass_back(*inputs, count)
+
         try:
-            counts = self._pass_back(*inputs, count)
+            counts = try_plainer(attempt, state, x_adv, before)
             if gamma is not None:
-                _restore(buffers, before)
+                restore_buffers(state.wrapped, before)
                 x_adv.grad = None
                 with perturbed_weights(state.network, gamma):
                     counts["perturbed"] = self._pass_back(*inputs, count)["loss"]
@@ -253,20 +257,15 @@ class Loop:
             self._check_finite("the gradient's norm", norm)
         except FloatingPointError:
             state.optimizer.zero_grad()
-            _restore(buffers, before)
+            restore_buffers(state.wrapped, before)
             raise
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        self.ranks.broadcast_buffers(state.wrapped)
-        if state.averaged is not None:
-            state.averaged.update_parameters(state.network)
-        state.oracle.refresh()
+        state.update(self.ranks)
         return {"examples": float(count)} | sums
 
     def _pass_back(self, x: Tensor, y: Tensor, x_adv: Tensor, prior: Tensor | None, count: int) -> dict[str, Tensor]:
         """Adds the objective's gradients to the weights'; sums over this process's examples."""
         model, strategy = self.state.wrapped, self.options.strategy
-        with self.arithmetic.keep_images(self.state.network, x.device.type):
+        with self.state.arithmetic.used_in(unwrap(model), x.device.type):
             told = None if prior is None else model(prior)
             loss, logits = self.objective(model, x, y, x_adv, self.state.epoch)
         if not loss.requires_grad:
@@ -358,9 +357,3 @@ class Loop:
     def _seconds(self) -> float:
         """Spent on the epoch, before an interruption and since."""
         return self.state.seconds + time.perf_counter() - self.began
-
-
-@torch.no_grad()
-def _restore(buffers: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-    for now, then in zip(buffers, before, strict=True):
-        now.copy_(then)

@@ -15,12 +15,12 @@ from innermax.distributed.fsdp import WholeState, is_sharded
 from innermax.distributed.process_group import Ranks, set_up
 from innermax.models.files import write_model
 from innermax.models.wrappers import unwrap
-from innermax.oracle.compiled import put_channels_last
 from innermax.oracle.oracle import Oracle
 from innermax.oracle.sharded import ShardedOracle
 from innermax.training.alarm import Alarm
+from innermax.training.arithmetic import Arithmetic
 from innermax.training.batch_attack import Kept
-from innermax.training.checkpoints import load_checkpoint, save_checkpoint
+from innermax.training.checkpoints import load_checkpoint, match_layout, save_checkpoint
 from innermax.training.metrics import EpochMetrics
 from innermax.training.options import TrainingOptions
 from innermax.utils.copying import copy_model
@@ -43,6 +43,7 @@ class State:
         history: the rows of the epochs before.
         seconds: spent on the epoch before it was interrupted.
         alarm: for catastrophic overfitting.
+        arithmetic: what an update computes in.
     """
 
     network: nn.Module
@@ -57,17 +58,18 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     alarm: Alarm = field(default_factory=Alarm)
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
 
     @classmethod
     def start(
-        cls, model: nn.Module, data: TrainingSet, options: TrainingOptions, ranks: Ranks, channels_last: bool
+        cls, model: nn.Module, data: TrainingSet, options: TrainingOptions, ranks: Ranks, arithmetic: Arithmetic
     ) -> "State":
         """The state before the first update; data: on this process's device."""
         network = unwrap(model)
         if not network.training:
             network.train()
-        if channels_last:
-            put_channels_last(network)
+        if arithmetic.channels_last:
+            arithmetic.put_in_order(network)
         wrapped, optimizer = set_up(ranks, network, partial(_build_optimizer, options=options), options.sync_batch_norm)
         optimizer.zero_grad()  # the model may come with gradients
         averaged = None
@@ -79,7 +81,8 @@ class State:
         oracle: Oracle
         oracle = ShardedOracle(network, example) if ranks.sharded else Oracle.fast(network, example, options.precision)
         oracle = _agree(oracle, ranks)
-        return cls(network, wrapped, optimizer, averaged, oracle, Kept.start(data, options, ranks))
+        kept = Kept.start(data, options, ranks)
+        return cls(network, wrapped, optimizer, averaged, oracle, kept, arithmetic=arithmetic)
 
     @property
     def evaluated_network(self) -> nn.Module:
@@ -122,6 +125,7 @@ class State:
             "attack_network": self.oracle.scheme,
             "micro_batch": self.oracle.micro_batch,
             "alarm": self.alarm.position(),
+            "updates": str(self.arithmetic),
         }
         save_checkpoint(folder, networks, optimizer, position, self.kept.tensors, keep)
 
@@ -142,9 +146,28 @@ class State:
         self.history, self.seconds = position.get("history", []), position.get("seconds", 0.0)
         self.alarm = Alarm.at(position.get("alarm", {}))
         self.oracle.micro_batch = position.get("micro_batch")
+        known = (one for one in self.arithmetic.plainer() if str(one) == position.get("updates"))
+        self.compute_in(next(known, self.arithmetic))
         self.oracle.refresh()
         self._recompile(position.get("attack_network", ""))
         return True
+
+    def update(self, ranks: Ranks) -> None:
+        """θ ← θ − η · g(θ), and all that follows the weights."""
+        _begin_momentum(self.optimizer.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        ranks.broadcast_buffers(self.wrapped)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
+        self.oracle.refresh()
+
+    def compute_in(self, arithmetic: Arithmetic) -> None:
+        """Updates compute so from now on."""
+        if arithmetic.channels_last != self.arithmetic.channels_last:
+            arithmetic.put_in_order(unwrap(self.wrapped))
+            match_layout(self.optimizer.optimizer)
+        self.arithmetic = arithmetic
 
     def recheck(self, ranks: Ranks) -> None:
         """Compiles the oracle anew where it does not suit what the network has learned."""
@@ -171,6 +194,15 @@ class State:
 def _agree(oracle: Oracle, ranks: Ranks) -> Oracle:
     """The oracle compiled as rank 0's is: each process has timed for itself."""
     return oracle.recompile(ranks.broadcast(oracle.scheme))
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """A momentum of 0 for weights whose first gradient comes later than others': torch's fused SGD fails on them."""
+    for group in optimizer.param_groups:
+        learns = [p for p in group["params"] if p.grad is not None] if group.get("momentum") and group["fused"] else []
+        new = [p for p in learns if optimizer.state[p].get("momentum_buffer") is None]
+        for parameter in new if len(new) < len(learns) else []:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def _build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:

@@ -175,7 +175,7 @@ def _train(job: Job, launch: Launch, is_stopped: Callable[[], bool] = lambda: Fa
     options, device = job.options, find_device(job.options.device)
     with contextlib.ExitStack() as stack:
         arithmetic = _arithmetic(job, device)
-        ranks = connect(launch, device, arithmetic.bf16, options.parallel)
+        ranks = connect(launch, device, options.parallel)
         stack.enter_context(_note_checkpoint(options.folder))
         stack.enter_context(ranks.explain_lost_connection())
         stack.enter_context(ranks.mute_others())
