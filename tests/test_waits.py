@@ -133,7 +133,7 @@ def test_a_step_of_each_strategy(name):
 
 def test_averaged_weights():
     """torch looks at their count, which is on the processor, and copies it to the device once for each data type."""
-    assert waits(im.Standard(im.PGD(im.Linf(0.1), 2)), ema=0.9) == STEP | {"training/loop.py: descend": 2}
+    assert waits(im.Standard(im.PGD(im.Linf(0.1), 2)), ema=0.9) == STEP | {"training/state.py: update": 2}
 
 
 def test_a_step_whose_gauges_are_measured():

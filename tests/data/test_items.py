@@ -242,6 +242,21 @@ def test_arrays_that_do_not_tell():
     assert torch.equal(as_image_set((floats, np.arange(5))).images, torch.from_numpy(floats).float())
 
 
+@pytest.mark.parametrize("kind", [">f4", ">f8", np.longdouble, "<f2"])
+def test_arrays_of_any_byte_order(kind):
+    array = np.random.default_rng(0).random((5, 3, 6, 7)).astype(np.float16)
+    found = as_image_set((array.astype(kind), np.arange(5, dtype=">i4")))
+    assert torch.equal(found.images, torch.from_numpy(array).float())
+    assert found.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", [object, str, complex])
+def test_arrays_that_hold_no_numbers(kind):
+    told = r"images must be uint8 or floating-point numbers, got an array of (object|<U32|complex128)$"
+    with pytest.raises(TypeError, match=told):
+        as_image_set((np.zeros((5, 4)).astype(kind), np.arange(5)))
+
+
 def test_items_that_are_mappings():
     items = [{"image": torch.rand(1, 2, 2), "label": number} for number in range(3)]
     assert as_image_set(Items(items)).labels.tolist() == [0, 1, 2]

@@ -146,7 +146,7 @@ def test_images_from_a_file(tmp_path, problem):
     _, x, _, _ = problem
     images = (x[:3] * 255).round().byte().numpy()
     np.savez(tmp_path / "a.npz", images=images, index=np.array([4, 5, 6]))
-    np.savez(tmp_path / "b.npz", images=x[:3].numpy())
+    np.savez(tmp_path / "b.npz", images=x[:3].numpy().astype(">f4"))
     one, other = HandedImages.read(tmp_path / "a.npz"), HandedImages.read(tmp_path / "b.npz")
     assert one.index.tolist() == [4, 5, 6]
     assert torch.allclose(one.images, torch.from_numpy(images).float() / 255)

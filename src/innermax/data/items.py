@@ -161,7 +161,7 @@ def array_to_tensor(array: Array, what: str) -> Tensor:
 def arrays_to_tensor(arrays: Array, what: str) -> Tensor:
     """Images as one tensor: (N, H, W, C) and, of uint8, (N, H, W) become (N, C, H, W); other shapes stay.
 
-    Raises ValueError where three axes do not tell which one holds the channels.
+    Raises ValueError where three axes do not tell which one holds the channels, TypeError where it holds no numbers.
     """
     if arrays.ndim == 3 and arrays.dtype == np.uint8:
         arrays = arrays[:, None]
@@ -171,7 +171,15 @@ def arrays_to_tensor(arrays: Array, what: str) -> Tensor:
         if first and last:
             raise ValueError(f"{what}: which axis of {shape} holds the channels? Pass a tensor, channels first")
         arrays = arrays.transpose(0, 3, 1, 2) if last else arrays
-    return torch.from_numpy(np.ascontiguousarray(arrays))
+    return numbers_to_tensor(arrays, what)
+
+
+def numbers_to_tensor(array: Array, what: str) -> Tensor:
+    """An array as a tensor, whatever its strides and its byte order. Raises TypeError where it holds no numbers."""
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{what} must be uint8 or floating-point numbers, got an array of {array.dtype}")
+    native = np.float64 if array.dtype == np.longdouble else array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.ascontiguousarray(array, native))
 
 
 def _describe(item: object) -> str:

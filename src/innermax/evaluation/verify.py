@@ -17,6 +17,7 @@ from innermax.attacks.base import Attack
 from innermax.attacks.guided_pgd import GuidedPGD
 from innermax.attacks.pgd import PGD
 from innermax.data.image_set import ImageSet
+from innermax.data.items import numbers_to_tensor
 from innermax.data.readers import as_image_set
 from innermax.evaluation.arguments import place_model
 from innermax.evaluation.evaluate import evaluate
@@ -132,7 +133,7 @@ class HandedImages:
                 f"{path} must hold images (N, C, H, W), uint8 or floats in [0, 1], and integers index, got {found}"
             )
         chosen = _find_misclassified(path, arrays)
-        images = torch.from_numpy(arrays["images"])[chosen]
+        images = numbers_to_tensor(arrays["images"], "images")[chosen]
         images = images.float() / _LEVELS if images.dtype == torch.uint8 else images.float()
         others = len(arrays["images"]) - len(images)
         return cls(images, torch.from_numpy(index.astype(np.int64))[chosen], others)
