@@ -216,13 +216,13 @@ def test_all_that_a_network_returns_is_in_float32():
 
 
 class TrainingOnly(nn.Module):
-    """Runs code in training mode alone, from some update on."""
+    """Runs code in training mode alone, in every so many updates."""
 
-    def __init__(self, extra, first=0):
+    def __init__(self, extra, every=1):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, padding=1), nn.Dropout(0.2))
         self.head, self.aux = nn.Linear(128, 4), nn.Linear(128, 4)
-        self.extra, self.first = extra, first
+        self.extra, self.every = extra, every
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("average", torch.zeros(8))
 
@@ -232,7 +232,7 @@ class TrainingOnly(nn.Module):
         if not self.training:
             return logits
         self.count += 1
-        return self.extra(self, z, logits) if self.count > self.first else logits
+        return self.extra(self, z, logits) if self.count % self.every == 0 else logits
 
 
 def _view(net, z, logits):
@@ -279,11 +279,11 @@ def test_code_of_training_mode_alone_is_computed_plainer(extra, suits, objective
 def test_a_run_that_went_on_plainer_is_resumed_bit_for_bit(extra, optimizer, tmp_path):
     (x, y), attack, found = batch(32), im.PGD(im.Linf(0.1), steps=2), []
     options = {"epochs": 2, "batch_size": 8, "precision": "bf16", "optimizer": optimizer, "checkpoint_every": 1}
-    for stops in ((), (2, 2, 3)):  # the third of eight updates is the first to fail
+    for stops in ((), (2, 2, 3)):  # of eight updates the third is the first to fail
         torch.manual_seed(0)
         folder = tmp_path / str(len(stops))
         for stop in (*stops, None):
-            model, done = TrainingOnly(extra, first=2), []
+            model, done = TrainingOnly(extra, every=3), []
 
             def interrupt(_name, _now, _count, stop=stop, done=done):
                 done.append(1)
