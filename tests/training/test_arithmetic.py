@@ -275,6 +275,23 @@ def test_code_of_training_mode_alone_is_computed_plainer(extra, suits, objective
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_optimiser_goes_on_in_the_other_order(optimizer, caplog, monkeypatch):
+    """Fused steps combine a weight and its momentum in the order of memory."""
+    (x, y), found = batch(32), []
+    for at_once in (False, True):
+        torch.manual_seed(0)
+        model = TrainingOnly(_view, every=3)
+        if at_once:
+            monkeypatch.setattr("innermax.training.train.choose_arithmetic", lambda *_: Arithmetic())
+        options = {"batch_size": 8, "optimizer": optimizer, "precision": "float32", "progress": False}
+        im.train(model, (x, y), im.Unsecured(), epochs=2, lr=0.01, **options)
+        found.append(model.state_dict())
+    assert "updates compute in float32 and channels-first order" in caplog.text
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("extra", [_view, _average], ids=["order", "precision"])
 def test_a_run_that_went_on_plainer_is_resumed_bit_for_bit(extra, optimizer, tmp_path):
     (x, y), attack, found = batch(32), im.PGD(im.Linf(0.1), steps=2), []
