@@ -154,7 +154,7 @@ def describe_more(entry: Pretrained, origin: Origin, precision: str) -> str:
     """The sections of a card behind those of every model on the Hub."""
     made = origin.environment
     versions = ", ".join(f"{key} {value}" for key, value in made["versions"].items())
-    searched = "" if precision == "float32" else f" --precision {precision}"
+    searched = _option(precision)
     norm, eps = NORMS[entry.threat["norm"]].symbol, format_eps(entry.threat["eps"])
     command = " ".join(Path(word).name if word.startswith("/") else word for word in made["command"])
     return f"""
@@ -179,7 +179,8 @@ should depend on its answers.
 
 def _describe_autoattack(entry: Pretrained, evaluation: im.Evaluation | None) -> str:
     count = MANY if evaluation is None else evaluation.settings.count
-    command = f"innermax evaluate {pretrained.PREFIX}{entry.name} --attacks autoattack --limit {count}"
+    option = "" if evaluation is None else _option(evaluation.settings.precision)
+    command = f"innermax evaluate {pretrained.PREFIX}{entry.name} --attacks autoattack --limit {count}{option}"
     if entry.autoattack is None or evaluation is None:
         return f"## AutoAttack\n\nNot measured. (`{command}`)\n\n"
     found, audit = entry.autoattack, evaluation.audit
@@ -191,6 +192,10 @@ def _describe_autoattack(entry: Pretrained, evaluation: im.Evaluation | None) ->
         f"({100 * found.low:.1f} to {100 * found.high:.1f}), for {cost:,.0f} gradients per image.{judged}\n"
         f"(`{command}`)\n\n"
     )
+
+
+def _option(precision: str) -> str:
+    return "" if precision == "float32" else f" --precision {precision}"
 
 
 def _percent(measured: Measured) -> str:

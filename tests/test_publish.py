@@ -41,6 +41,7 @@ def run(tmp_path_factory):
 def disguise(scores):
     """An evaluation with FGSM as if it were AutoAttack's, which takes minutes."""
     document = json.loads(scores.replace('"fgsm"', '"autoattack"'))
+    document["settings"]["precision"] = "auto"
     document["settings"]["attacks"] = {"autoattack": repr(im.AutoAttack(im.Linf(0.15)))}
     return json.dumps(document)
 
@@ -68,6 +69,7 @@ def test_a_run_becomes_a_model_of_the_package(empty, run, tmp_path, capsys):
     assert pretrained.list_pretrained() == {"innermax/small": changed}
     card = (entry.folder / "README.md").read_text()
     assert f"leaves {100 * changed.autoattack.accuracy:.2f} % of 10 random test images" in card
+    assert "(`innermax evaluate innermax/small --attacks autoattack --limit 10 --precision auto`)" in card
     assert "Not measured." not in card
     assert card.count("## AutoAttack\n") == card.count("## Limits\n") == 1
     assert publish.publish("small", run) == entry  # the same again replaces it
