@@ -33,7 +33,7 @@ def started(
     chosen = find_device(device)
     data = ImageSet(images, labels)
     arithmetic = choose_arithmetic(model, data.batch(torch.arange(4))[0], precision, chosen)
-    ranks = connect(plan_launch(1, 1, chosen), chosen)
+    ranks = connect(plan_launch(1, 1, chosen), chosen, arithmetic.bf16)
     return Loop.start(model, data, options, objective, ranks, arithmetic)
 
 

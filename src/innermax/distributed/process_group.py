@@ -8,7 +8,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from innermax.distributed.fsdp import shard
 from innermax.distributed.launch import Launch, Parallel, find_launch
-from innermax.utils.copying import copy_model
+from innermax.utils.copying import copy_model, write_into
 from innermax.utils.validation import summarize_error
 
 T = TypeVar("T")
@@ -32,6 +32,7 @@ class Ranks:
     """This process in its group: `rank` of `count`, computing on `device`.
 
     fabric: the Lightning Fabric that connected them, if one did.
+    autocast: its plugin for bf16, if it has one.
     sharded: whether each holds only a part of the network.
     """
 
@@ -39,6 +40,7 @@ class Ranks:
     count: int
     device: torch.device
     fabric: Any = None
+    autocast: Any = None
     sharded: bool = False
 
     @property
@@ -122,7 +124,7 @@ class Ranks:
             flat = torch.cat([buffer.reshape(-1) for buffer in own])
             dist.broadcast(flat, 0)
             for buffer, first in zip(own, torch.split(flat, [buffer.numel() for buffer in own]), strict=True):
-                buffer.copy_(first.reshape(buffer.shape))
+                write_into(buffer, first.reshape(buffer.shape))
 
     @contextmanager
     def mute_others(self) -> Iterator[None]:
@@ -156,12 +158,13 @@ class Ranks:
 def connect(
     launch: Launch,
     device: torch.device,
+    bf16: bool = False,
     parallel: Parallel = "ddp",
     timeout: timedelta | None = None,
 ) -> Ranks:
     """Connects this process with the others of the launch, which all call this, each on its own device.
 
-    timeout: how long one process waits for another, None: torch's default.
+    bf16: of forward passes; timeout: how long one process waits for another, None: torch's default.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
@@ -169,10 +172,12 @@ def connect(
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it would print the precision
+    autocast = _autocast(device) if bf16 else None
+    plugins: list[Any] = [] if autocast is None else [autocast]
     if launch.count == 1:
         devices: Any = [device.index or 0] if device.type == "cuda" else 1
-        fabric = Fabric(accelerator=device.type, devices=devices)
-        return Ranks(0, 1, fabric.device, fabric)
+        fabric = Fabric(accelerator=device.type, devices=devices, plugins=plugins)
+        return Ranks(0, 1, fabric.device, fabric, autocast)
     strategy = ModelParallelStrategy(shard, launch.count, 1) if parallel == "fsdp" else None
     # Buffers are broadcast after each update. DDP would do so in each forward pass, and an objective's second forward
     # pass would then change what the first one's backward pass needs.
@@ -188,12 +193,31 @@ def connect(
         devices=launch.devices,
         num_nodes=launch.nodes,
         strategy=strategy or DDPStrategy(**options),
-        plugins=[LightningEnvironment()] if launch.launcher is None else [],
+        plugins=[*plugins, *([LightningEnvironment()] if launch.launcher is None else [])],
     )
     fabric.launch()
     if launch.launcher is None:  # the parent has divided the cores already, and Fabric has just set another number
         torch.set_num_threads(threads)
-    return Ranks(fabric.global_rank, fabric.world_size, fabric.device, fabric, parallel == "fsdp")
+    return Ranks(fabric.global_rank, fabric.world_size, fabric.device, fabric, autocast, parallel == "fsdp")
+
+
+def _autocast(device: torch.device) -> Any:
+    """Fabric's plugin for bf16, which can be switched off; its own would round images before the network sees them."""
+    from lightning_fabric.plugins.precision.amp import MixedPrecision
+
+    class Autocast(MixedPrecision):
+        enabled = True
+
+        def convert_input(self, data: Any) -> Any:
+            return data
+
+        def convert_output(self, data: Any) -> Any:
+            return super().convert_output(data) if self.enabled else data
+
+        def forward_context(self) -> AbstractContextManager[Any]:
+            return super().forward_context() if self.enabled else nullcontext()
+
+    return Autocast("bf16-mixed", device.type)
 
 
 def find_members(processes: int, device: torch.device) -> Ranks:

@@ -14,7 +14,7 @@ from innermax.oracle.folding import Folded
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.recurrent import pass_gradients, uses_cudnn
 from innermax.oracle.threads import in_worker
-from innermax.utils.copying import copy_model
+from innermax.utils.copying import copy_model, write_into
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,23 @@ class Compiled:
         folded = self.folded and replace(self.folded, network=network)
         return replace(self, network=network, folded=folded, _replicas=_Replicas())
 
+    def fits(self, model: nn.Module) -> bool:
+        """Whether each parameter and buffer has a place for what the model has now: some grow, or are made late."""
+        if self.folded is not None:
+            return self.folded.fits(model)
+        return [one.shape for one in _state(self.network)] == [one.shape for one in _state(model)]
+
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> "Compiled":
         """The network with what the model has now: parameters, buffers and, if not folded, numbers in attributes."""
-        if not self.kept:
+        if not self.kept or not self.fits(model):
             return self.of(frozen_copy(model, share=False))
         if self.folded is not None:
             self.folded.refresh(model)
         else:
             for mine, theirs in zip(_state(self.network), _state(model), strict=True):
                 if mine.data_ptr() != theirs.data_ptr():  # else they are shared
-                    mine.copy_(theirs)
+                    write_into(mine, theirs)
             take_over_attributes(self.network, model)
         forget_kept_values(self.network)
         self._replicas.refresh(self.network)
@@ -133,7 +139,7 @@ class _Replicas:
         """Takes over the network's buffers and plain attributes."""
         for replica in self._networks.values():
             for mine, theirs in zip(replica.buffers(), network.buffers(), strict=True):
-                mine.copy_(theirs)
+                write_into(mine, theirs)
             take_over_attributes(replica, network)
             forget_kept_values(replica)
 

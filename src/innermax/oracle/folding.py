@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from innermax.models.wrappers import Normalize
 from innermax.oracle.input_convolution import InputConvolution
+from innermax.utils.copying import write_into
 from innermax.utils.generators import read_randomness
 from innermax.utils.validation import summarize_error
 
@@ -40,7 +41,16 @@ class Folded:
             weight, bias = _merge(source.get_submodule(layer), cast(_BatchNorm, source.get_submodule(norm)))
             there[f"{layer}.weight"], there[f"{layer}.bias"] = weight, bias
         names = [name for name in here if name in there]
-        torch._foreach_copy_([here[name] for name in names], [there[name] for name in names])
+        dense = [name for name in names if 0 not in here[name].stride()]
+        torch._foreach_copy_([here[name] for name in dense], [there[name] for name in dense])
+        for name in set(names) - set(dense):
+            write_into(here[name], there[name])
+
+    def fits(self, source: nn.Module) -> bool:
+        """Whether the parameters and buffers of `source` have the shapes that they had."""
+        here, there = dict(_tensors(self.network)), dict(_tensors(source))
+        own = {name for layer in dict(self.pairs) for name in (f"{layer}.weight", f"{layer}.bias")}
+        return all(here[name].shape == there[name].shape for name in here.keys() & there.keys() - own)
 
 
 def fold(network: nn.Module) -> Folded:

@@ -21,7 +21,11 @@ def image_layers(network: nn.Module, x: Tensor) -> dict[str, bool]:
     probe = copy_model(network)
     for parameter in probe.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-    names = {module: name for name, module in probe.named_modules() if not list(module.children())}
+    names = {
+        module: name
+        for name, module in probe.named_modules()
+        if not list(module.children()) or nn.utils.parametrize.is_parametrized(module)
+    }
     seen: dict[str, bool] = {}
 
     def look(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:

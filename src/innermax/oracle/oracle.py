@@ -296,6 +296,10 @@ class FastOracle(Oracle):
 
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
+        if self.steps.keys() != {COPIED} and not self._compiled.fits(self._source):
+            self._keep_plain(COPIED, "a parameter or buffer has another shape")
+            _log.warning("attack network: %s", self.plan)
+            return
         fixed = self._compiled.folded is not None or self._replayed is not None  # a trace and a recording keep numbers
         if fixed and self._has_new_attributes():
             self._keep_plain(COPIED, "a number that is neither parameter nor buffer has changed")

@@ -1,9 +1,10 @@
 """How an update computes: in bf16 and in channels-last order, where the network takes them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from innermax.models.wrappers import unwrap
 from innermax.oracle.comparison import center
-from innermax.oracle.compiled import floating_dtype, put_channels_last
+from innermax.oracle.compiled import floating_dtype
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.lowering import answer_in_bf16, image_layers
 from innermax.oracle.oracle import Precision, has_fast_bf16, is_out_of_memory
@@ -39,15 +40,12 @@ class Arithmetic:
     image_layers: tuple[str, ...] = ()
 
     @contextmanager
-    def used_in(self, network: nn.Module, device: str) -> Iterator[None]:
-        """Context manager: the network's forward passes compute so, and return float32 where they compute in bf16."""
+    def keep_images(self, network: nn.Module, device: str) -> Iterator[None]:
+        """Context manager: autocast leaves the layers that see the images alone, so that nothing rounds the images."""
         with ExitStack() as stack:
-            if self.bf16:
-                for handle in _in_autocast(network, device):
-                    stack.callback(handle.remove)
-                for module in map(network.get_submodule, self.image_layers):
-                    for handle in _without_autocast(module, device):
-                        stack.callback(handle.remove)
+            for module in map(network.get_submodule, self.image_layers):
+                for undo in _without_autocast(module, device):
+                    stack.callback(undo)
             yield
 
     def plainer(self) -> list["Arithmetic"]:
@@ -55,13 +53,6 @@ class Arithmetic:
         without_bf16 = replace(self, bf16=False, image_layers=())
         found = replace(self, channels_last=False), without_bf16, replace(without_bf16, channels_last=False)
         return [one for one in dict.fromkeys(found) if one != self]
-
-    def put_in_order(self, network: nn.Module) -> None:
-        """Changes the order in memory of what has four dimensions; each tensor stays the same object."""
-        order = torch.channels_last if self.channels_last else torch.contiguous_format
-        for tensor in (*network.parameters(), *network.buffers()):
-            if tensor.ndim == 4:
-                tensor.data = tensor.data.contiguous(memory_format=order)
 
     def __str__(self) -> str:
         order = "channels-last order" if self.channels_last else "channels-first order"
@@ -98,6 +89,30 @@ def choose_arithmetic(
     return found
 
 
+def put_in_order(network: nn.Module, channels_last: bool) -> None:
+    """Changes the order in memory of what has four dimensions; each tensor stays the same object."""
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    for tensor in _filters(network).values():
+        tensor.data = tensor.data.contiguous(memory_format=order)
+
+
+@contextmanager
+def order_restored(network: nn.Module) -> Iterator[None]:
+    """Context manager: what has four dimensions and lies in the usual order does so afterwards, too."""
+    usual = {name for name, tensor in _filters(network).items() if tensor.is_contiguous()}
+    try:
+        yield
+    finally:
+        for name, tensor in _filters(network).items():
+            if name in usual and not tensor.is_contiguous():
+                tensor.data = tensor.data.contiguous()
+
+
+def _filters(network: nn.Module) -> dict[str, Tensor]:
+    """What has four dimensions, by name."""
+    return {name: one for name, one in chain(network.named_parameters(), network.named_buffers()) if one.ndim == 4}
+
+
 def _warn(plain: str, failure: Exception) -> None:
     if is_out_of_memory(failure):
         raise failure
@@ -113,13 +128,15 @@ def _pass_back(source: nn.Module, x: Tensor, arithmetic: Arithmetic) -> Any:
     kind = x.device.type
     if arithmetic.channels_last:
         _check_strided(network, kind)
-        put_channels_last(network)
+        _check_shared(source)
+        put_in_order(network, channels_last=True)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         private_randomness(0, cuda_devices(network)),
-        arithmetic.used_in(network, kind),
+        arithmetic.keep_images(network, kind),
         pass_gradients(uses_cudnn(network)),
+        torch.autocast(kind, torch.bfloat16, enabled=arithmetic.bf16),
     ):
         logits = network(x.to(floating_dtype(network) or x.dtype, copy=True))
     if isinstance(logits, Tensor) and logits.requires_grad:
@@ -154,24 +171,16 @@ def _check_strided(network: nn.Module, device: str) -> None:
             raise RuntimeError(f"oneDNN corrupts memory in {name}, a strided 1×1 convolution of few channels")
 
 
-def _in_autocast(network: nn.Module, device: str) -> Iterator[Any]:
-    """Hooks for torch.autocast in the network's forward pass, of which nothing rounds the images beforehand."""
-    from lightning_utilities import apply_to_collection
-
-    stack = ExitStack()
-
-    def enter(_network: nn.Module, _inputs: Any) -> None:
-        stack.enter_context(torch.autocast(device, torch.bfloat16))
-
-    def leave(_network: nn.Module, _inputs: Any, output: Any) -> Any:
-        stack.close()
-        return apply_to_collection(output, Tensor, lambda one: one.float() if one.dtype == torch.bfloat16 else one)
-
-    yield network.register_forward_pre_hook(enter)
-    yield network.register_forward_hook(leave, always_call=True)
+def _check_shared(network: nn.Module) -> None:
+    """Raises RuntimeError where tensors share memory: in another order each would have its own."""
+    filters = [tensor for tensor in _filters(network).values() if tensor.numel() > 0]
+    spans = sorted((one.data_ptr(), one.data_ptr() + one.numel() * one.element_size()) for one in filters)
+    if any(end > start for (_, end), (start, _) in pairwise(spans)):
+        raise RuntimeError("two of its tensors share their memory")
 
 
-def _without_autocast(module: nn.Module, device: str) -> Iterator[Any]:
+def _without_autocast(module: nn.Module, device: str) -> Iterator[Callable[[], None]]:
+    """Hooks around the module's forward passes; what undoes them."""
     stack = ExitStack()
 
     def enter(_module: nn.Module, _inputs: Any) -> None:
@@ -179,9 +188,9 @@ def _without_autocast(module: nn.Module, device: str) -> Iterator[Any]:
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> Any:
         stack.close()
-        # An objective may ask a layer itself, in its own precision.
+        # An objective may ask the network itself, in its own precision.
         return answer_in_bf16(module, inputs, output) if torch.is_autocast_enabled(device) else output
 
-    yield module.register_forward_pre_hook(enter)
-    # First of the hooks: where the network is one layer, autocast is left in the reverse order.
-    yield module.register_forward_hook(leave, always_call=True, prepend=True)
+    yield stack.close  # after a KeyboardInterrupt, at which torch calls no hook
+    yield module.register_forward_pre_hook(enter).remove
+    yield module.register_forward_hook(leave, always_call=True).remove

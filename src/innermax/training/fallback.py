@@ -1,56 +1,77 @@
 """An update again, in plainer arithmetic, where the network fails in the one that was chosen."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
+from innermax.distributed.process_group import Ranks
 from innermax.oracle.oracle import is_out_of_memory
 from innermax.training.state import State
+from innermax.utils.copying import write_into
 from innermax.utils.validation import summarize_error
 
 _log = logging.getLogger(__name__)
 
 
-def copy_buffers(network: nn.Module) -> dict[str, Tensor]:
-    """What a forward pass may change, such as BatchNorm's statistics."""
-    return {name: buffer.clone() for name, buffer in network.named_buffers()}
+@dataclass(frozen=True)
+class Buffers:
+    """The buffers of a network's modules, which a forward pass may change, replace or add to; each with a copy."""
+
+    kept: dict[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "Buffers":
+        """The network's buffers as they are now."""
+        return cls(
+            {
+                module: {name: (buffer, _copy(buffer)) for name, buffer in module._buffers.items()}
+                for module in network.modules()
+                if module._buffers
+            }
+        )
+
+    def restore(self) -> None:
+        """Gives each module the buffers back that it had, with what they held."""
+        for module, buffers in self.kept.items():
+            for name in set(module._buffers) - set(buffers):
+                del module._buffers[name]
+            for name, (buffer, held) in buffers.items():
+                module._buffers[name] = buffer
+                if buffer is not None and held is not None:
+                    write_into(buffer, held)
 
 
-@torch.no_grad()
-def restore_buffers(network: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Gives the network's buffers back what they held; a network may have put other tensors into their places."""
-    for name, buffer in network.named_buffers():
-        if name in before:
-            buffer.copy_(before[name])
+def _copy(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None or buffer.is_inference() else buffer.clone()  # into the latter nobody can write
 
 
 def try_plainer(
-    attempt: Callable[[], dict[str, Tensor]], state: State, x_adv: Tensor, before: Mapping[str, Tensor]
+    attempt: Callable[[], dict[str, Tensor]], undo: Callable[[], None], state: State, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """What the attempt to pass gradients back returns; where it fails, in plainer arithmetic from then on.
+    """What the attempt to pass gradients back returns; where torch fails in it, in plainer arithmetic from then on.
 
     The network was tried before the training, but in evaluation mode: what it counts or collects in training mode is
     about the batches that it learns from.
 
-    before: the network's buffers. Raises what the attempt raises in the plainest arithmetic.
+    undo: takes back what an attempt has done. Raises what the attempt raises in the plainest arithmetic, and errors of
+    other kinds than torch raises at once.
     """
-    left, why = state.arithmetic.plainer(), ""
+    left, first = state.arithmetic.plainer(), ""
     while True:
         try:
             counts = attempt()
             break
-        except Exception as failure:  # anything: it may be other people's code
-            if not left or isinstance(failure, FloatingPointError) or is_out_of_memory(failure):
-                if why:
-                    failure.add_note(f"It failed in faster arithmetic, too: {why}")
+        except (RuntimeError, TypeError) as failure:
+            told = summarize_error(failure)
+            if not left or is_out_of_memory(failure):
+                if first not in ("", told):
+                    failure.add_note(f"It failed in faster arithmetic, too: {first}")
                 raise
-            why = why or summarize_error(failure)
-        state.optimizer.zero_grad()
-        x_adv.grad = None
-        restore_buffers(state.wrapped, before)
-        state.compute_in(left.pop(0))
-    if why:
-        _log.warning("updates compute in %s (%s)", state.arithmetic, why)
+            first = first or told
+        undo()
+        state.compute_in(left.pop(0), ranks)
+    if first:
+        _log.warning("updates compute in %s (%s)", state.arithmetic, first)
     return counts

@@ -26,7 +26,7 @@ from innermax.training.alarm import PARTS, Overfitting, strengthen
 from innermax.training.arithmetic import Arithmetic
 from innermax.training.batch_attack import Attacked, attack_batch
 from innermax.training.checkpoints import due_every
-from innermax.training.fallback import copy_buffers, restore_buffers, try_plainer
+from innermax.training.fallback import Buffers, try_plainer
 from innermax.training.loggers import Picture, draw_picture
 from innermax.training.metrics import measure_gauges, median_halfway_gauge, warn_of_fosc
 from innermax.training.options import TrainingOptions
@@ -177,6 +177,7 @@ class Loop:
         attacked, asked = Attacked(x), mark(x.device)
         if attack is not None:  # x^{k+1} ← x^k + V · α · sign ∇ℓ, with V = 1(c(x^k) > c_t), while ΣV > 0 and k < K
             attacked = attack_batch(state.oracle, attack, x, batch, state.kept, state.epoch)
+            self.whole = False  # it has written what the strategy keeps
             state.oracle.settle()
         x_adv, calls, answered = attacked.x_adv, attacked.calls, mark(x.device)
         try:
@@ -235,29 +236,34 @@ class Loop:
             group["lr"] = options.lr_at(moment)
         gamma = weight_perturbation(self.objective)
         repeats = options.on_nan == "skip" or gamma is not None or state.arithmetic.plainer()
-        before = copy_buffers(state.wrapped) if repeats else {}
+        before = Buffers.of(state.wrapped) if repeats else Buffers()
         # The model's own draws (dropout) belong to the batch and the process, so that a resumed run repeats them.
         own = (self.ranks.rank, replay) if replay > 0 else (self.ranks.rank,) if self.ranks.rank > 0 else ()
         seed = randomness.derive_seed(options.seed, _MODEL, state.epoch, state.batch, *own)
 
         def attempt() -> dict[str, Tensor]:
             seed_randomness(seed)
-            return self._pass_back(*inputs, count)
-
-        try:
-            counts = try_plainer(attempt, state, x_adv, before)
+            counts = self._pass_back(*inputs, count)
             if gamma is not None:
-                restore_buffers(state.wrapped, before)
+                before.restore()
                 x_adv.grad = None
                 with perturbed_weights(state.network, gamma):
                     counts["perturbed"] = self._pass_back(*inputs, count)["loss"]
+            return counts
+
+        def undo() -> None:
+            state.optimizer.zero_grad()
+            x_adv.grad = None
+            before.restore()
+
+        try:
+            counts = try_plainer(attempt, undo, state, self.ranks)
             sums, norm = self._read(counts if calls is None else {"gradients": calls} | counts, self._clip())
             for loss in (sums["loss"], sums.pop("perturbed", 0.0)):
                 self._check_finite("the loss", loss / count)
             self._check_finite("the gradient's norm", norm)
         except FloatingPointError:
-            state.optimizer.zero_grad()
-            restore_buffers(state.wrapped, before)
+            undo()
             raise
         state.update(self.ranks)
         return {"examples": float(count)} | sums
@@ -265,15 +271,18 @@ class Loop:
     def _pass_back(self, x: Tensor, y: Tensor, x_adv: Tensor, prior: Tensor | None, count: int) -> dict[str, Tensor]:
         """Adds the objective's gradients to the weights'; sums over this process's examples."""
         model, strategy = self.state.wrapped, self.options.strategy
-        with self.state.arithmetic.used_in(unwrap(model), x.device.type):
+        # Checkpointed layers are asked again in the backward pass.
+        with self.state.arithmetic.keep_images(unwrap(model), x.device.type):
             told = None if prior is None else model(prior)
             loss, logits = self.objective(model, x, y, x_adv, self.state.epoch)
-        if not loss.requires_grad:
-            raise ValueError("objective must return a loss that passes gradients back to the weights, got one without")
-        if told is not None:
-            loss = loss + strategy.weight * mse_loss(logits.float(), told.float())  # type: ignore[attr-defined]
-        weight = self.ranks.weight(len(y), count)
-        self.ranks.fabric.backward(loss if weight == 1 else weight * loss)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "objective must return a loss that passes gradients back to the weights, got one without"
+                )
+            if told is not None:
+                loss = loss + strategy.weight * mse_loss(logits.float(), told.float())  # type: ignore[attr-defined]
+            weight = self.ranks.weight(len(y), count)
+            self.ranks.fabric.backward(loss if weight == 1 else weight * loss)
         return {"loss": loss.detach().double() * len(y), "correct": (logits.detach().argmax(1) == y).sum()}
 
     def _read(self, counts: Mapping[str, Tensor], norm: Tensor) -> tuple[dict[str, float], float]:

@@ -18,7 +18,7 @@ from innermax.models.wrappers import unwrap
 from innermax.oracle.oracle import Oracle
 from innermax.oracle.sharded import ShardedOracle
 from innermax.training.alarm import Alarm
-from innermax.training.arithmetic import Arithmetic
+from innermax.training.arithmetic import Arithmetic, put_in_order
 from innermax.training.batch_attack import Kept
 from innermax.training.checkpoints import load_checkpoint, match_layout, save_checkpoint
 from innermax.training.metrics import EpochMetrics
@@ -69,7 +69,7 @@ class State:
         if not network.training:
             network.train()
         if arithmetic.channels_last:
-            arithmetic.put_in_order(network)
+            put_in_order(network, channels_last=True)
         wrapped, optimizer = set_up(ranks, network, partial(_build_optimizer, options=options), options.sync_batch_norm)
         optimizer.zero_grad()  # the model may come with gradients
         averaged = None
@@ -77,6 +77,8 @@ class State:
             # copy.deepcopy, which it would use, does not copy every network.
             averaged = AveragedModel(nn.Identity(), multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)  # type: ignore[no-untyped-call]
             averaged.module = copy_model(network)
+            if arithmetic.channels_last:
+                put_in_order(averaged.module, channels_last=False)
         example, _ = data.head.batch(torch.arange(min(16, len(data.head)), device=ranks.device))
         oracle: Oracle
         oracle = ShardedOracle(network, example) if ranks.sharded else Oracle.fast(network, example, options.precision)
@@ -146,8 +148,7 @@ class State:
         self.history, self.seconds = position.get("history", []), position.get("seconds", 0.0)
         self.alarm = Alarm.at(position.get("alarm", {}))
         self.oracle.micro_batch = position.get("micro_batch")
-        known = (one for one in self.arithmetic.plainer() if str(one) == position.get("updates"))
-        self.compute_in(next(known, self.arithmetic))
+        self._compute_as_before(position.get("updates", str(self.arithmetic)), ranks)
         self.oracle.refresh()
         self._recompile(position.get("attack_network", ""))
         return True
@@ -162,16 +163,29 @@ class State:
             self.averaged.update_parameters(self.network)
         self.oracle.refresh()
 
-    def compute_in(self, arithmetic: Arithmetic) -> None:
+    def compute_in(self, arithmetic: Arithmetic, ranks: Ranks) -> None:
         """Updates compute so from now on."""
         if arithmetic.channels_last != self.arithmetic.channels_last:
-            arithmetic.put_in_order(unwrap(self.wrapped))
+            put_in_order(unwrap(self.wrapped), arithmetic.channels_last)
             match_layout(self.optimizer.optimizer)
+        if ranks.autocast is not None:
+            ranks.autocast.enabled = arithmetic.bf16
         self.arithmetic = arithmetic
 
     def recheck(self, ranks: Ranks) -> None:
         """Compiles the oracle anew where it does not suit what the network has learned."""
         self.oracle = _agree(self.oracle.recheck(), ranks)
+
+    def _compute_as_before(self, known: str, ranks: Ranks) -> None:
+        """Updates compute as when the run was interrupted; warns where they cannot."""
+        now = next((one for one in self.arithmetic.plainer() if str(one) == known), self.arithmetic)
+        self.compute_in(now, ranks)
+        if str(now) != known:
+            warnings.warn(
+                f"updates computed in {known} when the run was interrupted and compute in {now} now: "
+                "results may differ from an uninterrupted run's",
+                stacklevel=4,
+            )
 
     def _recompile(self, scheme: str) -> None:
         """Compiles the oracle as it was when the run was interrupted; warns where that is not possible."""

@@ -22,7 +22,7 @@ from innermax.objectives import Objective
 from innermax.oracle.oracle import Precision
 from innermax.strategies import Strategy
 from innermax.training.alarm import OnOverfit
-from innermax.training.arithmetic import Arithmetic, choose_arithmetic
+from innermax.training.arithmetic import Arithmetic, choose_arithmetic, order_restored
 from innermax.training.checkpoints import find_checkpoints
 from innermax.training.interrupts import defer_interrupts
 from innermax.training.job import Job
@@ -175,11 +175,12 @@ def _train(job: Job, launch: Launch, is_stopped: Callable[[], bool] = lambda: Fa
     options, device = job.options, find_device(job.options.device)
     with contextlib.ExitStack() as stack:
         arithmetic = _arithmetic(job, device)
-        ranks = connect(launch, device, options.parallel)
+        ranks = connect(launch, device, arithmetic.bf16, options.parallel)
         stack.enter_context(_note_checkpoint(options.folder))
         stack.enter_context(ranks.explain_lost_connection())
         stack.enter_context(ranks.mute_others())
         ranks.run_first(lambda: job.open_folder(stack))
+        stack.enter_context(order_restored(unwrap(job.model)))
         stack.enter_context(restore_randomness(range(torch.cuda.device_count())))
         loop = Loop.start(job.model, job.train_set, options, job.objective, ranks, arithmetic)
         loop.clock.validation = _validation_cost(job)

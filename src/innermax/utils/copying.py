@@ -96,3 +96,10 @@ def _parts(value: object) -> Iterable[object]:
         case partial():
             return [value.func, *value.args, *value.keywords.values()]
     return list(getattr(value, "__dict__", {}).values())
+
+
+@torch.no_grad()
+def write_into(place: Tensor, value: Tensor) -> None:
+    """Copies a value into a tensor of the same shape, also where entries of that one share their memory (`expand`)."""
+    alone = tuple(slice(0, 1) if step == 0 else slice(None) for step in place.stride())
+    place[alone].copy_(value[alone])
