@@ -44,7 +44,8 @@ class Buffers:
 
 
 def _copy(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None or buffer.is_inference() else buffer.clone()  # into the latter nobody can write
+    """None where there is nothing to restore: nobody can write into a tensor that was made in inference mode."""
+    return None if buffer is None or buffer.is_inference() else buffer.detach().clone()
 
 
 def try_plainer(
