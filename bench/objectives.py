@@ -67,7 +67,7 @@ def passes_of(loop: Loop) -> dict[str, Callable[[], object]]:
     rows = torch.arange(len(batch.x))
 
     def pass_back() -> None:
-        with loop.arithmetic.keep_images(state.network, "cpu"):
+        with state.arithmetic.keep_images(state.network, "cpu"):
             loss = F.cross_entropy(state.wrapped(x_adv).float(), batch.y)
         loop.ranks.fabric.backward(loss)
 
