@@ -1,5 +1,6 @@
 """The same numbers: from one seed, and after any interruption."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import innermax as im
+from innermax.training import loop
 from innermax.training import train as training
 from tests.helpers.networks import same
 from tests.helpers.training import (
@@ -198,3 +200,26 @@ def test_interrupting_leaves_the_learner_in_training_mode():
         train(model, epochs=1, objective=Interrupting(2, stop), validation_set=VALIDATION)
     assert model.training
     assert not model[1].training
+
+
+def test_an_interrupt_between_attack_and_update_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    """By then the attack has written the batch's perturbations, from which the next epoch would start."""
+    asked, measure = [], loop.measure_gauges
+
+    def interrupt(*arguments):
+        asked.append(1)
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(loop, "measure_gauges", interrupt)
+    strategy, found = im.WarmStart(ATTACK), []
+    for interrupted in (False, True):
+        asked[:] = [] if interrupted else [1] * 6
+        with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+            run = train(strategy=strategy, epochs=3, run_dir=tmp_path / str(interrupted))
+        if interrupted:
+            run = train(strategy=strategy, epochs=3, run_dir=tmp_path / "True")
+        found.append(weights(run.model))
+    assert len(asked) > 6
+    assert same(*found)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from innermax.oracle.comparison import Difference, Reference, break_ties
-from innermax.oracle.compiled import Compiled, floating_dtype, put_channels_last
+from innermax.oracle.compiled import Compiled, floating_dtype, put_in_order
 from innermax.oracle.draws import depends_on_python
 from innermax.oracle.folding import Folded, fold
 from innermax.oracle.frozen import frozen_copy
@@ -112,7 +112,9 @@ def _reorder(
     if not channels_last:
         steps |= {"channels first": ""}
     elif any(isinstance(module, nn.Conv2d) for module in network.network.modules()):
-        last = replace(network.of(put_channels_last(copy_model(network.network))), memory_format=torch.channels_last)
+        last = replace(
+            network.of(put_in_order(copy_model(network.network), channels_last=True)), memory_format=torch.channels_last
+        )
         try:
             judge.check(last)
         except Inexact as reason:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -70,8 +71,10 @@ class Compiled:
 
     @torch.no_grad()
     def refresh(self, model: nn.Module) -> "Compiled":
-        """The network with what the model has now: parameters, buffers and, if not folded, numbers in attributes."""
-        if not self.kept or not self.fits(model):
+        """The network with what the model has now, which must fit: parameters, buffers and, if not folded, numbers in
+        attributes.
+        """
+        if not self.kept:
             return self.of(frozen_copy(model, share=False))
         if self.folded is not None:
             self.folded.refresh(model)
@@ -100,10 +103,20 @@ def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return _apply(network, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
-def put_channels_last(network: nn.Module) -> nn.Module:
-    """The network, what has four dimensions in channels-last order (`Module.to` fails on five)."""
-    last = torch.channels_last
-    return _apply(network, lambda tensor: tensor.to(memory_format=last) if tensor.ndim == 4 else tensor)
+def put_in_order(network: nn.Module, channels_last: bool) -> nn.Module:
+    """The network, what has four dimensions in channels-last or in the usual order; each tensor stays the same object.
+
+    `Module.to` fails on five dimensions.
+    """
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    for tensor in find_filters(network).values():
+        tensor.data = tensor.data.contiguous(memory_format=order)
+    return network
+
+
+def find_filters(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of four dimensions, by name."""
+    return {name: one for name, one in chain(network.named_parameters(), network.named_buffers()) if one.ndim == 4}
 
 
 def _apply(network: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -138,7 +138,8 @@ class Oracle:
 
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
-        self._compiled = self._compiled.refresh(self._source)
+        fits = self._compiled.fits(self._source)
+        self._compiled = self._compiled.refresh(self._source) if fits else share(self._source)
 
     def logits(self, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b classes"]:
         """(B, classes) float32 logits."""
@@ -296,18 +297,18 @@ class FastOracle(Oracle):
 
     def refresh(self) -> None:
         """Takes over what the model has learned since."""
-        if self.steps.keys() != {COPIED} and not self._compiled.fits(self._source):
-            self._keep_plain(COPIED, "a parameter or buffer has another shape")
-            _log.warning("attack network: %s", self.plan)
-            return
         fixed = self._compiled.folded is not None or self._replayed is not None  # a trace and a recording keep numbers
-        if fixed and self._has_new_attributes():
-            self._keep_plain(COPIED, "a number that is neither parameter nor buffer has changed")
-            _log.warning("attack network: %s", self.plan)
-            return
-        if self._precise is not None:
-            Oracle.refresh(self._precise)
-        super().refresh()
+        if self._compiled.kept and not self._compiled.fits(self._source):
+            self._leave_for_copies("a parameter or buffer has another shape")
+        elif fixed and self._has_new_attributes():
+            self._leave_for_copies("a number that is neither parameter nor buffer has changed")
+        else:
+            for one in {self, self._precise or self}:
+                one._compiled = one._compiled.refresh(self._source)
+
+    def _leave_for_copies(self, reason: str) -> None:
+        self._keep_plain(COPIED, reason)
+        _log.warning("attack network: %s", self.plan)
 
     def _has_new_attributes(self) -> bool:
         """Whether the model now answers by plain attributes that it did not have when it was compiled."""

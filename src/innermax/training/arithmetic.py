@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from innermax.models.wrappers import unwrap
 from innermax.oracle.comparison import center
-from innermax.oracle.compiled import floating_dtype
+from innermax.oracle.compiled import find_filters, floating_dtype, put_in_order
 from innermax.oracle.frozen import frozen_copy
 from innermax.oracle.lowering import answer_in_bf16, image_layers
 from innermax.oracle.oracle import Precision, has_fast_bf16, is_out_of_memory
@@ -89,28 +89,16 @@ def choose_arithmetic(
     return found
 
 
-def put_in_order(network: nn.Module, channels_last: bool) -> None:
-    """Changes the order in memory of what has four dimensions; each tensor stays the same object."""
-    order = torch.channels_last if channels_last else torch.contiguous_format
-    for tensor in _filters(network).values():
-        tensor.data = tensor.data.contiguous(memory_format=order)
-
-
 @contextmanager
 def order_restored(network: nn.Module) -> Iterator[None]:
     """Context manager: what has four dimensions and lies in the usual order does so afterwards, too."""
-    usual = {name for name, tensor in _filters(network).items() if tensor.is_contiguous()}
+    usual = {name for name, tensor in find_filters(network).items() if tensor.is_contiguous()}
     try:
         yield
     finally:
-        for name, tensor in _filters(network).items():
+        for name, tensor in find_filters(network).items():
             if name in usual and not tensor.is_contiguous():
                 tensor.data = tensor.data.contiguous()
-
-
-def _filters(network: nn.Module) -> dict[str, Tensor]:
-    """What has four dimensions, by name."""
-    return {name: one for name, one in chain(network.named_parameters(), network.named_buffers()) if one.ndim == 4}
 
 
 def _warn(plain: str, failure: Exception) -> None:
@@ -173,14 +161,14 @@ def _check_strided(network: nn.Module, device: str) -> None:
 
 def _check_shared(network: nn.Module) -> None:
     """Raises RuntimeError where tensors share memory: in another order each would have its own."""
-    filters = [tensor for tensor in _filters(network).values() if tensor.numel() > 0]
+    filters = [tensor for tensor in find_filters(network).values() if tensor.numel() > 0]
     spans = sorted((one.data_ptr(), one.data_ptr() + one.numel() * one.element_size()) for one in filters)
     if any(end > start for (_, end), (start, _) in pairwise(spans)):
         raise RuntimeError("two of its tensors share their memory")
 
 
 def _without_autocast(module: nn.Module, device: str) -> Iterator[Callable[[], None]]:
-    """Hooks around the module's forward passes; what undoes them."""
+    """Adds hooks that leave autocast for the module's forward passes; yields what takes them back."""
     stack = ExitStack()
 
     def enter(_module: nn.Module, _inputs: Any) -> None:

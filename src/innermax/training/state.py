@@ -15,10 +15,11 @@ from innermax.distributed.fsdp import WholeState, is_sharded
 from innermax.distributed.process_group import Ranks, set_up
 from innermax.models.files import write_model
 from innermax.models.wrappers import unwrap
+from innermax.oracle.compiled import put_in_order
 from innermax.oracle.oracle import Oracle
 from innermax.oracle.sharded import ShardedOracle
 from innermax.training.alarm import Alarm
-from innermax.training.arithmetic import Arithmetic, put_in_order
+from innermax.training.arithmetic import Arithmetic
 from innermax.training.batch_attack import Kept
 from innermax.training.checkpoints import load_checkpoint, match_layout, save_checkpoint
 from innermax.training.metrics import EpochMetrics
@@ -213,10 +214,13 @@ def _agree(oracle: Oracle, ranks: Ranks) -> Oracle:
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
     """A momentum of 0 for weights whose first gradient comes later than others': torch's fused SGD fails on them."""
     for group in optimizer.param_groups:
-        learns = [p for p in group["params"] if p.grad is not None] if group.get("momentum") and group["fused"] else []
-        new = [p for p in learns if optimizer.state[p].get("momentum_buffer") is None]
-        for parameter in new if len(new) < len(learns) else []:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        if not group.get("momentum") or not group["fused"]:
+            continue
+        learn = [p for p in group["params"] if p.grad is not None]
+        new = [p for p in learn if optimizer.state[p].get("momentum_buffer") is None]
+        if len(new) < len(learn):
+            for parameter in new:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 def _build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
